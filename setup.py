@@ -1,0 +1,35 @@
+"""Build posttrain from settings.ini, the one place for its name, version, requirements and extras."""
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+parser = ConfigParser(delimiters=["="])
+parser.read(here / "settings.ini", encoding="utf-8")
+cfg = parser["DEFAULT"]
+
+LICENCES = {"apache2": "Apache-2.0"}
+STATUSES = {"3": "Development Status :: 3 - Alpha", "4": "Development Status :: 4 - Beta"}
+
+extras = {key.removesuffix("_requirements"): value.split()
+          for key, value in cfg.items() if key.endswith("_requirements")}
+
+setup(
+    version=cfg["version"],
+    description=cfg["description"],
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    keywords=cfg["keywords"].split(),
+    author=cfg["author"],
+    author_email=cfg["author_email"],
+    url=cfg["git_url"],
+    license=LICENCES[cfg["license"]],
+    classifiers=[STATUSES[cfg["status"]], "Intended Audience :: Education", "Intended Audience :: Science/Research",
+                 "Programming Language :: Python :: 3", f"Natural Language :: {cfg['language']}"],
+    python_requires=f">={cfg['min_python']}",
+    packages=find_packages(include=[cfg["lib_path"], f"{cfg['lib_path']}.*"]),
+    install_requires=cfg["requirements"].split(),
+    extras_require=extras,
+    entry_points={"console_scripts": cfg["console_scripts"].split()},
+)
