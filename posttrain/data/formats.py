@@ -156,7 +156,7 @@ def dataset_type(
     others = [t for t in types if t != name]
     raise _missing(columns, column_names(dataset), who, f" ({name}{'; ' + ', '.join(others) + ' would do too' if others else ''})")
 
-# %% ../../nbs/data/01_formats.ipynb #53efc41f
+# %% ../../nbs/data/01_formats.ipynb #c7a131e2
 def _shown(value) -> str:
     text = repr(value)
     return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(value).__name__})"
@@ -174,11 +174,11 @@ def check_rows(
         for i, value in enumerate(batch[name]):
             if not test(value):
                 raise TypeError(f"{who}: column {name!r}, row {i if indices is None else indices[i]}: expected {expected}, got {_shown(value)}.")
-    mixed = [n for n in columns if n in ("prompt", "completion", "chosen", "rejected")]
-    for i, values in enumerate(zip(*(batch[n] for n in mixed))):
-        if len({isinstance(v, str) for v in values}) > 1:
-            kinds = ", ".join(f"{n!r} is {'a string' if isinstance(v, str) else 'a list of messages'}" for n, v in zip(mixed, values))
-            raise TypeError(f"{who}: row {i if indices is None else indices[i]}: {kinds}. Make them all strings, or all lists of messages: "
+    spelled = [n for n in columns if n in ("prompt", "completion", "chosen", "rejected")]
+    for i, values in enumerate(zip(*(batch[n] for n in spelled))):
+        if any(isinstance(v, str) != isinstance(batch[spelled[0]][0], str) for v in values):
+            kinds = ", ".join(f"{n!r} is {'a string' if isinstance(v, str) else 'a list of messages'}" for n, v in zip(spelled, values))
+            raise TypeError(f"{who}: row {i if indices is None else indices[i]}: {kinds}. Make the columns all strings, or all lists of messages, in every row: "
                             "a string is never put through the chat template.")
 
 # %% ../../nbs/data/01_formats.ipynb #8b380e4d

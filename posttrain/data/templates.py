@@ -42,7 +42,7 @@ def has_generation_markers(
     "Whether `template` marks what the assistant writes, with {% generation %} ... {% endgeneration %}."
     return re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
 
-# %% ../../nbs/data/02_templates.ipynb #5848ac6f
+# %% ../../nbs/data/02_templates.ipynb #daa25aaa
 def check_template(
     tokenizer,                     # whose chat template is looked at
     assistant_only: bool = False,  # whether masks of the assistant's tokens will be asked for
@@ -82,11 +82,12 @@ def encode_chats(
     tools: list = None,                   # per chat: a list of JSON schemas, the same as a JSON string, or None
     template_kwargs: list = None,         # per chat: options of the template, or None
     add_generation_prompt: bool = False,  # whether to end with the opening of an assistant turn
+    continue_final_message: bool = False, # whether to leave the last message open, for the model to continue
     assistant_masks: bool = False,        # whether to also say which tokens the assistant wrote
 ):  # the token ids of each chat; with `assistant_masks`, a pair (ids, masks of 0/1)
     "Render each chat with the tokenizer's template and tokenise it. Raises ValueError when there is no template, or masks are wanted and it has no generation markers."
     check_template(tokenizer, assistant_masks)
-    settings = dict(add_generation_prompt=add_generation_prompt, return_assistant_tokens_mask=assistant_masks, tokenize=True, return_dict=True)
+    settings = dict(add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message, return_assistant_tokens_mask=assistant_masks, tokenize=True, return_dict=True)
     if tools is None and template_kwargs is None:
         encoded = tokenizer.apply_chat_template(chats, **settings)
         ids, masks = encoded["input_ids"], encoded.get("assistant_masks")
