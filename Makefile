@@ -1,0 +1,40 @@
+# Two commands matter: `make demo` (watch a model learn) and `make test` (everything that CI checks).
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+BUILD_FILES := constraints.txt settings.ini setup.py pyproject.toml
+
+.PHONY: demo test check notebooks pytest bench docs clean
+
+demo: $(VENV)/.ready-demo ## train the pocket model, print accuracy before and after, draw the curve
+	$(BIN)/posttrain demo
+
+test: check notebooks pytest ## everything that CI checks
+
+check: $(VENV)/.ready-dev ## export in sync, notebooks clean, executed and well-formed, README up to date
+	$(BIN)/python tools/notebooks.py check
+
+notebooks: $(VENV)/.ready-dev ## run every notebook; every assert in them must hold
+	$(BIN)/python tools/notebooks.py test --workers 2
+
+pytest: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.ready-dev ## posttrain against TRL, side by side in one run
+	$(BIN)/python benchmarks/sft.py
+
+clean:
+	rm -rf build dist *.egg-info out
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"posttrain needs Python 3.11 or newer, {sys.executable} is {sys.version.split()[0]}; run make PYTHON=/path/to/python3.11"'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.ready-demo: $(VENV)/bin/python $(BUILD_FILES)
+	@echo "installing what constraints.txt pins, a few minutes the first time"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.ready-dev: $(VENV)/bin/python $(BUILD_FILES)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/.ready-demo
