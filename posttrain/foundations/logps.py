@@ -35,7 +35,7 @@ def token_entropy(
     logp = torch.log_softmax(logits / temperature, dim=-1)
     return -(logp.exp() * logp).sum(-1)
 
-# %% ../../nbs/foundations/01_logps.ipynb #b59238d4
+# %% ../../nbs/foundations/01_logps.ipynb #f9a8254f
 STATS = ("entropy", "is_top1", "log_sum_sq_probs", "mean_logit")  # what a loss may ask for beside the log-probs
 
 
@@ -100,12 +100,11 @@ class _Head:
     def to_inputs(self, d: Tensor, rows: slice, grads: dict) -> None:
         "The last line of step 7, added to the gradients that somebody asked for."
         if "bias" in grads: grads["bias"] += d.sum(0)
-        d = d.to(self.weight.dtype)  # the products run in the dtype of the forward pass
-        if "hidden" in grads: grads["hidden"][rows] = d @ self.weight
-        if "weight" in grads:
+        if "hidden" in grads: grads["hidden"][rows] = d.to(self.weight.dtype) @ self.weight
+        if "weight" in grads:  # a sum over chunks: rounding each chunk's part to half precision first would add up
             h = self.hidden[rows]
-            if self.weight.dtype == self.accumulate: grads["weight"].addmm_(d.T, h)
-            else: grads["weight"] += d.T @ h  # accumulates over chunks in float32
+            if h.is_cuda and h.dtype != self.accumulate: grads["weight"] += torch.mm(d.to(h.dtype).T, h, out_dtype=self.accumulate)
+            else: grads["weight"].addmm_(d.T, h.to(self.accumulate))
 
     def new_grads(self, needed: dict) -> dict:
         make = {"hidden": lambda: torch.empty_like(self.hidden),

@@ -3,10 +3,11 @@
 # %% auto #0
 __all__ = ['Head', 'causal_lm', 'attach_head', 'completion_logps', 'completion_loss']
 
-# %% ../../nbs/training/02_heads.ipynb #1fb04f3e
+# %% ../../nbs/training/02_heads.ipynb #f99b880d
 import inspect
 import warnings
 from dataclasses import dataclass
+from functools import cache, wraps
 from types import MethodType
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from ..foundations.layouts import lay_out, make_batch
 from ..foundations.logps import linear_logps, linear_token_loss, token_logps
 
-# %% ../../nbs/training/02_heads.ipynb #934459e3
+# %% ../../nbs/training/02_heads.ipynb #288cec78
 @dataclass
 class Head:
     "What `attach_head` found out about a model."
@@ -43,7 +44,8 @@ def _output_layer(lm: nn.Module) -> tuple[Tensor, Tensor | None]:
     if not hasattr(layer, "base_layer"):
         if not isinstance(layer, nn.Linear):
             raise TypeError(f"the output layer of {type(lm).__name__} is a {type(layer).__name__}; only Linear, LoRA on Linear and modules_to_save can be scored")
-        return layer.weight, layer.bias
+        whole = lambda t: t.full_tensor() if hasattr(t, "full_tensor") else t  # FSDP2 holds shards
+        return whole(layer.weight), layer.bias if layer.bias is None else whole(layer.bias)
     weight = layer.base_layer.weight  # LoRA: W + scale B A, so that the gradient reaches A and B
     for adapter in () if layer.disable_adapters or layer.merged else layer.active_adapters:
         if getattr(layer, "use_dora", {}).get(adapter): raise TypeError("DoRA on the output layer cannot be scored; leave lm_head out of target_modules")
@@ -53,19 +55,23 @@ def _output_layer(lm: nn.Module) -> tuple[Tensor, Tensor | None]:
     return weight, layer.base_layer.bias
 
 
-def _forward(self, *args, score: dict | None = None, **kwargs):
-    "The model's own forward, and with `score` the numbers per counted token (bound to the model by `attach_head`)."
-    if score is None: return type(self).forward(self, *args, **kwargs)
-    head = self._posttrain_head
-    kwargs = {k: v for k, v in kwargs.items() if v is not None}  # PEFT passes labels=None and the like
-    hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state.flatten(0, 1)[score["predicts"]]
-    weight, bias = _output_layer(self)
-    options = dict(bias=bias, logit_scale=head.logit_scale, softcap=head.softcap, temperature=score["temperature"], want=score["want"])
-    if score.get("token_loss") is None: return linear_logps(hidden, weight, score["targets"], **options)
-    loss, stats = linear_token_loss(hidden, weight, score["targets"], score["token_weights"], score["token_loss"], **options)
-    return {"loss": loss, **stats}
+@cache
+def _forward_of(cls: type):
+    "The class's own forward, and with `score` the numbers per counted token. It keeps the signature, which `generate` reads to know whether a model takes `position_ids`."
+    @wraps(cls.forward)
+    def forward(self, *args, score: dict | None = None, **kwargs):
+        if score is None: return cls.forward(self, *args, **kwargs)
+        head = self._posttrain_head
+        kwargs = {k: v for k, v in kwargs.items() if v is not None}  # PEFT passes labels=None and the like
+        hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state.flatten(0, 1)[score["predicts"]]
+        weight, bias = _output_layer(self)
+        options = dict(bias=bias, logit_scale=head.logit_scale, softcap=head.softcap, temperature=score["temperature"], want=score["want"])
+        if score.get("token_loss") is None: return linear_logps(hidden, weight, score["targets"], **options)
+        loss, stats = linear_token_loss(hidden, weight, score["targets"], score["token_weights"], score["token_loss"], **options)
+        return {"loss": loss, **stats}
+    return forward
 
-# %% ../../nbs/training/02_heads.ipynb #22205643
+# %% ../../nbs/training/02_heads.ipynb #eea52a86
 def _obstacle(lm: nn.Module) -> str:
     "Why this model cannot have several sequences in a row, or ''."
     config = lm.config.get_text_config() if hasattr(lm.config, "get_text_config") else lm.config
@@ -121,10 +127,11 @@ def attach_head(
     if getattr(lm.config, "is_encoder_decoder", False) or lm.get_output_embeddings() is None:
         raise TypeError(f"{type(lm).__name__} is no decoder-only language model: a causal LM is needed (AutoModelForCausalLM)")
     config = lm.config.get_text_config() if hasattr(lm.config, "get_text_config") else lm.config
-    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    multipliers = [m for name in ("logit_scale", "output_multiplier", "lm_head_multiplier") if (m := getattr(config, name, None)) is not None]
+    scale = multipliers[0] if multipliers else 1 / (getattr(config, "logits_scaling", None) or 1)
     why_not = _obstacle(lm)
     lm._posttrain_head = Head(scale, getattr(config, "final_logit_softcapping", None), config.hidden_size, not why_not, why_not)
-    lm.forward = MethodType(_forward, lm)
+    lm.forward = MethodType(_forward_of(type(lm)), lm)
     try:
         _ask(lm, lm._posttrain_head)
     except BaseException:

@@ -3,12 +3,12 @@
 # %% auto #0
 __all__ = ['PostConfig', 'load_tokenizer', 'load_model', 'PostTrainer']
 
-# %% ../../nbs/training/04_trainer.ipynb #fcd710a5
+# %% ../../nbs/training/04_trainer.ipynb #8af87878
 from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..foundations.layouts import lay_out
@@ -17,7 +17,7 @@ from .heads import attach_head
 from .metrics import Ledger, Mean
 from .progress import Progress
 
-# %% ../../nbs/training/04_trainer.ipynb #13a3e84d
+# %% ../../nbs/training/04_trainer.ipynb #4292df49
 @dataclass
 class PostConfig(TrainingArguments):
     """What all methods share. All of `TrainingArguments`, with TRL's defaults where they differ from transformers'.
@@ -31,6 +31,7 @@ class PostConfig(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Prepared rows hold only what the collator needs, there is nothing to remove."})
     model_init_kwargs: dict | str | None = field(default=None, metadata={"help": "For from_pretrained, when the model is given as a path; dtype is float32 unless said here."})
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that prepare the dataset."})
+    activation_offloading: bool = field(default=False, metadata={"help": "Keep activations in host memory until the backward pass needs them."})
     chat_template_path: str | None = field(default=None, metadata={"help": "A folder or hub id of a tokenizer, or a .jinja file, whose chat template is used."})
 
     def __post_init__(self):
@@ -101,7 +102,7 @@ def load_model(
         raise ValueError("peft_config was given for a model that already has an adapter; merge it first (model.merge_and_unload()) or leave peft_config out")
     return get_peft_model(model, peft_config)
 
-# %% ../../nbs/training/04_trainer.ipynb #a4e6dd69
+# %% ../../nbs/training/04_trainer.ipynb #2ec078b1
 class PostTrainer(Trainer):
     """transformers' Trainer with one rule of normalisation. Subclasses say what a row must have, how it is prepared, and what the loss is.
 
@@ -146,6 +147,7 @@ class PostTrainer(Trainer):
     ):
         args = self.config_class.adopt(args)
         self.args = args
+        set_seed(args.seed)  # before anything random is made, an adapter's weights for example
         named = lambda d: d.items() if isinstance(d, dict) and not hasattr(d, "column_names") else [("eval", d)] if d is not None else []
         given = ([("train", train_dataset)] if train_dataset is not None else []) + list(named(eval_dataset))
         for name, dataset in given: self.check(dataset, name)
@@ -210,6 +212,12 @@ class PostTrainer(Trainer):
             stats = {"loss": Mean(loss.detach() * weight, weight), **stats}
         self.ledgers[training].add(stats)
         return (loss, stats) if return_outputs else loss
+
+    def compute_loss_context_manager(self):
+        "Mixed precision as transformers has it, and on request activations that wait in host memory."
+        stack = super().compute_loss_context_manager()
+        if self.args.activation_offloading: stack.enter_context(torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()))
+        return stack
 
     # ------------------------------------------------ evaluation
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):

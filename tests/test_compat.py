@@ -1,0 +1,48 @@
+"""The oldest transformers that settings.ini admits, the one Colab ships: a short SFT run gives the same losses there."""
+import configparser
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+SCRIPT = """
+import json, sys, transformers
+from posttrain import SFTConfig, SFTTrainer, pocket
+from peft import LoraConfig
+def run(**kw):
+    args = SFTConfig(sys.argv[1], use_cpu=True, max_steps=4, per_device_train_batch_size=2, gradient_accumulation_steps=2, logging_steps=1, save_strategy="no", report_to="none",
+                     disable_tqdm=True, learning_rate=1e-3, seed=0, eval_strategy="steps", eval_steps=2)
+    trainer = SFTTrainer(pocket.model(seed=0), args, train_dataset=pocket.dataset("reverse", "prompt_completion", n=40, seed=1),
+                         eval_dataset=pocket.dataset("reverse", "prompt_completion", n=10, seed=2, split="test"), processing_class=pocket.tokenizer(), **kw)
+    trainer.train()
+    return [r.get("loss", r.get("eval_loss")) for r in trainer.state.log_history if "loss" in r or "eval_loss" in r]
+result = {"version": transformers.__version__, "full": run(), "lora": run(peft_config=LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))}
+print("RESULT" + json.dumps(result))
+"""
+
+
+@pytest.fixture(scope="module")
+def oldest():
+    parser = configparser.ConfigParser(delimiters=["="])
+    parser.read(ROOT / "settings.ini")
+    return next(r.split(">=")[1] for r in parser["DEFAULT"]["requirements"].split() if r.startswith("transformers"))
+
+
+def run(tmp_path, path=None):
+    env = {**os.environ, **({"PYTHONPATH": str(path)} if path else {})}
+    done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.split("RESULT")[1])
+
+
+def test_oldest_transformers_trains_the_same(tmp_path, oldest):
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path / "old"), f"transformers=={oldest}.*"], check=True, capture_output=True)
+    old, new = run(tmp_path, tmp_path / "old"), run(tmp_path)
+    assert old["version"].startswith(oldest) and not new["version"].startswith(oldest)
+    for key in ("full", "lora"):
+        assert len(old[key]) == 6 and all(abs(a - b) < 1e-4 for a, b in zip(old[key], new[key], strict=True)), (old[key], new[key])
