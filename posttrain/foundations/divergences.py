@@ -81,7 +81,7 @@ def generalized_jsd(
     log_mix = torch.logaddexp(math.log(beta) + log_ref, math.log1p(-beta) + log_p)  # step 13
     return beta * _kl(log_ref, log_mix) + (1 - beta) * _kl(log_p, log_mix)
 
-# %% ../../nbs/foundations/04_divergences.ipynb #255c76ad
+# %% ../../nbs/foundations/04_divergences.ipynb #e3499295
 _MAX_EXPONENT = 80.0  # step 18: exp(80) is finite in float32 and bfloat16, with room for a product
 
 
@@ -109,7 +109,7 @@ class FDivergence(NamedTuple):
 F_DIVERGENCES: dict[str, FDivergence] = {  # step 17
     "reverse_kl": FDivergence(lambda l, alpha: l.exp() * l - _expm1(l), lambda l, alpha: l),
     "forward_kl": FDivergence(lambda l, alpha: _expm1(l) - l, lambda l, alpha: -_expm1(-l)),
-    "js_divergence": FDivergence(lambda l, alpha: l.exp() * l - (l.exp() + 1) * (F.softplus(l) - math.log(2)),
+    "js_divergence": FDivergence(lambda l, alpha: l.exp() * l - (l.exp() + 1) * (-F.logsigmoid(-l) - math.log(2)),
                                  lambda l, alpha: math.log(2) + F.logsigmoid(l)),
     "alpha_divergence": FDivergence(_alpha_f, _alpha_score),
 }
