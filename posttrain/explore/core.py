@@ -3,11 +3,12 @@
 # %% auto #0
 __all__ = ['WIDGET_VIEW', 'Control', 'slider', 'choice', 'toggle', 'pack_frames', 'Explorer']
 
-# %% ../../nbs/explore/02_core.ipynb #88cc8f7b
+# %% ../../nbs/explore/02_core.ipynb #a975f678
 import base64
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from html import escape
@@ -149,7 +150,7 @@ _SCRIPT = """(() => {
 _CARD = "background:#fff;color:#222;padding:10px 14px;border:1px solid #ccc;border-radius:6px;max-width:980px;font:14px system-ui,'DejaVu Sans',sans-serif"
 _HIDDEN = "position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)"
 
-# %% ../../nbs/explore/02_core.ipynb #ed0bd4d6
+# %% ../../nbs/explore/02_core.ipynb #e17c951b
 class Explorer:
     """A picture with controls, live with a kernel and still moving without one.
 
@@ -204,13 +205,13 @@ class Explorer:
                             for n, c in self.controls.items()]
         code = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/").replace("<!--", "<\\!--")
         key = hashlib.sha256((self.title + self.question + code).encode()).hexdigest()[:12]
-        image = base64.b64encode(first.encode()).decode()
+        image, said = base64.b64encode(first.encode()).decode(), re.search(r'aria-label="([^"]*)"', first)
         settings = ", ".join(f"{self._label(n)} = {_text(c.value)}" for n, c in self.controls.items())
         return "\n".join([
             f'<div data-explorer="{key}" role="group" aria-label="{escape(self.title)}" style="{_CARD}">',
             f'<div><b>{escape(self.title)}</b></div>' if self.title else "",
             '<div data-role="controls" style="margin:6px 0"></div>',
-            f'<div data-role="view"><img alt="{escape(self.title)}" src="data:image/svg+xml;base64,{image}"></div>',
+            f'<div data-role="view"><img alt="{said[1] if said else escape(self.title)}" src="data:image/svg+xml;base64,{image}"></div>',
             f'<div data-role="said" aria-live="polite" style="{_HIDDEN}"></div>',
             f'<p data-role="settings" style="margin:4px 0;color:#555">Shown for {escape(settings)}. It moves in a running or trusted notebook.</p>' if settings else '<p data-role="settings"></p>',
             f'<p style="margin:6px 0 0"><b>Question.</b> {escape(self.question)}</p>' if self.question else "",

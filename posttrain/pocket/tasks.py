@@ -56,9 +56,9 @@ def _sample_sort(rng):
     digits = _digits(rng)
     return f"sort {digits}=", "".join(sorted(digits))
 
-# %% ../../nbs/pocket/02_tasks.ipynb #c4dd4c55
+# %% ../../nbs/pocket/02_tasks.ipynb #d7ca20da
 def _sample_add(rng):
-    a, b = rng.randint(1, 99), rng.randint(1, 99)
+    a, b = rng.randint(1, 49), rng.randint(1, 49)
     return f"add {a}+{b}=", str(a + b)
 
 
@@ -151,7 +151,7 @@ def _countdown_steps(prompt: str, answer: str) -> list[str]:
     half = _value(f"{a}{f}{b}")[0]
     return [f"{a}{f}{b}={half}", f"{half}{s}{c}={_countdown(prompt)[1]}", answer]
 
-# %% ../../nbs/pocket/02_tasks.ipynb #d0238b0b
+# %% ../../nbs/pocket/02_tasks.ipynb #37598daf
 KIND = ("good", "warm", "fresh", "tasty", "kind", "bright", "lovely", "crisp", "sweet", "fine")
 UNKIND = ("bad", "cold", "stale", "bland", "rude", "dull", "awful", "soggy", "sour", "poor")
 _NOUNS = ("soup", "bread", "tea", "rice", "cake", "fish", "salad", "staff", "music", "room", "table", "menu", "bar", "view", "chef", "garden", "coffee", "pie", "stew", "jam",
@@ -175,13 +175,14 @@ def judge(
 
 def _sample_sentiment(rng):
     one, two = rng.sample(_NOUNS, 2)
-    return f"praise the {one} and the {two}:", " and ".join(rng.sample(KIND, 2))
+    return f"praise {one} and {two}:", " and ".join(rng.sample(KIND, 2))
 
 
 def _spoil_sentiment(rng: random.Random, prompt: str, answer: str) -> str:
-    "One of the two words turns unkind."
+    "One or both of the two words turn unkind."
     words = answer.split(" and ")
-    words[rng.randrange(len(words))] = rng.choice(UNKIND)
+    for i in rng.choice([(0,), (1,), (0, 1)]):
+        words[i] = rng.choice(UNKIND)
     return " and ".join(words)
 
 # %% ../../nbs/pocket/02_tasks.ipynb #e5702f13
