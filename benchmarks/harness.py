@@ -3,7 +3,6 @@
 Machines are shared and drift, so only ratios within one run mean anything."""
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -33,13 +32,20 @@ def median(values) -> float:
     return statistics.median(values)
 
 
+def _status_mib(field: str) -> float:
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) for line in f if line.startswith(field)) / 1024
+
+
 def peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Largest resident size since the last `current_mib()` (getrusage would also remember the parent's)."""
+    return _status_mib("VmHWM")
 
 
 def current_mib() -> float:
-    with open("/proc/self/statm") as f:
-        return int(f.read().split()[1]) * resource.getpagesize() / 2**20
+    """Resident size now; starts the measurement of a new peak."""
+    with open("/proc/self/clear_refs", "w") as f: f.write("5")
+    return _status_mib("VmRSS")
 
 
 def in_fresh_process(script: str, *args: str) -> dict:

@@ -123,7 +123,7 @@ def trl_head(h, w, y):
 
     class Backbone(torch.nn.Module):
         def forward(self, *a, **k): return BaseModelOutputWithPast(last_hidden_state=state)
-    m.model = Backbone()
+    m.model, m.get_output_embeddings = Backbone(), lambda: m.lm_head
     add_fused_lm_head(m, outputs=("log_probs", "entropy", "is_top1"))
     labels = torch.cat([torch.full((1,), -100), y])[None]
     def run():

@@ -20,10 +20,10 @@ def nll(
 
 TOKEN_LOSSES = {"nll": nll, "dft": dft}  # loss_type -> each token's loss, from its log-prob
 
-# %% ../../nbs/offline/01_sft.ipynb #97d175d7
+# %% ../../nbs/offline/01_sft.ipynb #cc197511
 from ..data.collate import collate_sft
 from ..data.formats import dataset_type, first_row
-from ..data.packing import PACKINGS, pack_dataset
+from ..data.packing import PACKING_STRATEGIES, pack_dataset
 from ..data.templates import load_chat_template
 from ..data.tokens import TRUNCATION, prepare_sft
 from ..foundations.masks import token_weights
@@ -57,7 +57,7 @@ class SFTConfig(PostConfig):
     def __post_init__(self):
         super().__post_init__()
         self.one_of("loss_type", TOKEN_LOSSES)
-        self.one_of("packing_strategy", PACKINGS)
+        self.one_of("packing_strategy", PACKING_STRATEGIES)
         self.one_of("truncation_mode", [m for m in TRUNCATION if m != "drop"])
         self.at_least("max_length", 2)  # one token to read, one to predict
         if self.packing and self.max_length is None: raise ValueError("packing=True fills rows of max_length tokens, but max_length is None; set it")
