@@ -49,7 +49,7 @@ def margin_loss(
         return f(margin)
     return LABEL_NOISE[label_noise](f(margin), f(-margin), label_smoothing)
 
-# %% ../../nbs/foundations/07_preferences.ipynb #21ec875b
+# %% ../../nbs/foundations/07_preferences.ipynb #b686be7d
 def preference_probability(
     rewards: Tensor,  # (...) worths of the first answers
     other_rewards: Tensor,  # (...) worths of the second answers
@@ -65,7 +65,7 @@ def bradley_terry_loss(
     margin: Tensor | float = 0.0,  # (B,) how large a lead to ask for; Llama 2's, 2307.09288
     label_smoothing: float = 0.0,  # share of swapped labels one expects, in [0, 0.5)
     label_noise: str = "conservative",  # a key of `LABEL_NOISE`
-    totals: Totals | None = None,  # `sequences` = pairs of the whole optimizer step; None: this batch is the whole step
+    pairs: Tensor | float | None = None,  # pairs of the whole optimizer step; None: this batch is the whole step
 ) -> tuple[Tensor, dict[str, Tensor]]:  # the loss () and detached stats
     """
     Negative log-likelihood of the preferences, the mean over the pairs of the step (steps 4, 5 and 13).
@@ -76,6 +76,7 @@ def bradley_terry_loss(
     chosen_rewards, rejected_rewards = chosen_rewards.to(dtype), rejected_rewards.to(dtype)
     lead = chosen_rewards - rejected_rewards
     per_pair = margin_loss(lead - margin, label_smoothing=label_smoothing, label_noise=label_noise)[:, None]
+    totals = None if pairs is None else Totals(tokens=pairs, sequences=pairs)
     loss = average(per_pair, torch.ones_like(per_pair), "sum", totals=totals)  # step 13
     with torch.no_grad():
         both = torch.cat([chosen_rewards, rejected_rewards])
