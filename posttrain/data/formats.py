@@ -65,7 +65,7 @@ _ALSO_CALLED = {
     "labels": ("step_labels", "ratings"),
 }
 
-# %% ../../nbs/data/01_formats.ipynb #bdf97e36
+# %% ../../nbs/data/01_formats.ipynb #2032bab0
 def first_row(
     dataset,                # Dataset, IterableDataset, a dict of either (its first split is looked at), or one row, a plain dict
     who: str = "this trainer",  # who asks, for the error message
@@ -75,7 +75,7 @@ def first_row(
         dataset = next(iter(dataset.values()))
     if isinstance(dataset, dict):
         return dataset
-    row = next(iter(dataset), None)
+    row = next(iter(dataset.with_format(None)), None)  # plain Python values, whatever the dataset is set to return
     if row is None:
         raise ValueError(f"The dataset given to {who} is empty: it has 0 rows. If it was filtered, check the filter; if it was loaded, check the split.")
     return row

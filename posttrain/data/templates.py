@@ -42,7 +42,7 @@ def has_generation_markers(
     "Whether `template` marks what the assistant writes, with {% generation %} ... {% endgeneration %}."
     return re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
 
-# %% ../../nbs/data/02_templates.ipynb #daa25aaa
+# %% ../../nbs/data/02_templates.ipynb #938f3bbe
 def check_template(
     tokenizer,                     # whose chat template is looked at
     assistant_only: bool = False,  # whether masks of the assistant's tokens will be asked for
@@ -93,7 +93,7 @@ def encode_chats(
         ids, masks = encoded["input_ids"], encoded.get("assistant_masks")
     else:  # options differ from row to row, so each row is rendered on its own
         n = len(chats)
-        rows = [tokenizer.apply_chat_template(chat, tools=_tools(t), **_without_none(k or {}), **settings)
+        rows = [tokenizer.apply_chat_template(chat, **{"tools": _tools(t), **_without_none(k or {}), **settings})
                 for chat, t, k in zip(chats, tools or [None] * n, template_kwargs or [None] * n)]
         ids, masks = [r["input_ids"] for r in rows], [r.get("assistant_masks") for r in rows]
     return (ids, masks) if assistant_masks else ids

@@ -138,7 +138,7 @@ def cut(
         raise ValueError(f"max_length must be a positive number of tokens, or None for no limit; got {max_length}.")
     return TRUNCATION[truncation_mode](prompt, parts, max_length)
 
-# %% ../../nbs/data/03_tokens.ipynb #33649a75
+# %% ../../nbs/data/03_tokens.ipynb #95d7cd26
 _PROBED = 1000  # rows of a stream that are looked at before it is said that nothing of it is left
 
 
@@ -163,9 +163,9 @@ def _rows(tokenized: dict, names):
     return zip(tokenized["prompt_ids"] if "prompt_ids" in names else [[]] * len(parts), parts)
 
 
-def _make(batch, indices, *, tokenize, checked, names, first_target, kept, who, counted, max_length, truncation_mode):
+def _make(batch, indices, *, check, tokenize, names, first_target, kept, who, counted, max_length, truncation_mode):
     "What is mapped: a batch of raw rows -> a batch of prepared rows, perhaps fewer."
-    check_rows(batch, checked, indices, who)
+    check(batch, indices=indices, who=who)
     out = {name: [] for name in (*names, *kept)}
     for i, (prompt, parts) in enumerate(_rows(tokenize(batch), names)):
         prompt, parts = cut(prompt, parts, max_length, truncation_mode)
@@ -181,7 +181,7 @@ def _make(batch, indices, *, tokenize, checked, names, first_target, kept, who, 
     return out
 
 
-def _prepare(dataset, *, tokenize, checked, names, first_target, keep=(), max_length, truncation_mode, num_proc, who, name):
+def _prepare(dataset, *, check, tokenize, names, first_target, keep=(), max_length, truncation_mode, num_proc, who, name):
     table = isinstance(dataset, Dataset)
     if table and dataset.format["type"] == "custom":
         raise ValueError(f"{who} cannot prepare a dataset with a transform (Dataset.with_transform): preparing reads each row once and stores what it read, so a random transform would be frozen. "
@@ -190,7 +190,7 @@ def _prepare(dataset, *, tokenize, checked, names, first_target, keep=(), max_le
         dataset = dataset.with_format(None)  # plain lists, whatever the dataset was set to return
     there = column_names(dataset)
     kept = [c for c in keep if c in there]
-    make = partial(_make, tokenize=tokenize, checked=checked, names=names, first_target=first_target, kept=kept, who=who, counted=table)
+    make = partial(_make, check=check, tokenize=tokenize, names=names, first_target=first_target, kept=kept, who=who, counted=table)
     columns = {n: List(Value("int32")) for n in names}
     if kept:  # a stream may not know the type of what it passes on
         columns = {**columns, **{n: dataset.features[n] for n in kept}} if dataset.features else None
@@ -216,7 +216,17 @@ def _prepare(dataset, *, tokenize, checked, names, first_target, keep=(), max_le
         raise ValueError(f"{who}: no row of the {name} dataset has a token left to train on: {reason}")
     return prepared
 
-# %% ../../nbs/data/03_tokens.ipynb #0a5400a3
+# %% ../../nbs/data/03_tokens.ipynb #367c221d
+def _check_tokenized(batch, indices, who, same=True):
+    "Rows that come tokenised: as many labels as ids, and (`same`) each label is its token or -100."
+    check_rows(batch, ("input_ids",), indices, who)
+    for n, ids, labels in zip(indices, batch["input_ids"], batch.get("labels", ())):
+        if len(ids) != len(labels):
+            raise ValueError(f"{who}: row {n} has {len(ids)} input_ids but {len(labels)} labels; each token needs one label, -100 where it is not trained on.")
+        if same and (wrong := [(l, i) for i, l in zip(ids, labels) if l != i and l != -100]):
+            raise ValueError(f"{who}: row {n} has the label {wrong[0][0]} at the token {wrong[0][1]}. A label is the id of its own token, or -100: the shift by one is made in the loss.")
+
+
 def _tokenized_sft(batch, completion_only):
     "Rows that come tokenised: labels from what is there."
     ids = batch["input_ids"]
@@ -253,7 +263,7 @@ def prepare_sft(
     there = column_names(dataset)
     options = dict(max_length=max_length, truncation_mode=truncation_mode, num_proc=num_proc, who=who, name=name, names=("input_ids", "labels"), first_target=_first_label)
     if "input_ids" in there:
-        return _prepare(dataset, tokenize=partial(_tokenized_sft, completion_only=completion_only_loss), checked=("input_ids",), **options)
+        return _prepare(dataset, check=_check_tokenized, tokenize=partial(_tokenized_sft, completion_only=completion_only_loss), **options)
     if formatting_func is not None:
         if completion_only_loss:
             raise ValueError("formatting_func makes one text of a row, in which no completion can be told from its prompt: leave completion_only_loss unset, or give the dataset prompt and completion columns instead of formatting_func.")
@@ -277,7 +287,7 @@ def prepare_sft(
     dataset = dataset.select_columns([c for c in there if c in (*columns, "tools", "chat_template_kwargs")])
     check_rows({k: [v] for k, v in first_row(dataset).items()}, columns, who=who)
     _check_end(tokenize({k: [v] for k, v in first_row(dataset).items()}), tokenizer, assistant_only_loss, who)
-    return _prepare(dataset, tokenize=tokenize, checked=columns, **options)
+    return _prepare(dataset, check=partial(check_rows, columns=columns), tokenize=tokenize, **options)
 
 
 def _check_end(rows, tokenizer, assistant_only, who):
@@ -288,7 +298,7 @@ def _check_end(rows, tokenizer, assistant_only, who):
         warn_once("end", f"{who}: the end-of-sequence token {tokenizer.eos_token!r} is not among the tokens that the first row trains on ({why}), so the model will not learn to stop. "
                          "Set eos_token to the token that ends a turn in the template, or repair the template.")
 
-# %% ../../nbs/data/03_tokens.ipynb #8236a876
+# %% ../../nbs/data/03_tokens.ipynb #aaec9e94
 def _tokenize_sides(batch, tokenizer, sides):
     ids = [f"{side}_ids" for side in sides]
     if "prompt_ids" in batch:  # they come tokenised
@@ -307,9 +317,8 @@ def _prepare_sides(dataset, tokenizer, sides, keep, who, **options):
         require(dataset, "prompt", *sides, who=who)
         if isinstance(first_row(dataset)["prompt"], list):
             check_template(tokenizer)
-    checked = names if set(names) <= set(row) else ("prompt", *sides)
-    return _prepare(dataset, tokenize=partial(_tokenize_sides, tokenizer=tokenizer, sides=sides), checked=checked + tuple(k for k in ("label",) if k in keep),
-                    names=names, first_target=_first_completion, keep=keep, who=who, **options)
+    columns = (*(names if set(names) <= set(row) else ("prompt", *sides)), *(("label",) if "label" in keep else ()))
+    return _prepare(dataset, check=partial(check_rows, columns=columns), tokenize=partial(_tokenize_sides, tokenizer=tokenizer, sides=sides), names=names, first_target=_first_completion, keep=keep, who=who, **options)
 
 
 def prepare_pairs(
@@ -347,7 +356,7 @@ def prepare_unpaired(
     require(dataset, "label", who=who)
     return _prepare_sides(dataset, tokenizer, ("completion",), ("label", *keep), max_length=max_length, truncation_mode=truncation_mode, num_proc=num_proc, name=name, who=who)
 
-# %% ../../nbs/data/03_tokens.ipynb #f44345fb
+# %% ../../nbs/data/03_tokens.ipynb #d6a60223
 def tokenize_steps(
     batch: dict[str, list],                # column -> values: `prompt`, `completions`, `labels`
     tokenizer,                             # with a chat template if the prompts are chats
@@ -355,7 +364,7 @@ def tokenize_steps(
     train_on_last_step_only: bool = False, # whether only the last step keeps its label
     max_completion_length: int = None,     # most tokens of all steps together; None: no limit
 ) -> dict[str, list]:                      # `input_ids`, and `labels`: 0 or 1 on the last token of each separator, -100 elsewhere
-    "Tokens and labels for stepwise supervision (Uesato et al., 2022). Raises ValueError when steps and labels differ in number, or the separator is no token at all."
+    "Tokens and labels for stepwise supervision (Uesato et al., 2022). Raises ValueError when the separator is no token at all."
     encode = partial(tokenizer, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False)
     separator = encode(step_separator)["input_ids"]
     if not separator:
@@ -367,8 +376,6 @@ def tokenize_steps(
         prompts = encode_prompts(batch, tokenizer)
     out = dict(input_ids=[], labels=[])
     for prompt, steps, verdicts in zip(prompts, batch["completions"], batch["labels"]):
-        if len(steps) != len(verdicts):
-            raise ValueError(f"A row has {len(steps)} completions but {len(verdicts)} labels; each step needs one label. Its first step: {steps[:1]}.")
         ids, labels = [], []
         for n, (step, verdict) in enumerate(zip(encode(steps)["input_ids"] if steps else [], verdicts), 1):
             ids += step + separator
@@ -377,6 +384,13 @@ def tokenize_steps(
         out["input_ids"].append(prompt + ids[:max_completion_length])
         out["labels"].append([-100] * len(prompt) + labels[:max_completion_length])
     return out
+
+
+def _check_steps(batch, indices, who):
+    check_rows(batch, ("prompt", "completions", "labels"), indices, who)
+    for n, steps, verdicts in zip(indices, batch["completions"], batch["labels"]):
+        if len(steps) != len(verdicts):
+            raise ValueError(f"{who}: row {n} has {len(steps)} completions but {len(verdicts)} labels; each step needs one label.")
 
 
 def prepare_steps(
@@ -394,12 +408,11 @@ def prepare_steps(
     "Prepare stepwise supervision. Raises as `prepare_sft` does."
     check_tokenizer(tokenizer, who)
     first_row(dataset, who)
-    if tokenized := "input_ids" in column_names(dataset):
-        tokenize, checked = partial(_tokenized_sft, completion_only=False), ("input_ids",)
+    if "input_ids" in column_names(dataset):
         require(dataset, "input_ids", "labels", who=who)
+        check, tokenize = partial(_check_tokenized, same=False), partial(_tokenized_sft, completion_only=False)
     else:
         require(dataset, "prompt", "completions", "labels", who=who)
-        checked = ("prompt", "completions", "labels")
-        tokenize = partial(tokenize_steps, tokenizer=tokenizer, step_separator=step_separator, train_on_last_step_only=train_on_last_step_only, max_completion_length=max_completion_length)
-    return _prepare(dataset, tokenize=tokenize, checked=checked, names=("input_ids", "labels"), first_target=_first_step,
+        check, tokenize = _check_steps, partial(tokenize_steps, tokenizer=tokenizer, step_separator=step_separator, train_on_last_step_only=train_on_last_step_only, max_completion_length=max_completion_length)
+    return _prepare(dataset, check=check, tokenize=tokenize, names=("input_ids", "labels"), first_target=_first_step,
                     max_length=max_length, truncation_mode="keep_start", num_proc=num_proc, who=who, name=name)

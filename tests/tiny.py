@@ -1,0 +1,29 @@
+"""Small real fast tokenizers, made by code: a byte-level BPE trained on a few lines, so that words merge as they do in large ones."""
+import functools
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+TEXT = """The sky is blue. The grass is green. What colour is the sky? It is blue, of course.
+What is 2 + 3? The answer is 5. Natalia sold clips to 48 of her friends in April, and then she sold half as many in May.
+She sold 48/2 = 24 clips in May. She sold 48+24 = 72 clips altogether in April and May. user assistant system tool
+Naïve café, déjà vu: 你好，世界! <think> </think>"""
+SPECIALS = ["<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "</s>"]
+
+
+@functools.cache
+def _core(vocab_size):
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    core.train_from_iterator(TEXT.splitlines(), trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIALS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    return core.to_str()
+
+
+def tokenizer(chat_template=None, pad="<|pad|>", eos="<|im_end|>", bos=None, adds=None, vocab_size=420):
+    "`adds` is what the tokenizer puts around a text by itself, such as '<s> $A' or '<s> $A </s>'."
+    core = Tokenizer.from_str(_core(vocab_size))
+    if adds:
+        core.post_processor = processors.TemplateProcessing(single=adds, special_tokens=[(t, core.token_to_id(t)) for t in ("<s>", "</s>")])
+    made = PreTrainedTokenizerFast(tokenizer_object=core, pad_token=pad, eos_token=eos, bos_token=bos)
+    made.chat_template = chat_template
+    return made
