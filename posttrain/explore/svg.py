@@ -16,7 +16,7 @@ INK, FAINT, GRID = "#222222", "#666666", "#dddddd"
 FONT = "system-ui, 'Segoe UI', 'DejaVu Sans', sans-serif"
 _CHAR, _BOLD = 6.7, 8.4  # generous mean widths in px of a letter at 12 px and of the bold title's; they decide where a legend wraps
 
-# %% ../../nbs/explore/01_svg.ipynb #8ab69e8c
+# %% ../../nbs/explore/01_svg.ipynb #702578d2
 def numbers(
     x,  # tensor, array or iterable of numbers, one dimension
 ) -> list[float]:
@@ -39,7 +39,10 @@ def short(
     text = f"{value:.{digits}g}"
     if "e" in text and 1e-3 <= abs(value) < 1e6:
         text = f"{value:.0f}"
-    return "0" if float(text) == 0 else text.replace("-", "−") if "e" not in text else text.replace("e-0", "e-").replace("e+0", "e")
+    if float(text) == 0:
+        return "0"
+    sign = "−" if text[0] == "-" else ""
+    return sign + text.lstrip("-").replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
 
 
 def _px(value) -> str:
@@ -238,7 +241,7 @@ def _line_words(xs, lines, xlabel, ylabel, vline, dots) -> str:
     said += [f"Dot at {short(a)}, {short(b)}." for a, b in dots]
     return " ".join(said)
 
-# %% ../../nbs/explore/01_svg.ipynb #ac4381b3
+# %% ../../nbs/explore/01_svg.ipynb #bd2d4eea
 def bar_plot(
     labels,  # (N,) names of the groups of bars
     series: dict,  # name -> (N,) heights; NaN leaves a bar out
@@ -279,7 +282,7 @@ def bar_plot(
             x, end = left + (k + 0.1) * slot + i * thick, py(min(max(v, y0), y1))
             body.append(element("rect", x=x, y=min(base, end), width=thick * 0.94, height=abs(base - end), fill=PALETTE[i % 7]))
             if write:
-                body.append(text(x + thick * 0.47, end - 3 if v >= 0 else end + 11, short(v), "middle", 10))
+                body.append(text(x + thick * 0.47, end - 3 if v >= 0 else end + 11, short(v, 3 if thick >= 34 else 2), "middle", 10))
     body.append(element("line", x1=left, x2=right, y1=base, y2=base, stroke=FAINT))
     said = f"Bars of {ylabel or 'values'}. " + " ".join(f"{name}: " + ", ".join(f"{t} {short(v)}" for t, v in zip(labels, vs)) + "." for name, vs in groups.items())
     return figure(body, width, height, title, said if desc is None else desc)
@@ -400,7 +403,7 @@ def strip(
     said = " ".join(f"{name}: " + ", ".join(v or "empty" for v in row) + "." for name, row in table.items())
     return figure(body, width, height, title, said if desc is None else desc)
 
-# %% ../../nbs/explore/01_svg.ipynb #819a217c
+# %% ../../nbs/explore/01_svg.ipynb #3d4afebf
 def _size(svg: str) -> tuple[float, float]:
     "Width and height from an SVG's first tag."
     found = re.match(r'<svg [^>]*?width="([\d.]+)" height="([\d.]+)"', svg)
@@ -412,8 +415,8 @@ def _size(svg: str) -> tuple[float, float]:
 def _place(svgs, spots, width: float, height: float) -> str:
     "Several pictures in one, each moved to its spot."
     said = " ".join(re.search(r'aria-label="([^"]*)"', s)[1] for s in svgs)
-    # An outer style would stretch a nested svg, so it goes; the outermost one gets it anew.
-    inner = [re.sub(r' style="[^"]*"', "", s.replace("<svg ", f'<svg x="{_px(float(x))}" y="{_px(float(y))}" ', 1), count=1) for s, (x, y) in zip(svgs, spots)]
+    # An outer style would stretch a nested svg, and the whole says what the parts say: both go from the inner tags.
+    inner = [re.sub(r' style="[^"]*"( role="img")(.*?) aria-label="[^"]*"', r"\1\2", s.replace("<svg ", f'<svg x="{_px(float(x))}" y="{_px(float(y))}" ', 1), count=1) for s, (x, y) in zip(svgs, spots)]
     head = (f'<svg xmlns="http://www.w3.org/2000/svg" width="{_px(float(width))}" height="{_px(float(height))}" viewBox="0 0 {_px(float(width))} {_px(float(height))}" '
             f'style="max-width:100%;height:auto" role="img" aria-label="{said}">\n<rect width="{_px(float(width))}" height="{_px(float(height))}" fill="#ffffff"/>')
     return "\n".join([head, *inner, "</svg>"])
