@@ -241,7 +241,7 @@ def _line_words(xs, lines, xlabel, ylabel, vline, dots) -> str:
     said += [f"Dot at {short(a)}, {short(b)}." for a, b in dots]
     return " ".join(said)
 
-# %% ../../nbs/explore/01_svg.ipynb #bd2d4eea
+# %% ../../nbs/explore/01_svg.ipynb #5497bdc2
 def bar_plot(
     labels,  # (N,) names of the groups of bars
     series: dict,  # name -> (N,) heights; NaN leaves a bar out
@@ -267,7 +267,7 @@ def bar_plot(
     finite = [v for vs in groups.values() for v in vs if math.isfinite(v)]
     low, high = min([0.0, *finite]), max([0.0, *finite])
     air = 0.08 * (high - low) or 1.0
-    y0, y1 = _range([], ylim or (low - (air if low < 0 else 0), high + (air if high > 0 or low == 0 else 0)))
+    y0, y1 = _range([], ylim or (low - (1.5 * air if low < 0 else 0), high + (air if high > 0 or low == 0 else 0)))
     slot, n = (right - left) / max(1, len(labels)), max(1, len(groups))
     thick, py = 0.8 * slot / n, _scale(y0, y1, bottom, top, False)
     every = math.ceil(max([_CHAR * len(t) + 6 for t in labels], default=1) / slot)  # leave out labels that would overlap
