@@ -140,5 +140,5 @@ def main(argv: list[str] | None = None) -> int:  # exit status
         return 2
     return 0
 
-# %% ../nbs/cli.ipynb #d43d579b
+# %% ../nbs/cli.ipynb #ba8c49ce
 if __name__ == "__main__": sys.exit(main())

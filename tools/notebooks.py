@@ -116,7 +116,8 @@ def execute(nb, cwd: Path, timeout: int = 600, allow_errors: bool = False):
     for i in skipped:
         nb.cells[i].source = ""
     env = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1",
-           "TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "0"}
+           "TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "0",
+           "OMP_NUM_THREADS": "1"}  # two notebooks at a time on two cores; and the same sums on every machine
     os.environ.update(env)
     client = NotebookClient(nb, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(cwd)}},
                             allow_errors=allow_errors)

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['PACKING_STRATEGIES', 'pack_dataset']
 
-# %% ../../nbs/data/06_packing.ipynb #376fa5d3
+# %% ../../nbs/data/06_packing.ipynb #ffe32159
 from functools import partial
 import numpy as np
 import pyarrow as pa
@@ -26,8 +26,7 @@ def _offsets(counts) -> pa.Array:
 
 def _pack(table: pa.Table, seq_length: int, plan) -> pa.Table:
     "One batch of documents -> packed rows."
-    columns = [column.combine_chunks() for column in table.columns]
-    columns = [column.chunk(0) if isinstance(column, pa.ChunkedArray) else column for column in columns]
+    columns = [column.chunk(0) for column in table.combine_chunks().columns]
     for name, column in zip(table.column_names, columns):
         if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
             raise TypeError(f"Packing needs columns of lists, as many values as the row has tokens; column {name!r} holds {column.type}. Leave it out: dataset.select_columns(['input_ids', 'labels'])")
@@ -36,12 +35,15 @@ def _pack(table: pa.Table, seq_length: int, plan) -> pa.Table:
         if len(wrong := np.flatnonzero(np.diff(column.offsets) != lengths)):
             raise ValueError(f"Packing needs columns of equal lengths, but row {wrong[0]} of a batch has {lengths[wrong[0]]} values in {table.column_names[0]!r} and {np.diff(column.offsets)[wrong[0]]} in {name!r}.")
     starts, lengths, rows = plan(lengths, seq_length)
-    slices = [slice(start, start + length) for start, length in zip(starts.tolist(), lengths.tolist())]
-    offsets = _offsets(np.add.reduceat(lengths, rows[:-1]) if len(slices) else [])
+    offsets = _offsets(np.add.reduceat(lengths, rows[:-1]) if len(lengths) else [])
+    in_place = np.array_equal(starts, np.cumsum(lengths) - lengths)  # a wrapped line stays as it is
     packed = []
     for column in columns:
-        values = column.flatten().to_numpy(zero_copy_only=False)  # flatten, not values: a table that is a slice shares its neighbours' values
-        packed.append(pa.ListArray.from_arrays(offsets, np.concatenate([values[s] for s in slices]) if slices else values[:0]))
+        values = column.flatten()  # flatten, not values: a table that is a slice shares its neighbours' values
+        if not in_place:
+            values = values.to_numpy(zero_copy_only=False)
+            values = np.concatenate([values[start:end] for start, end in zip(starts.tolist(), (starts + lengths).tolist())])
+        packed.append(pa.ListArray.from_arrays(offsets, values))
     seq_lengths = pa.ListArray.from_arrays(_offsets(np.diff(rows)), pa.array(lengths.astype(np.int32)))
     return pa.Table.from_arrays([*packed, seq_lengths], names=[*table.column_names, "seq_lengths"])
 

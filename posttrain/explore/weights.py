@@ -45,10 +45,10 @@ def token_push(
         (loss if counts_of_step else loss / micro_batches).backward(retain_graph=True)
     return -logps.grad
 
-# %% ../../nbs/explore/05_weights.ipynb #19123407
+# %% ../../nbs/explore/05_weights.ipynb #67939c2d
 @lru_cache(maxsize=None)
 def draw_weights(
-    how: str = "sequence",  # a key of AVERAGES
+    how: str = "token",  # a key of AVERAGES
     long: int = 12,  # tokens of the long completions
     method: str = METHODS[0],  # one of METHODS
     split: str = "one batch",  # a key of SPLITS
@@ -77,4 +77,4 @@ def weights_explorer() -> Explorer:
     return Explorer(
         draw_weights, title="Where a token's weight comes from",
         question="A long wrong answer is as wrong as a short one. Under which average is each of its tokens pushed down less, and what would a model learn from that?",
-        how=choice(*AVERAGES, label="average"), long=slider(3, 12, value=12, steps=4, label="tokens of the long ones"), method=choice(*METHODS), split=choice(*SPLITS, label="the step is"))
+        how=choice(*AVERAGES, value="token", label="average"), long=slider(3, 12, value=12, steps=4, label="tokens of the long ones"), method=choice(*METHODS), split=choice(*SPLITS, label="the step is"))
