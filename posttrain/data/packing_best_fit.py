@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['best_fit_decreasing']
 
-# %% ../../nbs/data/05_packing_best_fit.ipynb #c0b9cfd7
+# %% ../../nbs/data/05_packing_best_fit.ipynb #65188b3d
 import numpy as np
 from .packing_wrapped import Pieces
 
@@ -13,7 +13,7 @@ def best_fit_decreasing(
     seq_length: int,       # L, tokens of a row
     split: bool = False,   # whether the rest of a document longer than a row is packed too ("bfd_split"), or dropped ("bfd")
 ) -> Pieces:
-    "Put each document into the fullest row that still takes it, the longest first (Ding et al., 2024), in O(N + L). Empty documents are left out."
+    "Put each document into the fullest row that still takes it, the longest first (Ding et al., 2024): one sort, then O(N + L) steps. Empty documents are left out."
     lengths = np.asarray(lengths, dtype=np.int64)
     starts = np.cumsum(lengths) - lengths
     if split:                                                               # step 1: pieces at 0, L, 2L, ... of each document
