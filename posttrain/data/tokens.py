@@ -138,7 +138,7 @@ def cut(
         raise ValueError(f"max_length must be a positive number of tokens, or None for no limit; got {max_length}.")
     return TRUNCATION[truncation_mode](prompt, parts, max_length)
 
-# %% ../../nbs/data/03_tokens.ipynb #95d7cd26
+# %% ../../nbs/data/03_tokens.ipynb #1fc2acb9
 _PROBED = 1000  # rows of a stream that are looked at before it is said that nothing of it is left
 
 
@@ -210,9 +210,9 @@ def _prepare(dataset, *, check, tokenize, names, first_target, keep=(), max_leng
         tokenized = tokenize({k: [v] for k, v in first_row(dataset).items()})
         prompt, parts = next(iter(_rows(tokenized, names)))
         start, length = first_target(prompt, parts), len(prompt) + max(map(len, parts))
-        reason = (f"{seen} are longer than max_length={max_length} allows with truncation_mode={truncation_mode!r}. The first row has {length} tokens, and the first of them to be trained on is number {start + 1}: the tokens before it, "
-                  f"the prompt, fill max_length. Set max_length={length} or more" + (", or truncation_mode='keep_end', which cuts the prompt instead." if truncation_mode == "keep_start" else ".")
-                  if start is not None else f"{seen} lack one. In the first row the completion is empty, or no message is an assistant's.")
+        reason = (f"{seen} lack one. In the first row there is none to begin with: its completion is empty, or no message is an assistant's." if start is None else
+                  f"{seen} lose theirs to max_length={max_length} with truncation_mode={truncation_mode!r}. The first row has {length} tokens and is trained on from number {start + 1} on. Set max_length={length} or more"
+                  + (", or truncation_mode='keep_end', which cuts the prompt instead." if truncation_mode == "keep_start" else "."))
         raise ValueError(f"{who}: no row of the {name} dataset has a token left to train on: {reason}")
     return prepared
 

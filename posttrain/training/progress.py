@@ -43,7 +43,7 @@ def plot_run(
     if title: fig.suptitle(title)
     return fig
 
-# %% ../../nbs/training/05_progress.ipynb #45bbb7a2
+# %% ../../nbs/training/05_progress.ipynb #4a485f04
 def in_notebook() -> bool:
     "Is there a notebook front end that can redraw an output in place?"
     try: return get_ipython().__class__.__name__ in ("ZMQInteractiveShell", "Shell")  # Jupyter and VS Code; Colab
@@ -69,20 +69,23 @@ class Progress(TrainerCallback):
         self,
         every: float = 1.0,  # seconds between two redraws of the plot; a draw costs about a tenth of a second
         stream=None,         # where the table goes; default standard output
+        live: bool | None = None,  # draw a plot instead of the table; default: in a notebook
     ):
-        self.every, self.stream, self.columns, self.handle, self.drawn = every, stream, None, None, 0.0
+        self.every, self.stream, self.live_wanted = every, stream, live
+        self.columns, self.handle, self.drawn = None, None, 0.0
 
     def _say(self, text, end="\n"): print(text, end=end, file=self.stream or sys.stdout, flush=True)
 
     def _status(self, state) -> str:
         spent = time.time() - self.start
         done = state.global_step - self.first_step
-        left = f", about {clock(spent / done * (state.max_steps - state.global_step))} left" if done else ""
+        left = f", about {clock(spent / done * (state.max_steps - state.global_step))} left" if 0 < done and state.global_step < state.max_steps else ""
         return f"step {state.global_step}/{state.max_steps}, {clock(spent)}{left}"
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.start, self.first_step, self.columns, self.handle, self.drawn = time.time(), state.global_step, None, None, 0.0
-        self.live = in_notebook() and state.is_world_process_zero and not args.disable_tqdm
+        wanted = in_notebook() and not args.disable_tqdm if self.live_wanted is None else self.live_wanted
+        self.live = wanted and state.is_world_process_zero
 
     def on_step_end(self, args, state, control, **kwargs):
         if not state.is_world_process_zero: return
