@@ -1,0 +1,199 @@
+"""Explorers in real headless Chromium: the page without a kernel, and a real JupyterLab with and without one."""
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from posttrain.explore import kl, tokens, weights
+
+pytestmark = pytest.mark.browser
+
+ROOT = Path(__file__).resolve().parent.parent
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+def chromium() -> str:
+    "The browser's path. Missing is a failure, not a skip: the explorers' promise is that they move."
+    found = next(filter(None, map(shutil.which, (os.environ.get("CHROMIUM", "chromium"), *NAMES))), None)
+    assert found, f"no browser found ({', '.join(NAMES)}): install one, e.g. `apt-get install -y chromium`, or set CHROMIUM to its path"
+    return found
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as p:
+        one = p.chromium.launch(executable_path=chromium(), args=FLAGS)
+        yield one
+        one.close()
+
+
+@pytest.fixture
+def page(browser):
+    one = browser.new_page(viewport={"width": 1200, "height": 900})
+    one.set_default_timeout(30_000)
+    one.errors = []
+    one.on("pageerror", lambda e: one.errors.append(str(e)))
+    yield one
+    one.close()
+
+
+def shown(picture) -> str:
+    "What a screen reader would say of the picture."
+    return picture.get_attribute("aria-label")
+
+
+def has_changed(page, picture, before: str) -> str:
+    "Wait for a picture other than `before`."
+    deadline = time.monotonic() + 15
+    while time.monotonic() < deadline:
+        if picture.count() and (now := shown(picture)) != before:  # the element itself is replaced, so ask anew each time
+            return now
+        page.wait_for_timeout(20)
+    raise AssertionError(f"the picture did not change: {before!r}")
+
+
+# ---------------------------------------------------------------- the page without a kernel
+@pytest.mark.parametrize("make", [tokens.tokens_explorer, kl.kl_explorer, weights.weights_explorer])
+def test_static_page_moves_by_keyboard(page, tmp_path, make):
+    explorer = make()
+    page.goto(explorer.save(tmp_path / "page.html").as_uri())
+    picture = page.locator('[data-role="view"] > svg')
+    assert shown(picture) in explorer.frame().replace("&#x27;", "'") and page.locator('[data-role="view"] img').count() == 0
+    name, control = next((n, c) for n, c in explorer.controls.items() if c.kind == "slider")
+    slider = page.locator(f'input[data-name="{name}"]')
+    at = control.values.index(control.value)
+    key, to = ("ArrowRight", at + 1) if at + 1 < len(control.values) else ("ArrowLeft", at - 1)
+    before = shown(picture)
+    slider.focus()
+    page.keyboard.press(key)
+    after = has_changed(page, picture, before)
+    want = explorer.frame(**{name: control.values[to]})
+    assert page.evaluate("(svg) => { const d = document.createElement('div'); d.innerHTML = svg; return d.firstChild.getAttribute('aria-label'); }", want) == after
+    assert page.locator('[data-role="said"]').text_content() == after  # announced in words
+    for other, c in explorer.controls.items():  # each of the other controls moves it too, or shows its own state
+        box = page.locator(f'[data-name="{other}"]')
+        assert box.get_attribute("aria-label")
+        if c.kind == "choice":
+            box.select_option(index=len(c.values) - 1 if c.value != c.values[-1] else 0)
+        elif c.kind == "toggle":
+            box.set_checked(not c.value)
+    has_changed(page, picture, after)
+    assert page.errors == []
+
+
+# ---------------------------------------------------------------- JupyterLab
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    "A JupyterLab server of its own: (address, token, folder). It is ended by its own process id."
+    root = tmp_path_factory.mktemp("lab")
+    folder = root / "notebooks"
+    folder.mkdir()
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    token = "posttrain-test"
+    private = {name: str(root / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_WORKSPACES_DIR", "JUPYTERLAB_SETTINGS_DIR")}
+    env = {**os.environ, **private, "OMP_NUM_THREADS": "1"}
+    cell = "from posttrain.explore.weights import weights_explorer\nweights_explorer()"
+    nb = {"cells": [{"cell_type": "code", "id": "one", "execution_count": None, "metadata": {}, "outputs": [], "source": cell}],
+          "metadata": {"kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}, "language_info": {"name": "python"}}, "nbformat": 4, "nbformat_minor": 5}
+    (folder / "live.ipynb").write_text(json.dumps(nb))
+    committed = json.loads((ROOT / "nbs/explore/05_weights.ipynb").read_text())
+    for name in ("untrusted", "trusted"):  # as committed, outputs included; trust goes by the content, so the two must differ
+        (folder / f"{name}.ipynb").write_text(json.dumps({**committed, "metadata": {**committed["metadata"], "copy": name}}))
+    subprocess.run([sys.executable, "-m", "jupyter", "trust", str(folder / "trusted.ipynb")], env=env, check=True, capture_output=True)
+    log = open(root / "log", "w")
+    server = subprocess.Popen(
+        [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}",
+         f"--ServerApp.root_dir={folder}", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--LabApp.extension_manager=readonly"],
+        env=env, stdout=log, stderr=subprocess.STDOUT)
+    address = f"http://127.0.0.1:{port}"
+
+    try:
+        for _ in range(300):
+            assert server.poll() is None, (root / "log").read_text()[-2000:]
+            try:
+                urllib.request.urlopen(f"{address}/api/status?token={token}", timeout=5)
+                break
+            except OSError:
+                time.sleep(0.1)
+        else:
+            raise AssertionError("JupyterLab did not answer within 30 s: " + (root / "log").read_text()[-2000:])
+        yield address, token, folder
+    finally:
+        server.terminate()  # it ends its kernels on the way out
+        try:
+            server.wait(15)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait(5)
+        log.close()
+
+
+def open_notebook(page, lab, name):
+    address, token, _ = lab
+    page.goto(f"{address}/lab/tree/{name}?token={token}&reset")
+    page.wait_for_selector(".jp-Notebook .jp-Cell")
+
+
+def wait_for_kernel(page, lab):
+    "Until the page is connected to an idle kernel; before that, running a cell asks which kernel to take."
+    address, token, _ = lab
+    for _ in range(300):
+        kernels = json.load(urllib.request.urlopen(f"{address}/api/kernels?token={token}", timeout=5))
+        if any(k["connections"] and k["execution_state"] == "idle" for k in kernels):
+            page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]')
+            return
+        page.wait_for_timeout(100)
+    raise AssertionError(f"no idle kernel within 30 s: {kernels}")
+
+
+def test_lab_live_slider_redraws(page, lab):
+    open_notebook(page, lab, "live.ipynb")
+    wait_for_kernel(page, lab)
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    handle = page.locator(".jp-OutputArea .noUi-handle").first
+    handle.wait_for()
+    picture = page.locator(".jp-OutputArea .widget-html svg[role=img]").first
+    explorer = weights.weights_explorer()
+    control = explorer.controls["long"]
+    before = shown(picture)
+    assert before in explorer.frame()
+    handle.focus()
+    page.keyboard.press("ArrowLeft")  # it starts at its right end
+    after = has_changed(page, picture, before)
+    assert after in explorer.frame(long=control.fine[control.fine.index(control.value) - 1])
+    page.keyboard.press("ArrowRight")
+    assert has_changed(page, picture, after) == before
+
+
+def test_lab_shows_a_picture_of_an_untrusted_notebook(page, lab):
+    open_notebook(page, lab, "untrusted.ipynb")
+    image = page.locator('.jp-OutputArea img[src^="data:image/svg+xml"]').first
+    image.wait_for()
+    image.scroll_into_view_if_needed()
+    assert page.evaluate("i => i.complete && i.naturalWidth > 300", image.element_handle())
+    assert image.get_attribute("alt") and page.locator(".jp-OutputArea input").count() == 0  # nothing that looks alive and is not
+    assert "model not found" not in page.content()
+
+
+def test_lab_moves_a_trusted_notebook_without_running_it(page, lab):
+    open_notebook(page, lab, "trusted.ipynb")
+    slider = page.locator('.jp-OutputArea input[data-name="long"]')
+    slider.wait_for()
+    picture = page.locator('.jp-OutputArea [data-role="view"] > svg')
+    before = shown(picture)
+    slider.focus()
+    page.keyboard.press("ArrowLeft")
+    assert has_changed(page, picture, before) in weights.weights_explorer().frame(long=9)
+    assert slider.input_value() == "2" and page.errors == []

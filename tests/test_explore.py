@@ -1,0 +1,115 @@
+"""Explorers without a browser: every corner draws well-formed, finite pictures, and the widget follows its controls."""
+import base64
+import json
+import re
+import subprocess
+import sys
+from itertools import product
+from xml.dom import minidom
+
+import pytest
+
+from posttrain.explore import kl, svg, tokens, weights
+from posttrain.explore.core import WIDGET_VIEW, Explorer, choice, slider, toggle
+
+EXPLORERS = {"tokens": tokens.tokens_explorer, "kl": kl.kl_explorer, "weights": weights.weights_explorer}
+
+
+@pytest.fixture(scope="module", params=EXPLORERS)
+def explorer(request):
+    return EXPLORERS[request.param]()
+
+
+def corners(explorer):
+    "First and last value of every control, in all combinations."
+    ends = [(c.fine[0], c.fine[-1]) for c in explorer.controls.values()]
+    return [dict(zip(explorer.controls, values)) for values in product(*ends)]
+
+
+def check_picture(text):
+    doc = minidom.parseString(text)  # raises on anything that is not well-formed
+    root = doc.documentElement
+    assert root.tagName == "svg" and root.getAttribute("role") == "img" and root.getAttribute("aria-label")
+    for node in doc.getElementsByTagName("*"):
+        for a in node.attributes.values():
+            if a.name in ("x", "y", "x1", "x2", "y1", "y2", "cx", "cy", "width", "height", "d", "viewBox"):
+                assert not re.search(r"nan|inf", a.value, re.I), (node.tagName, a.name, a.value)
+                assert all(abs(float(n)) < 1e4 for n in re.findall(r"-?\d+\.?\d*", a.value))
+    return doc
+
+
+def test_corners_are_finite_and_differ(explorer):
+    frames = [explorer.frame(**v) for v in corners(explorer)]
+    for frame in frames:
+        check_picture(frame)
+    for name, control in explorer.controls.items():  # no control is dead
+        first, last = (explorer.frame(**{name: v}) for v in (control.values[0], control.values[-1]))
+        assert first != last, f"moving {name!r} changes nothing"
+
+
+def test_every_saved_frame_is_in_the_page_and_the_page_is_small(explorer):
+    html = explorer.html()
+    assert len(html.encode()) < 250_000
+    assert html == EXPLORERS[next(k for k, v in EXPLORERS.items() if v().title == explorer.title)]().html()  # the same bytes from a new object
+    data = json.loads(re.search(r"const data = (.*);\n", html)[1].replace("<\\/", "</"))
+    rebuilt = ["\n".join(data["lines"][k] for k in data["frames"][i]) for i in data["index"]]
+    assert rebuilt == [explorer.frame(**v) for v in explorer.grid()]
+    assert re.search(r"\bid=", html) is None and "src=\"http" not in html and "@import" not in html
+
+
+def test_without_scripts_there_is_one_right_picture(explorer):
+    bare = re.sub(r"<script>.*?</script>", "", explorer.html(), flags=re.S)
+    image = re.search(r'<img alt="([^"]+)" src="data:image/svg\+xml;base64,([^"]+)"', bare)
+    assert base64.b64decode(image[2]).decode() == explorer.frame() and len(image[1]) > 20
+    assert "<input" not in bare and "<select" not in bare  # no dead controls
+    for name, control in explorer.controls.items():
+        assert explorer._label(name) in bare  # but what they are set to
+
+
+def test_widget_follows_its_controls(explorer):
+    explorer = Explorer(explorer.draw, title=explorer.title, question=explorer.question, **explorer.controls)
+    box = explorer.widget()
+    assert box.view.value == explorer.frame()
+    for name, control in explorer.controls.items():
+        box.inputs[name].value = other = next(v for v in reversed(control.values) if v != control.value)
+        assert box.view.value == explorer.frame(**{name: other}) != explorer.frame()
+        box.inputs[name].value = control.value
+        assert box.view.value == explorer.frame()
+
+
+def test_each_asks_one_question(explorer):
+    assert explorer.question.endswith("?") and explorer.question.count("?") == 1 and explorer.question in explorer.html()
+
+
+def test_one_bundle_carries_both_forms(monkeypatch):
+    one = Explorer(lambda a: svg.line_plot([0, 1], {"y": [0, a]}), title="one", a=slider(0.0, 1.0, steps=3))
+    assert set(one._repr_mimebundle_()) == {"text/plain", "text/html"}  # no kernel here
+    monkeypatch.setattr("posttrain.explore.core._has_kernel", lambda: True)
+    bundle = one._repr_mimebundle_()
+    assert bundle[WIDGET_VIEW]["model_id"] == one.widget().model_id and "<script>" in bundle["text/html"]
+
+
+def test_works_without_ipywidgets():
+    code = ("import sys; sys.modules['ipywidgets'] = None\n"
+            "from posttrain.explore import core, svg\n"
+            "core._has_kernel = lambda: True\n"
+            "e = core.Explorer(lambda a: svg.bar_plot('ab', {'y': [a, 1]}), title='t', a=core.slider(0, 1, steps=2))\n"
+            "assert set(e._repr_mimebundle_()) == {'text/plain', 'text/html'} and 'torch' not in sys.modules\n"
+            "try: e.widget()\n"
+            "except ImportError: print('fine')\n")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "fine", done.stderr
+
+
+def test_text_cannot_break_the_page():
+    nasty = "</script><b>\"'&<!--"
+    page = Explorer(lambda a: svg.line_plot([0, 1], {nasty: [0, 1], a: [1, 0]}, title=nasty), title=nasty, question=nasty, a=choice("x", nasty)).html()
+    assert page.count("</script>") == 1 and "<b>\"" not in page and "<!--" not in page
+
+
+def test_mistakes_say_what_to_do():
+    draw = lambda a: svg.line_plot([0], {"y": [a]})
+    for wrong, hint in [(lambda: Explorer(draw, a=0.5), "expected slider"), (lambda: Explorer(draw, a=toggle()).frame(b=1), "there are: a"),
+                        (lambda: Explorer(draw, a=slider(0, 1, steps=200)), "fewer steps"), (lambda: slider(0, 1, log=True), "low > 0"), (lambda: choice("a", value="b"), "among them")]:
+        with pytest.raises(ValueError, match=re.escape(hint)):
+            wrong()
