@@ -41,7 +41,7 @@ def run(tmp_path, path=None):
 
 
 def test_oldest_transformers_trains_the_same(tmp_path, oldest):
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path / "old"), f"transformers=={oldest}.*"], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path / "old"), f"transformers=={oldest}.*", "tokenizers==0.22.*", "huggingface-hub>=1.5,<2"], check=True, capture_output=True)
     old, new = run(tmp_path, tmp_path / "old"), run(tmp_path)
     assert old["version"].startswith(oldest) and not new["version"].startswith(oldest)
     for key in ("full", "lora"):

@@ -12,15 +12,15 @@ HERE = Path(__file__).parent
 pytestmark = pytest.mark.distributed
 
 SCRIPT = """
-import json, sys, torch
+import json, os, sys, torch
 from posttrain import SFTConfig, SFTTrainer, pocket
 out, size, accumulate, options = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
 rows = pocket.dataset("reverse", "prompt_completion", n=64, seed=1)
 if options.pop("stream", False): rows = rows.to_iterable_dataset()
-args = SFTConfig(out, use_cpu=True, ddp_backend="gloo", optim="sgd", learning_rate=1.0, lr_scheduler_type="constant", max_grad_norm=1e9, max_steps=2, per_device_train_batch_size=size,
+args = SFTConfig(out, use_cpu=True, ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None, optim="sgd", learning_rate=1.0, lr_scheduler_type="constant", max_grad_norm=1e9, max_steps=2, per_device_train_batch_size=size,
                  gradient_accumulation_steps=accumulate, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, train_sampling_strategy="sequential", **options)
 model = pocket.model(seed=0)
-trainer = SFTTrainer(model, args, train_dataset=rows, eval_dataset=pocket.dataset("reverse", "prompt_completion", n=13, seed=2, split="test"), processing_class=pocket.tokenizer())
+trainer = SFTTrainer(model, args, train_dataset=rows, eval_dataset=pocket.dataset("reverse", "prompt_completion", n=16, seed=2, split="test"), processing_class=pocket.tokenizer())
 trainer.train()
 metrics = trainer.evaluate()
 if trainer.accelerator.is_main_process:
@@ -42,12 +42,13 @@ def train(folder, processes, size, accumulate, **options):
 @pytest.mark.parametrize("options", [{}, {"loss_type": "dft", "packing": True, "max_length": 48}, {"stream": True}], ids=["nll", "packed dft", "stream"])
 def test_two_processes_are_one(tmp_path, options):
     alone, log = train(tmp_path / "one", 1, 8, 1, **options)
-    for name, size, accumulate in (("two", 4, 1), ("two accumulating", 2, 2)):
+    cuts = [("two accumulating", 2, 2)] + ([] if options else [("two", 4, 1)])
+    for name, size, accumulate in cuts:
         together, other = train(tmp_path / name, 2, size, accumulate, **options)
         assert other["processes"] == 2
         assert torch.allclose(alone, together, atol=1e-5), (name, (alone - together).abs().max())
         for a, b in zip(log["log"], other["log"], strict=True):
             for key in ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens"):
                 assert abs(a[key] - b[key]) <= 1e-4 * max(1, abs(a[key])), (name, key, a[key], b[key])
-        # 13 rows on two processes: accelerate repeats one row to make the halves even, so the means are close, not equal
-        assert abs(log["eval"]["eval_loss"] - other["eval"]["eval_loss"]) < .05
+        # 16 rows: with a number that does not divide evenly, accelerate evaluates a few rows twice
+        assert abs(log["eval"]["eval_loss"] - other["eval"]["eval_loss"]) < 1e-4

@@ -3,13 +3,12 @@
 # %% auto #0
 __all__ = ['PostConfig', 'load_tokenizer', 'load_model', 'PostTrainer']
 
-# %% ../../nbs/training/04_trainer.ipynb #8af87878
+# %% ../../nbs/training/04_trainer.ipynb #ce59a42a
 from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..foundations.layouts import lay_out
 from ..foundations.masks import Totals
@@ -102,7 +101,7 @@ def load_model(
         raise ValueError("peft_config was given for a model that already has an adapter; merge it first (model.merge_and_unload()) or leave peft_config out")
     return get_peft_model(model, peft_config)
 
-# %% ../../nbs/training/04_trainer.ipynb #2ec078b1
+# %% ../../nbs/training/04_trainer.ipynb #3ef8122a
 class PostTrainer(Trainer):
     """transformers' Trainer with one rule of normalisation. Subclasses say what a row must have, how it is prepared, and what the loss is.
 
@@ -167,11 +166,9 @@ class PostTrainer(Trainer):
                          optimizers=optimizers, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
                          preprocess_logits_for_metrics=preprocess_logits_for_metrics)
         self.model_accepts_loss_kwargs = True  # transformers < 5.19: the same as loss_is_scaled_for_ga
-        for theirs in (ProgressCallback, PrinterCallback): self.remove_callback(theirs)
-        if not any(isinstance(c, Progress) for c in self.callback_handler.callbacks):
-            from transformers.utils.notebook import NotebookProgressCallback
-            self.remove_callback(NotebookProgressCallback)
-            self.add_callback(Progress())
+        for theirs in [c for c in self.callback_handler.callbacks if type(c).__name__ in ("ProgressCallback", "PrinterCallback", "NotebookProgressCallback")]:
+            self.remove_callback(theirs)  # by name: to import the notebook's needs IPython
+        if not any(isinstance(c, Progress) for c in self.callback_handler.callbacks): self.add_callback(Progress())
         self._parameters = sum(p.numel() for p in model.parameters())
 
     def before_preparing(self, model) -> None:
