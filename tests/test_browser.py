@@ -167,6 +167,7 @@ def test_lab_live_slider_redraws(page, lab):
     picture = page.locator(".jp-OutputArea .widget-html svg[role=img]").first
     explorer = weights.weights_explorer()
     control = explorer.controls["long"]
+    assert page.locator(".jp-OutputArea .noUi-base").first.bounding_box()["width"] > 100  # a track that can be grabbed
     before = shown(picture)
     assert before in explorer.frame()
     handle.focus()

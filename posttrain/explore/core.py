@@ -150,7 +150,7 @@ _SCRIPT = """(() => {
 _CARD = "background:#fff;color:#222;padding:10px 14px;border:1px solid #ccc;border-radius:6px;max-width:980px;font:14px system-ui,'DejaVu Sans',sans-serif"
 _HIDDEN = "position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)"
 
-# %% ../../nbs/explore/02_core.ipynb #e17c951b
+# %% ../../nbs/explore/02_core.ipynb #ac49e438
 class Explorer:
     """A picture with controls, live with a kernel and still moving without one.
 
@@ -239,14 +239,15 @@ class Explorer:
         if self._widget is not None:
             return self._widget
         import ipywidgets as w
-        style, wide = {"description_width": "initial"}, w.Layout(width="auto", min_width="230px")
+        style = {"description_width": "initial"}
         inputs = {}
         for name, c in self.controls.items():
             label = self._label(name)
             if c.kind == "slider":
-                inputs[name] = w.SelectionSlider(options=[(_text(v), v) for v in c.fine], value=c.value, description=label, style=style, layout=wide)
+                inputs[name] = w.SelectionSlider(options=[(_text(v), v) for v in c.fine], value=c.value, description=label, style=style,
+                                                 layout=w.Layout(width=f"{220 + 7 * len(label)}px", margin="2px 18px 2px 2px"))  # the track keeps its length beside any label
             elif c.kind == "choice":
-                inputs[name] = w.Dropdown(options=[(_text(v), v) for v in c.values], value=c.value, description=label, style=style, layout=w.Layout(width="auto"))
+                inputs[name] = w.Dropdown(options=[(_text(v), v) for v in c.values], value=c.value, description=label, style=style, layout=w.Layout(width="auto", margin="2px 18px 2px 2px"))
             else:
                 inputs[name] = w.Checkbox(value=c.value, description=label, indent=False, layout=w.Layout(width="auto"))
         view = w.HTML(self.frame())
@@ -257,7 +258,7 @@ class Explorer:
             i.observe(redraw, names="value")
         rows = [w.HTML(f"<b>{escape(self.title)}</b>")] if self.title else []
         rows += [w.HBox(list(inputs.values()), layout=w.Layout(flex_flow="row wrap")), view]
-        rows += [w.HTML(f"<b>Question.</b> {escape(self.question)}")] if self.question else []
+        rows += [w.HTML(f'<div style="line-height:1.4"><b>Question.</b> {escape(self.question)}</div>')] if self.question else []
         box = w.VBox(rows)
         box.inputs, box.view = inputs, view
         self._widget = box
