@@ -3,7 +3,7 @@
     python tools/notebooks.py text  NB.ipynb ...    notebook -> NB.py (jupytext percent) beside it, to edit as text
     python tools/notebooks.py build NB.py ...       text -> notebook (keeps outputs of unchanged cells), then export it
     python tools/notebooks.py run   NB.ipynb ...    execute in a fresh kernel, keep the outputs, clean, stamp
-    python tools/notebooks.py check [--no-sync]     structure, cleanliness, stamps, export in sync
+    python tools/notebooks.py check [--no-sync]     structure, cleanliness, stamps, links, export in sync
     python tools/notebooks.py test  [NB.ipynb ...]  execute without saving: every assert must hold
     python tools/notebooks.py readme [--check]      README.md from nbs/index.ipynb
 
@@ -139,9 +139,8 @@ def tidy_outputs(nb) -> None:
         for out in cell.outputs:
             if out.output_type == "stream" and out.name == "stderr":
                 continue
-            if "data" in out:
-                out.data.pop(WIDGET_VIEW, None)  # a saved widget view reopens as "model not found"
-                if not out.data:
+            if "data" in out and out.data.pop(WIDGET_VIEW, None):  # a saved widget view reopens as "model not found"
+                if set(out.data) <= {"text/plain"}:  # and nothing else shows it: a progress bar, mostly
                     continue
             kept.append(out)
         cell.outputs = kept
@@ -260,53 +259,94 @@ def check_sync() -> list[str]:
     return bad
 
 
+def prose(path: Path) -> str:
+    """What a reader sees as text: a Markdown file, or a notebook's Markdown cells and outputs."""
+    if path.suffix != ".ipynb":
+        return path.read_text(encoding="utf-8")
+    cells = read(path).cells
+    shown = [o.data["text/markdown"] for c in cells if c.cell_type == "code" for o in c.outputs if "text/markdown" in o.get("data", {})]
+    return "\n\n".join([c.source for c in cells if c.cell_type == "markdown"] + shown)
+
+
+def relative_links(text: str) -> list[str]:
+    """Targets of relative links and pictures; code and maths, where brackets mean something else, are left out."""
+    text = re.sub(r"```.*?```|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]+\$", "", text, flags=re.S)
+    found = re.findall(r"\]\(([^()\s]+)\)", text) + re.findall(r"(?:src|href)=[\"']([^\"']+)", text)
+    return [t for t in found if not re.match(r"[a-z]+:|#", t)]
+
+
+def broken_links() -> list[str]:
+    pages = sorted(ROOT.glob("*.md")) + all_notebooks()
+    return [f"{page.relative_to(ROOT)}: links to {target}, which is not there" for page in pages
+            for target in relative_links(prose(page)) if not (page.parent / target.split("#")[0]).exists()]
+
+
 def check(sync: bool) -> int:
     bad = []
     for path in all_notebooks():
         bad += [f"{path.relative_to(ROOT)}: {b}" for b in check_notebook(path)]
     if sync:
         bad += check_sync()
-    bad += readme(check_only=True)
-    print("\n".join(bad) if bad else f"checked {len(all_notebooks())} notebooks: structure, stamps, export, README agree")
+    bad += readme(check_only=True) + broken_links()
+    print("\n".join(bad) if bad else f"checked {len(all_notebooks())} notebooks: structure, stamps, links, export, README agree")
     return len(bad)
 
 
 # ---------------------------------------------------------------- README
+def from_root(markdown: str) -> str:
+    """Relative links of a notebook in nbs/, rewritten for a file in the root."""
+    def rewrite(match):
+        before, target, after = match.groups()
+        if re.match(r"[a-z]+:|#|/", target):
+            return match[0]
+        return before + os.path.relpath(NBS / target, ROOT).replace(os.sep, "/") + after
+    return re.sub(r"(\]\()([^()\s]+)(\))", rewrite, markdown)
+
+
 def readme(check_only: bool = False) -> list[str]:
-    """README.md is nbs/index.ipynb without its code, with its pictures as files in nbs/images/."""
+    """README.md is nbs/index.ipynb: what it says, shows and prints, with its pictures as files in nbs/images/.
+
+    Code cells: `#| hide` leaves out all, `#| echo: false` the code; `#| fig-alt: ...` is the text of a picture."""
     source = NBS / "index.ipynb"
     if not source.exists():
         return ["nbs/index.ipynb is missing"]
-    parts, pictures = ["<!-- Made from nbs/index.ipynb by tools/notebooks.py readme. -->"], {}
+    parts, pictures = ["<!-- Made from nbs/index.ipynb by `python tools/notebooks.py readme`: edit that. -->"], {}
     for cell in read(source).cells:
-        hidden = re.search(r"^#\|\s*hide", cell.source, re.M)
         if cell.cell_type == "markdown":
-            parts.append(cell.source.replace("](images/", "](nbs/images/"))
+            parts.append(from_root(cell.source))
             continue
-        if hidden or not cell.source.strip():
+        if re.search(r"^#\|\s*hide", cell.source, re.M) or not cell.source.strip():
             continue
         shown = "\n".join(l for l in cell.source.splitlines() if not l.startswith("#|"))
-        if not re.search(r"^#\|\s*(no_echo|echo:\s*false)", cell.source, re.M):
+        if not re.search(r"^#\|\s*echo:\s*false", cell.source, re.M):
             parts.append(f"```python\n{shown.strip()}\n```")
+        alt = re.search(r"^#\|\s*fig-alt:\s*(.+)$", cell.source, re.M)
         for out in cell.outputs:
             data = out.get("data", {})
-            if "image/png" in data:
-                png = base64.b64decode(data["image/png"])
-                name = f"nbs/images/index-{len(pictures)}.png"
-                pictures[ROOT / name] = png
-                parts.append(f"![{data.get('text/plain', 'figure')}]({name})")
+            if kind := next((k for k in ("image/svg+xml", "image/png") if k in data), None):
+                content = data[kind].encode() if kind == "image/svg+xml" else base64.b64decode(data[kind])
+                name = f"images/index-{len(pictures)}.{kind[6:9]}"
+                pictures[NBS / name] = content
+                parts.append(from_root(f"![{alt[1].strip() if alt else 'figure'}]({name})"))
             elif "text/markdown" in data:
-                parts.append(data["text/markdown"])
-            elif text := (out.get("text") or data.get("text/plain")):
-                parts.append("```\n" + text.rstrip() + "\n```")
+                parts.append(from_root(data["text/markdown"]))
+            elif (text := out.get("text") or data.get("text/plain")) and "text/html" not in data:  # GitHub shows no raw HTML
+                text = "```\n" + text.strip("\n") + "\n```"
+                if parts[-1].startswith("```\n"):  # printed by the same run: one block
+                    text = parts.pop().removesuffix("```") + text.removeprefix("```\n")
+                parts.append(text)
     text = "\n\n".join(p.strip() for p in parts) + "\n"
     targets = {ROOT / "README.md": text.encode(), **pictures}
     bad = [f"{p.relative_to(ROOT)}: not made from nbs/index.ipynb, run `python tools/notebooks.py readme`"
            for p, content in targets.items() if not p.exists() or p.read_bytes() != content]
+    left = set((NBS / "images").glob("index-*")) - set(pictures)
+    bad += [f"{p.relative_to(ROOT)}: left over, nbs/index.ipynb draws no such picture" for p in sorted(left)]
     if not check_only:
         for path, content in targets.items():
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(content)
+        for path in left:
+            path.unlink()
     return bad
 
 
