@@ -1,5 +1,6 @@
 """The project itself: one place for its metadata, a lazy import, a build that holds what it should."""
 import configparser
+import re
 import subprocess
 import sys
 import tomllib
@@ -26,6 +27,14 @@ def test_settings_and_pyproject_agree(settings):
     assert not static, f"{static} belong in settings.ini"
 
 
+def test_nbdev_reads_the_same(settings):
+    from nbdev.config import get_config
+    config = get_config(ROOT)
+    assert config.lib_name == settings["lib_name"]
+    assert (Path(config.lib_path), Path(config.nbs_path)) == (ROOT / settings["lib_path"], ROOT / settings["nbs_path"])
+    assert "posttrain" in config.allowed_metadata_keys, "nbdev-clean would remove the stamps"
+
+
 def test_the_changelog_knows_this_version(settings):
     assert f"## {settings['version']}" in (ROOT / "CHANGELOG.md").read_text()
 
@@ -47,6 +56,12 @@ def test_import_is_lazy():
     assert heavy.strip() == "[]"
 
 
+def test_import_is_quick():
+    trace = subprocess.run([sys.executable, "-X", "importtime", "-c", "import posttrain"], capture_output=True, text=True, check=True).stderr
+    microseconds = next(int(line.split("|")[1]) for line in trace.splitlines() if line.split("|")[-1].strip() == "posttrain")
+    assert microseconds < 200_000, f"import posttrain takes {microseconds / 1e6:.2f} s"  # a millisecond when idle; torch alone takes over a second
+
+
 def test_every_public_name_can_be_imported():
     import posttrain
     for name in posttrain.__all__:
@@ -66,3 +81,40 @@ def test_wheel_and_sdist(tmp_path, settings):
     assert {n.split("/")[0] for n in names} == {"posttrain", f"posttrain-{settings['version']}.dist-info"}
     meta = zipfile.ZipFile(wheel).read(f"posttrain-{settings['version']}.dist-info/METADATA").decode()
     assert f"Requires-Python: >={settings['min_python']}" in meta and "Provides-Extra: vllm" in meta
+
+
+def committed():
+    """Paths of the files that git knows, or would add."""
+    names = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [ROOT / name for name in names.split("\0") if name and (ROOT / name).is_file()]
+
+
+def test_no_file_names_a_place_on_somebodys_machine():
+    home = re.compile("|".join([r"/(?:home|Users)/\w", r"/root/\w", r"[A-Z]:[\\/]+Users", re.escape(f"{ROOT}/")]))
+    found = []
+    for path in committed():
+        if path == Path(__file__) or path.suffix == ".png": continue
+        found += [f"{path.relative_to(ROOT)}: {m[0]}" for m in home.finditer(path.read_text(encoding="utf-8"))]
+    assert not found
+
+
+def test_readme_tells_the_state_of_each_trainer():
+    import posttrain
+    states = dict(re.findall(r"\| `(\w+Trainer)` \|.*\| (\S+) \|$", (ROOT / "README.md").read_text(), re.M))
+    assert len(states) == 16
+    works = {name for name in posttrain.__all__ if name.endswith("Trainer")}
+    assert {name for name, state in states.items() if state == "**works**"} == works, "run nbs/index.ipynb, then `python tools/notebooks.py readme`"
+    assert set(states.values()) <= {"**works**", "planned"}
+
+
+def test_readme_leads_to_every_notebook():
+    readme = (ROOT / "README.md").read_text()
+    missing = [str(p.relative_to(ROOT)) for p in committed() if p.suffix == ".ipynb" and p.name != "index.ipynb" and f"({p.relative_to(ROOT)})" not in readme]
+    assert not missing, "run nbs/index.ipynb, then `python tools/notebooks.py readme`"
+
+
+def test_the_workflow_runs_what_ci_runs():
+    import yaml
+    steps = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["test"]["steps"]
+    assert steps[-1]["run"] == "bash .ci/run"
+    assert (ROOT / ".ci/run").read_text().rstrip().endswith("make test")
