@@ -20,7 +20,7 @@ def nll(
 
 TOKEN_LOSSES = {"nll": nll, "dft": dft}  # loss_type -> each token's loss, from its log-prob
 
-# %% ../../nbs/offline/01_sft.ipynb #cc197511
+# %% ../../nbs/offline/01_sft.ipynb #4608802f
 from ..data.collate import collate_sft
 from ..data.formats import dataset_type, first_row
 from ..data.packing import PACKING_STRATEGIES, pack_dataset
@@ -100,7 +100,8 @@ class SFTTrainer(PostTrainer):
         if (args.dataset_kwargs or {}).get("skip_prepare_dataset"): return dataset
         training = name == "train"
         packing = args.packing if training or args.eval_packing is None else args.eval_packing
-        dataset = prepare_sft(dataset, self.processing_class, max_length=None if packing else args.max_length, truncation_mode=args.truncation_mode,
+        splits = packing and args.packing_strategy != "bfd"  # these strategies cut long rows themselves and keep all parts
+        dataset = prepare_sft(dataset, self.processing_class, max_length=None if splits else args.max_length, truncation_mode=args.truncation_mode,
                               completion_only_loss=args.completion_only_loss, assistant_only_loss=args.assistant_only_loss,
                               dataset_text_field=args.dataset_text_field, formatting_func=self.formatting_func, num_proc=args.dataset_num_proc, name=name)
         if training and args.shuffle_dataset: dataset = dataset.shuffle(seed=args.seed)
