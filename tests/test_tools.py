@@ -134,6 +134,19 @@ def test_build_run_and_text_go_round(project):
     assert notebook.read_bytes() == first, "a second run changes nothing"
 
 
+def test_a_cell_that_did_not_change_keeps_id_and_outputs(project):
+    text = project / "nbs/01_double.py"
+    text.write_text(TEXT + "\n# %%\ndouble(5)\n\n# %%\ndouble(5)\n")
+    tools.build(text), tools.run(text.with_suffix(".ipynb"))
+    before = tools.read(text.with_suffix(".ipynb")).cells
+    text.write_text(text.read_text().replace("# %%\nassert", "# %%\ndouble(5)\n\n# %% [markdown]\n# Checks\n\n# %%\nassert"))  # a cell of that text stands there twice already
+    tools.build(text)
+    after = tools.read(text.with_suffix(".ipynb")).cells
+    assert len(after) == len(before) + 2 and len({c.id for c in after}) == len(after)
+    assert {c.id for c in before} < {c.id for c in after}
+    assert after[-3].id == before[-3].id and after[-3].outputs == before[-3].outputs != []
+
+
 def test_modules_out_of_sync(project):
     text = project / "nbs/01_double.py"
     text.write_text(TEXT)
@@ -143,14 +156,14 @@ def test_modules_out_of_sync(project):
     module = project / "toy/double.py"
     good = module.read_text()
     module.write_text(good.replace("2 * x", "3 * x"))
-    assert tools.check_sync() == ["toy/double.py: not in sync with its notebook"]
+    assert tools.check_sync() == ["toy/double.py: not in sync with its notebook, run `python tools/notebooks.py export`"]
     assert "3 * x" in module.read_text(), "a check must not repair"
     module.write_text(good)
     stale = project / "toy/triple.py"
     stale.write_text(good.replace("double", "triple"))
     assert tools.check_sync() == ["toy/triple.py: stale, no notebook exports it"]
     stale.unlink(), module.unlink()
-    assert tools.check_sync() == ["toy/double.py: not in sync with its notebook"] and not module.exists()
+    assert tools.check_sync() == ["toy/double.py: not in sync with its notebook, run `python tools/notebooks.py export`"] and not module.exists()
 
 
 def test_a_failing_assert_fails_the_test_run(project, capsys):

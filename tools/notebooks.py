@@ -83,16 +83,26 @@ def build(path: Path) -> None:
     import jupytext
     target = path.with_suffix(".ipynb")
     new = jupytext.read(path, fmt="py:percent")
-    if target.exists():  # keep the outputs of cells whose source did not change
-        old = {c.source: c for c in read(target).cells if c.cell_type == "code"}
-        for cell in new.cells:
-            if cell.cell_type == "code" and cell.source in old:
-                cell.outputs = copy.deepcopy(old[cell.source].outputs)
+    old, used = {}, set()
+    for cell in read(target).cells if target.exists() else []:
+        old.setdefault((cell.cell_type, cell.source), []).append(cell)
+    for cell in new.cells:  # a cell that did not change keeps its outputs and id, wherever it stands now: a diff shows what changed
+        if was := old.get((cell.cell_type, cell.source)):
+            cell.id = was[0].id
+            if cell.cell_type == "code":
+                cell.outputs = copy.deepcopy(was[0].outputs)
+            was.pop(0)
+        else:
+            cell.id = ""
+        used.add(cell.id)
+    for cell in new.cells:
+        if not cell.id:
+            tries = (hashlib.sha256(f"{n}{cell.source}".encode()).hexdigest()[:8] for n in range(len(new.cells) + 1))
+            cell.id = next(t for t in tries if t not in used)
+            used.add(cell.id)
     new.metadata = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
     if target.exists() and "posttrain" in read(target).metadata:
         new.metadata["posttrain"] = read(target).metadata["posttrain"]
-    for i, cell in enumerate(new.cells):  # stable ids: a rebuilt notebook differs only where its cells do
-        cell.id = hashlib.sha256(f"{i}{cell.source}".encode()).hexdigest()[:8]
     write(new, target)
     if NBS in target.resolve().parents:
         export([target])
@@ -251,7 +261,7 @@ def check_sync() -> list[str]:
     subprocess.run([tool("nbdev-export")], check=True, cwd=ROOT)
     after = {p: p.read_bytes() for p in PACKAGE.rglob("*.py")}
     bad = [f"{p.relative_to(ROOT)}: stale, no notebook exports it" for p in before if p not in after]
-    bad += [f"{p.relative_to(ROOT)}: not in sync with its notebook" for p in after if before.get(p) != after[p]]
+    bad += [f"{p.relative_to(ROOT)}: not in sync with its notebook, run `python tools/notebooks.py export`" for p in after if before.get(p) != after[p]]
     for path, content in before.items():
         path.write_bytes(content)
     for path in set(after) - set(before):
