@@ -142,7 +142,7 @@ def train_start(
     fit(model, tokenizer, mixed, recipe.steps, recipe.batch_size, recipe.learning_rate)
     return model
 
-# %% ../../nbs/pocket/03_checkpoint.ipynb #1ec77881
+# %% ../../nbs/pocket/03_checkpoint.ipynb #8b913b71
 def cache_dir() -> Path:
     "Where starts are kept: `$POSTTRAIN_CACHE`, or `posttrain` in `$XDG_CACHE_HOME`, or `~/.cache/posttrain`."
     if own := os.environ.get("POSTTRAIN_CACHE"):
@@ -158,6 +158,20 @@ def _key(task: str, seed: int, recipe: Recipe) -> str:
         "task": task, "seed": seed, "recipe": asdict(recipe), "config": models.config().to_dict(), "tokenizer": models.tokenizer().backend_tokenizer.to_str(),
         "versions": [torch.__version__, transformers.__version__]}
     return hashlib.sha256(json.dumps(made_by, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def _quiet():
+    "No progress bars: half a megabyte is written and read at once."
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def start_path(
@@ -181,8 +195,9 @@ def start_path(
     except OSError as e:
         raise OSError(f"the cache folder {place.parent} cannot be written ({e}); set POSTTRAIN_CACHE to a folder that can") from e
     try:
-        train_start(task, seed, recipe).save_pretrained(beside)
-        models.tokenizer().save_pretrained(beside)
+        with _quiet():
+            train_start(task, seed, recipe).save_pretrained(beside)
+            models.tokenizer().save_pretrained(beside)
         os.rename(beside, place)
     except OSError:
         if not place.exists():  # else another process was quicker, and its checkpoint is the same
@@ -199,12 +214,6 @@ def start(
 ):
     "(model, tokenizer) of a model that has begun to learn `task`; a new copy at every call. Raises what `start_path` raises."
     from transformers import Qwen3ForCausalLM
-    from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # a bar for 0.6 MB is noise
-    try:
+    with _quiet():
         return Qwen3ForCausalLM.from_pretrained(start_path(task, seed, steps)), models.tokenizer()
-    finally:
-        if shown:
-            logging.enable_progress_bar()
