@@ -68,7 +68,7 @@ def accuracy(
     answers = complete(model, tokenizer, prompts, batch_size=batch_size)
     return sum(tasks.is_correct(tasks.task_of(p), p, a) for p, a in zip(prompts, answers)) / len(rows)
 
-# %% ../../nbs/pocket/03_checkpoint.ipynb #5ae2e32a
+# %% ../../nbs/pocket/03_checkpoint.ipynb #06fe283d
 @contextmanager
 def _one_thread():
     before = torch.get_num_threads()
@@ -88,7 +88,9 @@ def fit(
     learning_rate: float = 3e-3,  # of AdamW, after the warm-up
     warmup: int = 20,  # steps over which the learning rate rises
 ) -> list[float]:
-    "Supervised training on the completions, EOS included. Returns the loss of each step; the model comes back in evaluation mode."
+    "Supervised training on the completions, EOS included. Returns the loss of each step; the model comes back in evaluation mode. Raises ValueError without rows."
+    if not len(rows) or "completion" not in rows[0]:
+        raise ValueError(f"fit needs rows with 'prompt' and 'completion'; got {len(rows)} rows{f' with {sorted(rows[0])}' if len(rows) else ''}. Use pocket.rows(task)")
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
     pad, losses = torch.nn.utils.rnn.pad_sequence, []
     model.train()
@@ -108,7 +110,7 @@ def fit(
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate * min(1.0, (step + 1) / warmup)
+                group["lr"] = learning_rate * min(1.0, (step + 1) / max(1, warmup))
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
