@@ -3,22 +3,16 @@
 # %% auto #0
 __all__ = ['SHOWN', 'TRAINERS', 'demo', 'ScriptArguments', 'load_data', 'train', 'main']
 
-# %% ../nbs/cli.ipynb #a10d0885
+# %% ../nbs/cli.ipynb #634d5b8d
 import argparse
+import os
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# %% ../nbs/cli.ipynb #0597a7cd
+# %% ../nbs/cli.ipynb #9dc23c59
 SHOWN = 3  # answers printed before and after
-
-
-def _answers(model, tokenizer, rows) -> list[str]:
-    "Greedy answers."
-    prompts = tokenizer([r["prompt"] for r in rows], return_tensors="pt", padding=True, padding_side="left")
-    out = model.eval().generate(**prompts, do_sample=False, max_new_tokens=16)
-    return tokenizer.batch_decode(out[:, prompts["input_ids"].shape[1]:], skip_special_tokens=True)
 
 
 def demo(
@@ -39,21 +33,21 @@ def demo(
     model, tokenizer = pocket.start("reverse")
     test = pocket.dataset("reverse", "prompt_only", n=300, seed=2, split="test")
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters; the task: {test[0]['prompt']}{test[0]['answer']}", flush=True)
-    before, first = pocket.accuracy(model, tokenizer, test), _answers(model, tokenizer, test.select(range(SHOWN)))
+    before, first = pocket.accuracy(model, tokenizer, test), pocket.complete(model, tokenizer, test["prompt"][:SHOWN])
     print(f"exactly right before: {before:.0%} of {len(test)} questions it was never trained on\n", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         args = SFTConfig(folder, max_steps=steps, per_device_train_batch_size=64, learning_rate=3e-3, lr_scheduler_type="cosine", warmup_steps=10,
                          logging_steps=max(steps // 15, 1), save_strategy="no", report_to="none", seed=seed)
         trainer = SFTTrainer(model, args, train_dataset=pocket.dataset("reverse", "prompt_completion", n=8000, seed=1), processing_class=tokenizer)
         trainer.train()
-    after, last = pocket.accuracy(trainer.model, tokenizer, test), _answers(trainer.model, tokenizer, test.select(range(SHOWN)))
+    after, last = pocket.accuracy(trainer.model, tokenizer, test), pocket.complete(trainer.model, tokenizer, test["prompt"][:SHOWN])
     for row, a, b in zip(test, first, last): print(f"\n  {row['prompt']:22} before: {a:12} after: {b:12} right: {row['answer']}", end="")
     plot_run(trainer.state.log_history, ["loss", "mean_token_accuracy"], title=f"SFT on the pocket model: {before:.0%} right before, {after:.0%} after").savefig(out, dpi=120)
     print(f"\n\nexactly right: {before:.0%} before, {after:.0%} after, in {clock(time.time() - start)} on this machine\nthe curves are in {out}")
     print("the line of maths that did it: nbs/offline/01_sft.ipynb", flush=True)
     return {"before": before, "after": after, "picture": out, "log": trainer.state.log_history}
 
-# %% ../nbs/cli.ipynb #f5e1ad3e
+# %% ../nbs/cli.ipynb #766c01d0
 @dataclass
 class ScriptArguments:
     "What a training command needs beside the trainer's config; names are TRL's."
@@ -133,6 +127,7 @@ def main(argv: list[str] | None = None) -> int:  # exit status
     if argv and argv[0] in TRAINERS: call = lambda: train(argv[0], argv[1:])
     else:
         args = parser.parse_args(argv)
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # so small a model gains nothing from a second thread, and loses much where the cores are busy
         call = lambda: demo(args.out, args.steps, args.seed)
     try: call()
     except (ValueError, TypeError, FileNotFoundError, FloatingPointError) as e:  # they say what to do; a traceback would hide it

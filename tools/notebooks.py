@@ -75,7 +75,9 @@ def is_evaluated(cell) -> bool:
 # ---------------------------------------------------------------- text, build, export
 def to_text(path: Path) -> None:
     import jupytext
-    jupytext.write(read(path), path.with_suffix(".py"), fmt="py:percent")
+    nb = read(path)
+    nb.metadata = {"jupytext": {"notebook_metadata_filter": "-all"}}  # no header: the cells alone
+    jupytext.write(nb, path.with_suffix(".py"), fmt="py:percent")
     print(path.with_suffix(".py"))
 
 
