@@ -48,8 +48,8 @@ def read(path: Path):
 
 def write(nb, path: Path) -> None:
     nbformat.write(nb, path)
-    if NBS in path.resolve().parents:  # nbdev's own cleaner, so that its git hooks agree with what is committed
-        subprocess.run([tool("nbdev-clean"), "--fname", str(path)], check=True, cwd=ROOT)
+    # nbdev's own cleaner, so that its git hooks agree with what is committed.
+    subprocess.run([tool("nbdev-clean"), "--fname", str(path)], check=True, cwd=ROOT)
 
 
 def tool(name: str) -> str:
