@@ -129,6 +129,50 @@ def test_peft_trains_saves_and_resumes(config, tmp_path):
     assert torch.allclose(loaded(ids).logits, whole.model.eval()(ids).logits, atol=1e-5)
 
 
+def test_packed_rows_keep_their_boundaries_whatever_the_arguments(config):
+    """TRL's config asks transformers to remove the columns that `forward` does not name, and packed rows may come back to be evaluated."""
+    import trl
+    theirs = trl.SFTConfig(**config(packing=True, max_length=48))
+    assert theirs.remove_unused_columns
+    trainer = SFTTrainer(pocket.model(seed=0), theirs, train_dataset=rows(), processing_class=pocket.tokenizer())
+    assert len(next(iter(trainer.get_train_dataloader()))["completion_lengths"]) > 4
+    ours = SFTTrainer(pocket.model(seed=0), SFTConfig(**config(packing=True, max_length=48)), train_dataset=rows(), eval_dataset=rows(), processing_class=pocket.tokenizer())
+    assert ours.evaluate(ours.eval_dataset)["eval_loss"] == ours.evaluate()["eval_loss"]
+
+
+def test_an_evaluation_set_may_be_called_train(config):
+    trainer = SFTTrainer(pocket.model(seed=0), SFTConfig(**config(packing=True, eval_packing=False, max_length=48)), train_dataset=rows(), processing_class=pocket.tokenizer(),
+                         eval_dataset={"train": rows(8)})
+    assert "seq_lengths" not in trainer.eval_dataset["train"].column_names and "seq_lengths" in trainer.train_dataset.column_names
+
+
+def test_a_chat_template_brings_its_tokens(config, tmp_path):
+    donor = pocket.tokenizer()
+    donor.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    donor.chat_template = "{% for m in messages %}<|turn|>{{ m['content'] }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<|turn|>{% endif %}"
+    donor.save_pretrained(tmp_path / "donor")
+    tokenizer = pocket.tokenizer()
+    with pytest.warns(UserWarning, match="1 new tokens.*untrained"):
+        trainer = SFTTrainer(pocket.model(seed=0), SFTConfig(**config(chat_template_path=str(tmp_path / "donor"))), train_dataset=rows(kind="language_modeling", conversational=True), processing_class=tokenizer)
+    assert trainer.train_dataset[0]["input_ids"][0] == tokenizer.convert_tokens_to_ids("<|turn|>") >= len(pocket.tokenizer())
+    assert trainer.model.get_input_embeddings().num_embeddings >= len(tokenizer)
+    trainer.train()
+
+
+def test_what_the_collator_and_the_rows_must_be(config):
+    from transformers import DataCollatorForSeq2Seq
+    tokenizer = pocket.tokenizer()
+    foreign = SFTTrainer(pocket.model(seed=0), SFTConfig(**config()), data_collator=DataCollatorForSeq2Seq(tokenizer), train_dataset=rows(), processing_class=tokenizer)
+    with pytest.raises(TypeError, match="data_collator made.*Leave data_collator out"):
+        foreign.train()
+    too_big = SFTTrainer(pocket.model(seed=0, vocab_size=50), SFTConfig(**config()), train_dataset=rows(), processing_class=tokenizer)
+    with pytest.raises(ValueError, match="vocabulary ends at 49.*resize_token_embeddings"):
+        too_big.train()
+    long = SFTTrainer(gpt2_with_dropout(), SFTConfig(**config()), train_dataset=Dataset.from_dict({"text": ["1" * 100]}), processing_class=tokenizer)
+    with pytest.raises(ValueError, match="101 tokens.*positions for 64.*max_length=64"):
+        long.train()
+
+
 def test_evaluation_datasets_by_name_and_metrics(config):
     trainer = SFTTrainer(pocket.model(seed=0), SFTConfig(**config(eval_strategy="steps", eval_steps=1)), train_dataset=rows(), processing_class=pocket.tokenizer(),
                          eval_dataset={"easy": rows(8), "hard": rows(9, split="test")})
@@ -178,10 +222,12 @@ BAD = {
     "no known column": (dict(train_dataset=Dataset.from_dict({"foo": ["a"]})), {}, ValueError, "foo"),
     "a wrong type": (dict(train_dataset=Dataset.from_dict({"text": [1, 2]}), processing_class=pocket.tokenizer()), {}, TypeError, "column 'text', row 0.*expected a string"),
     "an empty dataset": (dict(train_dataset=Dataset.from_dict({"text": []})), {}, ValueError, "empty"),
-    "prompts longer than max_length": (dict(train_dataset=rows(), processing_class=pocket.tokenizer()), dict(max_length=5), ValueError, "prompt.*max_length"),
+    "prompts longer than max_length": (dict(train_dataset=rows(), processing_class=pocket.tokenizer()), dict(max_length=5), ValueError, "lose theirs to max_length=5.*max_length=20"),
     "a tokenizer without EOS": (dict(train_dataset=rows(), processing_class=without("eos_token")), {}, ValueError, "end-of-sequence.*eos_token"),
     "a tokenizer without pad": (dict(train_dataset=rows(), processing_class=without("pad_token")), {}, ValueError, "padding token.*pad_token"),
     "markers missing": (dict(train_dataset=rows(kind="language_modeling", conversational=True), processing_class=pocket.tokenizer()), dict(assistant_only_loss=True), ValueError, "generation"),
+    "a list": (dict(train_dataset=[{"text": "a"}]), {}, TypeError, "is a list.*Dataset.from_list"),
+    "a dict of splits": (dict(train_dataset={"train": rows(2)}), {}, TypeError, r"dataset\['train'\]"),
     "completion-only without completions": (dict(train_dataset=rows(kind="language_modeling"), processing_class=pocket.tokenizer()), dict(completion_only_loss=True), ValueError, "completion_only_loss"),
     "an EOS that the vocabulary lacks": (dict(train_dataset=rows(), processing_class=pocket.tokenizer()), dict(eos_token="<nope>"), ValueError, "eos_token='<nope>'.*vocabulary"),
 }
@@ -201,7 +247,7 @@ def test_bad_input_is_named_before_a_model_is_loaded(what, config):
 @pytest.mark.parametrize("options, message", [
     (dict(loss_type="mse"), "loss_type='mse'.*'nll', 'dft'"), (dict(packing_strategy="tetris"), "packing_strategy='tetris'.*'bfd'"),
     (dict(truncation_mode="middle"), "truncation_mode"), (dict(max_length=1), "max_length"), (dict(packing=True, max_length=None), "packing"),
-    (dict(router_aux_loss_coef=.1), "router_aux_loss_coef"), (dict(dataset_kwargs={"add_special_tokens": False}), "dataset_kwargs"),
+    (dict(router_aux_loss_coef=.1), "router_aux_loss_coef"), (dict(label_smoothing_factor=.1), "label_smoothing_factor"), (dict(packing="yes"), "packing='yes'"), (dict(dataset_kwargs={"add_special_tokens": False}), "dataset_kwargs"),
 ])
 def test_bad_config_is_named(options, message, config):
     with pytest.raises(ValueError, match=f"(?s){message}"):

@@ -218,8 +218,7 @@ def unchecked_functions(nb) -> list[str]:
             continue
         later = [c.source for c in nb.cells[i + 1:] if is_evaluated(c) and not is_export(c)]
         checks = [s for s in later if re.search(r"^\s*assert\b|\btest_\w+\(|\bassert_\w+\(|\bgradcheck\(", s, re.M)]
-        body = "\n".join(checks) + "\n".join(later if checks else [])
-        missing += [n for n in names if not re.search(rf"\b{n}\b", body)]
+        missing += [n for n in names if not re.search(rf"\b{n}\b", "\n".join(checks))]
     return missing
 
 

@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['CHATML', 'has_generation_markers', 'check_template', 'encode_chats', 'common_prefix_length', 'split_prompts',
-           'apply_chat_template', 'maybe_apply_chat_template', 'load_chat_template', 'clone_chat_template']
+           'apply_chat_template', 'maybe_apply_chat_template', 'load_chat_template', 'adopt_chat_template',
+           'fit_to_tokenizer', 'clone_chat_template']
 
 # %% ../../nbs/data/02_templates.ipynb #13ea5211
 import functools
@@ -161,7 +162,7 @@ def maybe_apply_chat_template(
     "`apply_chat_template` for conversational rows; rows of strings come back as they are."
     return apply_chat_template(example, tokenizer, tools, **template_kwargs) if is_conversational(example) else example
 
-# %% ../../nbs/data/02_templates.ipynb #76b2f913
+# %% ../../nbs/data/02_templates.ipynb #2b696c43
 def load_chat_template(
     path: str,  # a file that ends in .jinja or .j2, or a tokenizer: a folder or a name on the hub
 ) -> str:
@@ -175,24 +176,42 @@ def load_chat_template(
     return source.get_chat_template()
 
 
-def clone_chat_template(
-    model,                             # its embedding grows by the new tokens, and its configs get the new end-of-sequence token
-    tokenizer,                         # is given the template, the new tokens and the end-of-sequence token
-    source_tokenizer_path: str,        # the tokenizer to take them from: a folder or a name on the hub
-    resize_to_multiple_of: int = 64,   # the embedding is grown to a multiple of this (tensor cores like 64); None: exactly
-):  # (model, tokenizer, ids of the added tokens)
-    "Give `tokenizer` and `model` the chat template of another tokenizer. Both are changed in place. Raises ValueError when the source has no template."
+def adopt_chat_template(
+    tokenizer,   # is given the template, and from a tokenizer also the tokens that it lacks and the end-of-sequence token
+    path: str,   # a file that ends in .jinja or .j2, or a tokenizer: a folder or a name on the hub
+) -> list[int]:  # ids of the added tokens
+    "Give `tokenizer` another chat template, and the tokens that it is written with. Raises ValueError when a tokenizer at `path` has no template."
+    tokenizer.chat_template = load_chat_template(path)
+    if str(path).endswith((".jinja", ".j2")):
+        return []
     from transformers import AutoTokenizer
-    source = AutoTokenizer.from_pretrained(source_tokenizer_path)
-    check_template(source)
-    tokenizer.chat_template = source.get_chat_template()
-    known = tokenizer.get_vocab()
+    source, known = AutoTokenizer.from_pretrained(path), tokenizer.get_vocab()
     new = [token for token in source.added_tokens_decoder.values() if token.content not in known]
     tokenizer.add_tokens(new)
     tokenizer.eos_token = source.eos_token
+    return tokenizer.convert_tokens_to_ids([t.content for t in new])
+
+
+def fit_to_tokenizer(
+    model,                             # its embedding grows to hold every token, and its configs get the end-of-sequence token; changed in place
+    tokenizer,                         # as after `adopt_chat_template`
+    resize_to_multiple_of: int = 64,   # the embedding is grown to a multiple of this (tensor cores like 64); None: exactly
+):
+    "Make a model fit a tokenizer that got new tokens. An embedding with room to spare is left as it is."
     model.config.get_text_config().eos_token_id = tokenizer.eos_token_id
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.eos_token_id = tokenizer.eos_token_id
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # an embedding with room to spare is left as it is
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=resize_to_multiple_of)
-    return model, tokenizer, tokenizer.convert_tokens_to_ids([t.content for t in new])
+
+
+def clone_chat_template(
+    model,                             # as in `fit_to_tokenizer`
+    tokenizer,                         # as in `adopt_chat_template`
+    source_tokenizer_path: str,        # the tokenizer to take them from: a folder or a name on the hub
+    resize_to_multiple_of: int = 64,   # as in `fit_to_tokenizer`
+):  # (model, tokenizer, ids of the added tokens)
+    "Give `tokenizer` and `model` the chat template of another tokenizer. Both are changed in place. Raises ValueError when the source has no template."
+    new = adopt_chat_template(tokenizer, source_tokenizer_path)
+    fit_to_tokenizer(model, tokenizer, resize_to_multiple_of)
+    return model, tokenizer, new

@@ -216,7 +216,7 @@ def _prepare(dataset, *, check, tokenize, names, first_target, keep=(), max_leng
         raise ValueError(f"{who}: no row of the {name} dataset has a token left to train on: {reason}")
     return prepared
 
-# %% ../../nbs/data/03_tokens.ipynb #367c221d
+# %% ../../nbs/data/03_tokens.ipynb #0fb98ba5
 def _check_tokenized(batch, indices, who, same=True):
     "Rows that come tokenised: as many labels as ids, and (`same`) each label is its token or -100."
     check_rows(batch, ("input_ids",), indices, who)
@@ -229,6 +229,9 @@ def _check_tokenized(batch, indices, who, same=True):
 
 def _tokenized_sft(batch, completion_only):
     "Rows that come tokenised: labels from what is there."
+    if "attention_mask" in batch:  # somebody padded them: padding is nothing to train on
+        batch = {c: [[x for x, real in zip(row, mask) if real] for row, mask in zip(rows, batch["attention_mask"])]
+                 for c, rows in batch.items() if c in ("input_ids", "labels", "completion_mask", "assistant_masks")}
     ids = batch["input_ids"]
     if "labels" in batch:
         return dict(input_ids=ids, labels=batch["labels"])

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# %% ../../nbs/foundations/01_logps.ipynb #f6f57839
+# %% ../../nbs/foundations/01_logps.ipynb #97de8991
 def shift(
     logits: Tensor,  # (B, T, V): position t holds the bet on token t+1
     ids: Tensor,     # (B, T): the tokens read
@@ -29,7 +29,7 @@ def token_logps(
 
 def token_entropy(
     logits: Tensor,  # (..., V)
-    temperature: float = 1.0,
+    temperature: float = 1.0,  # divides the logits
 ) -> Tensor:  # (...): nats
     "Entropy of each next-token distribution, the plain formula (step 4)."
     logp = torch.log_softmax(logits / temperature, dim=-1)
@@ -178,12 +178,13 @@ def linear_logps(
     hidden, weight, bias = _compute_dtype(hidden, weight, bias)
     return dict(zip(("logps", *want), _LinearLogps.apply(hidden, weight, bias, targets, options, tuple(want))))
 
-# %% ../../nbs/foundations/01_logps.ipynb #520bd3a5
+# %% ../../nbs/foundations/01_logps.ipynb #c9753c6b
 class _LinearTokenLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, token_weights, token_loss, options, want):
+    def forward(ctx, hidden, weight, bias, targets, token_weights, token_loss, options, want, training):
         head = _Head(hidden, weight, bias, **options)
-        grads = head.new_grads(dict(zip(("hidden", "weight", "bias"), ctx.needs_input_grad)))
+        needed = zip(("hidden", "weight", "bias"), ctx.needs_input_grad)
+        grads = head.new_grads(dict(needed) if training else {})
         loss, parts = 0.0, []
         for rows in head.chunks:
             capped = head.logits(rows)
@@ -207,7 +208,7 @@ class _LinearTokenLoss(torch.autograd.Function):
         as_is = not g.is_cuda and g == 1  # reading g on a GPU would wait for it
         ready = {k: x if as_is else x * g for k, x in zip(ctx.names, ctx.saved_tensors)}
         return (*(x.to(ctx.dtypes.get(k, x.dtype)) if (x := ready.get(k)) is not None else None
-                  for k in ("hidden", "weight", "bias")), None, None, None, None, None)
+                  for k in ("hidden", "weight", "bias")), *[None] * 6)
 
 
 def linear_token_loss(
@@ -217,7 +218,10 @@ def linear_token_loss(
     token_weights: Tensor,  # (N,): weight of each token in the loss, known beforehand, e.g. mask / tokens in the step
     token_loss: Callable[[Tensor], Tensor],  # (n,) log-probs -> (n,) losses, token by token
     *,
-    bias: Tensor | None = None, temperature: float = 1.0, logit_scale: float = 1.0, softcap: float | None = None,  # as in `linear_logps`
+    bias: Tensor | None = None,      # as in `linear_logps`
+    temperature: float = 1.0,        # as in `linear_logps`
+    logit_scale: float = 1.0,        # as in `linear_logps`
+    softcap: float | None = None,    # as in `linear_logps`
     want: tuple = (),                # any of STATS
     chunk_mib: float | None = None,  # as in `linear_logps`
 ) -> tuple[Tensor, dict[str, Tensor]]:  # the loss (scalar), and "logps" with the wanted statistics, detached
@@ -230,5 +234,6 @@ def linear_token_loss(
         out = linear_logps(hidden, weight, targets, bias=bias, want=want)
         return out["logps"].sum() + 0 * (hidden.sum() + weight.sum()).float(), {k: v.detach() for k, v in out.items()}
     hidden, weight, bias = _compute_dtype(hidden, weight, bias)
-    loss, *stats = _LinearTokenLoss.apply(hidden, weight, bias, targets, token_weights, token_loss, options, tuple(want))
+    # asked here: inside forward gradients are always off, and an evaluation should not pay for the gradient of W
+    loss, *stats = _LinearTokenLoss.apply(hidden, weight, bias, targets, token_weights, token_loss, options, tuple(want), torch.is_grad_enabled())
     return loss, dict(zip(("logps", *want), stats))

@@ -3,9 +3,11 @@
 # %% auto #0
 __all__ = ['TOKEN_LOSSES', 'nll', 'SFTConfig', 'SFTTrainer']
 
-# %% ../../nbs/offline/01_sft.ipynb #16031173
+# %% ../../nbs/offline/01_sft.ipynb #b319067c
+import warnings
 from dataclasses import dataclass, field
 
+from datasets import Dataset, IterableDataset
 from torch import Tensor
 
 from .dft import dft
@@ -20,11 +22,11 @@ def nll(
 
 TOKEN_LOSSES = {"nll": nll, "dft": dft}  # loss_type -> each token's loss, from its log-prob
 
-# %% ../../nbs/offline/01_sft.ipynb #4608802f
+# %% ../../nbs/offline/01_sft.ipynb #8aa97e8e
 from ..data.collate import collate_sft
 from ..data.formats import dataset_type, first_row
 from ..data.packing import PACKING_STRATEGIES, pack_dataset
-from ..data.templates import load_chat_template
+from ..data.templates import adopt_chat_template, fit_to_tokenizer
 from ..data.tokens import TRUNCATION, prepare_sft
 from ..foundations.masks import token_weights
 from ..training.heads import completion_loss
@@ -36,6 +38,8 @@ from ..training.trainer import PostConfig, PostTrainer
 class SFTConfig(PostConfig):
     "What supervised fine-tuning can be told; names and defaults are TRL's."
 
+    _VALID_DICT_FIELDS = PostConfig._VALID_DICT_FIELDS + ["dataset_kwargs"]
+
     learning_rate: float = field(default=2e-5, metadata={"help": "Initial learning rate of AdamW."})
     loss_type: str = field(default="nll", metadata={"help": "'nll' (maximum likelihood) or 'dft' (dynamic fine-tuning)."})
     max_length: int | None = field(default=1024, metadata={"help": "Longest row in tokens; with packing, the length of a packed row. None: as long as it is."})
@@ -46,7 +50,7 @@ class SFTConfig(PostConfig):
     packing_strategy: str = field(default="bfd", metadata={"help": "'bfd' (best-fit-decreasing, cuts what is too long), 'bfd_split' (splits it), 'wrapped' (one stream, cut anywhere)."})
     eval_packing: bool | None = field(default=None, metadata={"help": "Pack the evaluation dataset; None: as packing."})
     dataset_text_field: str = field(default="text", metadata={"help": "Column with the text."})
-    dataset_kwargs: dict | None = field(default=None, metadata={"help": "Only {'skip_prepare_dataset': True}: the rows are prepared already."})
+    dataset_kwargs: dict | str | None = field(default=None, metadata={"help": "Only {'skip_prepare_dataset': True}: the rows are prepared already."})
     shuffle_dataset: bool = field(default=False, metadata={"help": "Shuffle the training dataset before it is packed."})
     eos_token: str | None = field(default=None, metadata={"help": "Token that ends a text; None: the tokenizer's."})
     pad_token: str | None = field(default=None, metadata={"help": "Padding token; None: the tokenizer's."})
@@ -59,6 +63,7 @@ class SFTConfig(PostConfig):
         self.one_of("loss_type", TOKEN_LOSSES)
         self.one_of("packing_strategy", PACKING_STRATEGIES)
         self.one_of("truncation_mode", [m for m in TRUNCATION if m != "drop"])
+        self.one_of("packing", (True, False))
         self.at_least("max_length", 2)  # one token to read, one to predict
         if self.packing and self.max_length is None: raise ValueError("packing=True fills rows of max_length tokens, but max_length is None; set it")
         if self.router_aux_loss_coef is not None: raise ValueError("router_aux_loss_coef is not supported: the load-balancing loss of mixture-of-experts models is not computed here; leave it None")
@@ -81,24 +86,30 @@ class SFTTrainer(PostTrainer):
                          optimizer_cls_and_kwargs, preprocess_logits_for_metrics, peft_config)
 
     def check(self, dataset, name):
-        first_row(dataset, "SFTTrainer")
-        if self.formatting_func is None and not self._is_ready(dataset) and self.args.dataset_text_field not in first_row(dataset) and "conversations" not in first_row(dataset):
+        if (self.args.dataset_kwargs or {}).get("skip_prepare_dataset"): return
+        if not isinstance(dataset, (Dataset, IterableDataset)):
+            raise TypeError(f"the {name} dataset is a {type(dataset).__name__}; SFTTrainer needs a datasets.Dataset or IterableDataset (Dataset.from_list(rows) makes one of a list of dicts)")
+        row = first_row(dataset, "SFTTrainer")
+        if self.formatting_func is None and not {"input_ids", "conversations", self.args.dataset_text_field} & set(row):
             dataset_type(dataset, among=("prompt_completion", "language_modeling"), who="SFTTrainer")
 
-    def _is_ready(self, dataset): return "input_ids" in first_row(dataset) or (self.args.dataset_kwargs or {}).get("skip_prepare_dataset")
-
-    def before_preparing(self, model):
+    def before_preparing(self):
         tokenizer = self.processing_class
-        if self.args.chat_template_path: tokenizer.chat_template = load_chat_template(self.args.chat_template_path)
+        self.new_tokens = adopt_chat_template(tokenizer, self.args.chat_template_path) if self.args.chat_template_path else []
         for which in ("eos_token", "pad_token"):
             if token := getattr(self.args, which):
                 if token not in tokenizer.get_vocab(): raise ValueError(f"{which}={token!r} is not in the vocabulary of {type(tokenizer).__name__}; choose a token that is, or add it with tokenizer.add_tokens and resize the model's embeddings")
                 setattr(tokenizer, which, token)
 
-    def prepare(self, dataset, name):
+    def after_loading(self, model):
+        if not self.new_tokens: return
+        fit_to_tokenizer(model, self.processing_class)
+        warnings.warn(f"the chat template of {self.args.chat_template_path} brought {len(self.new_tokens)} new tokens, whose embeddings start untrained. With an adapter, train them too: "
+                      "LoraConfig(..., modules_to_save=['embed_tokens', 'lm_head'])", stacklevel=3)
+
+    def prepare(self, dataset, name, training):
         args = self.args
-        if (args.dataset_kwargs or {}).get("skip_prepare_dataset"): return dataset
-        training = name == "train"
+        if (args.dataset_kwargs or {}).get("skip_prepare_dataset") or "seq_lengths" in first_row(dataset): return dataset  # ready, or packed already
         packing = args.packing if training or args.eval_packing is None else args.eval_packing
         splits = packing and args.packing_strategy != "bfd"  # these strategies cut long rows themselves and keep all parts
         dataset = prepare_sft(dataset, self.processing_class, max_length=None if splits else args.max_length, truncation_mode=args.truncation_mode,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..foundations.layouts import lay_out, make_batch
 from ..foundations.logps import linear_logps, linear_token_loss, token_logps
 
-# %% ../../nbs/training/02_heads.ipynb #288cec78
+# %% ../../nbs/training/02_heads.ipynb #392462a3
 @dataclass
 class Head:
     "What `attach_head` found out about a model."
@@ -27,7 +27,9 @@ class Head:
     why_not: str = ""       # if not: the reason
 
 
-def causal_lm(model: nn.Module) -> nn.Module:
+def causal_lm(
+    model: nn.Module,  # a causal LM, however wrapped
+) -> nn.Module:
     "The transformers model inside DDP, FSDP, torch.compile and PEFT wrappers."
     while True:
         if hasattr(model, "_orig_mod"): model = model._orig_mod
@@ -71,7 +73,7 @@ def _forward_of(cls: type):
         return {"loss": loss, **stats}
     return forward
 
-# %% ../../nbs/training/02_heads.ipynb #eea52a86
+# %% ../../nbs/training/02_heads.ipynb #d4c37a4b
 def _obstacle(lm: nn.Module) -> str:
     "Why this model cannot have several sequences in a row, or ''."
     config = lm.config.get_text_config() if hasattr(lm.config, "get_text_config") else lm.config
@@ -92,8 +94,10 @@ def _agree(a: Tensor, b: Tensor) -> bool:
 def _ask(lm: nn.Module, head: Head) -> None:
     "Let the model score a tiny batch by its own logits, padded, and shared; keep what agrees."
     vocab, device = lm.get_input_embeddings().weight.shape[0], lm.get_input_embeddings().weight.device
-    ids = torch.randint(vocab, (9,), generator=torch.Generator().manual_seed(0)).tolist()
-    batch = {k: v.to(device) for k, v in make_batch([ids[:3]], [ids[3:6], ids[6:9]], [0, 0]).items()}
+    ids = torch.randint(vocab, (12,), generator=torch.Generator().manual_seed(0)).tolist()
+    group = lambda prompt, first, second: {k: v.to(device) for k, v in make_batch([prompt], [first, second], [0, 0]).items()}
+    batch = group(ids[:3], ids[3:6], ids[6:9])
+    other_sibling, other_prompt = group(ids[:3], ids[9:12], ids[6:9]), group([ids[9], *ids[1:3]], ids[3:6], ids[6:9])
     modules = [m for m in lm.modules() if m.training]
     lm.eval()
     try:
@@ -106,8 +110,13 @@ def _ask(lm: nn.Module, head: Head) -> None:
                             f"log-probs through the fused head would be wrong (difference {(padded - own).abs().max():.3g})")
         if not head.masked_rows: return
         try:
-            shared = completion_logps(lm, batch, "shared")["logps"].flatten()[lay.places]
-            head.masked_rows, head.why_not = _agree(shared.to(lm.dtype), own), "it scores a shared prompt differently"
+            shared, sibling, prompt = (completion_logps(lm, b, "shared")["logps"] for b in (batch, other_sibling, other_prompt))
+            wrong = {  # what is masked weighs exactly 0 in any precision, so these hold in half precision too, where all differences are small
+                "its completions see each other although the mask says no": not torch.allclose(shared[1], sibling[1], atol=1e-6),
+                "its second completion does not see the prompt": torch.equal(shared[1, 1:], prompt[1, 1:]),  # its first token is bet on by the prompt itself
+                "it scores a shared prompt differently": not _agree(shared.flatten()[lay.places].to(lm.dtype), own)}
+            head.why_not = next((reason for reason, found in wrong.items() if found), "")
+            head.masked_rows = not head.why_not
         except (TypeError, ValueError, RuntimeError) as e:
             head.masked_rows, head.why_not = False, f"it cannot run on one ({type(e).__name__}: {e})"
     finally:
@@ -121,9 +130,9 @@ def attach_head(
 
     Warns once if it can only be padded. Raises TypeError if its log-probs cannot be had from its last hidden state, ValueError for prompt-learning adapters."""
     lm = causal_lm(model)
-    if "_posttrain_head" in lm.__dict__: return model
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise ValueError(f"{model.active_peft_config.peft_type} adapters put virtual tokens before the text, which the layouts do not know; use LoRA or another weight adapter")
+    if "_posttrain_head" in lm.__dict__: return model
     if getattr(lm.config, "is_encoder_decoder", False) or lm.get_output_embeddings() is None:
         raise TypeError(f"{type(lm).__name__} is no decoder-only language model: a causal LM is needed (AutoModelForCausalLM)")
     config = lm.config.get_text_config() if hasattr(lm.config, "get_text_config") else lm.config
@@ -142,7 +151,7 @@ def attach_head(
                       "Results are the same, steps take longer.", stacklevel=2)
     return model
 
-# %% ../../nbs/training/02_heads.ipynb #89df8f74
+# %% ../../nbs/training/02_heads.ipynb #edca99c0
 def _call(model, batch, layout, **score):
     head = causal_lm(model)._posttrain_head
     if not head.masked_rows: layout = "padded"
@@ -171,14 +180,14 @@ def completion_logps(
 
 
 def completion_loss(
-    model: nn.Module,
-    batch: dict,
+    model: nn.Module,      # as in `completion_logps`
+    batch: dict,           # as from `make_batch`
     token_loss,            # (n,) log-probs -> (n,) losses: a loss of each token for itself, e.g. offline.sft.nll
     token_weights: Tensor, # (B, T): what each token weighs in the loss, e.g. masks.token_weights(...)
-    layout: str = "auto",
+    layout: str = "auto",  # as in `completion_logps`
     *,
-    want: tuple = (),
-    temperature: float = 1.0,
+    want: tuple = (),           # any of foundations.logps.STATS
+    temperature: float = 1.0,   # as in `completion_logps`
 ) -> tuple[Tensor, dict[str, Tensor]]:  # the loss, and "logps" with the wanted statistics (B, T), detached
     """Sum of `token_weights * token_loss(logps)` over counted tokens, in one pass over the vocabulary.
 

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['train_loop']
 
-# %% ../../nbs/training/01_loop.ipynb #7568179a
+# %% ../../nbs/training/01_loop.ipynb #b867a950
 from collections.abc import Callable, Iterable
 
 import torch
@@ -13,14 +13,14 @@ from ..foundations.masks import Totals
 
 
 def train_loop(
-    model: nn.Module,
+    model: nn.Module,               # trained in place
     micro_batches: Iterable[dict],  # as from foundations.layouts.make_batch; at least steps * accumulate of them
     loss: Callable[[nn.Module, dict, Totals], tuple[Tensor, dict]],  # a micro-batch's share of the step's loss, and what to log
     *,
-    steps: int,
+    steps: int,                  # optimizer steps
     accumulate: int = 1,         # micro-batches per step
     lr: float = 1e-3,            # at its highest
-    warmup_steps: int = 0,
+    warmup_steps: int = 0,       # steps over which the learning rate climbs
     max_grad_norm: float = 1.0,  # transformers' default
 ) -> list[dict]:  # loss and gradient norm of each step
     "Train in place with AdamW, a linear schedule and clipped gradients. Raises FloatingPointError, weights untouched, when a loss is not finite."

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# %% ../../nbs/training/03_metrics.ipynb #3f002e0e
+# %% ../../nbs/training/03_metrics.ipynb #5fff0559
 class Mean(NamedTuple):
     "A mean, not yet divided: add up both halves, over micro-batches and processes, and divide when it is logged."
     total: Tensor | float  # sum of the values
@@ -53,7 +53,8 @@ class Ledger:
         "Means over everything added since the last call, on all processes; starts anew."
         if not self.sums: return {}
         names = sorted(self.sums)  # the same order on every process
-        pairs = torch.stack([torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device) for x in self.sums[n]]) for n in names])
+        exact = torch.float32 if torch.device(device).type == "mps" else torch.float64  # Apple's GPUs have no float64
+        pairs = torch.stack([torch.stack([torch.as_tensor(x, device=device).to(exact) for x in self.sums[n]]) for n in names])
         total, count = gather(pairs).view(-1, len(names), 2).sum(0).cpu().unbind(1)
         self.sums = {}
         return {n: (t / c).item() for n, t, c in zip(names, total, count) if c > 0}

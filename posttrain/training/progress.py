@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 # What people look at first, in this order; a run shows those that it logs.
 HEADLINES = ("loss", "reward", "rewards/margins", "rewards/accuracies", "mean_token_accuracy", "entropy", "kl", "eval_loss", "grad_norm", "learning_rate")
 
-# %% ../../nbs/training/05_progress.ipynb #2f743e65
+# %% ../../nbs/training/05_progress.ipynb #0f6e9b88
 def curve(
     log_history: list[dict],  # as in `trainer.state.log_history`
     metric: str,  # e.g. "loss"
@@ -25,7 +25,7 @@ def curve(
 def plot_run(
     log_history: list[dict],  # as in `trainer.state.log_history`
     metrics: list[str] | None = None,  # default: the first three of HEADLINES that the run logged, without the settings
-    title: str | None = None,
+    title: str | None = None,  # above all of them
 ):  # a matplotlib Figure
     "The curves of a run beside each other; an `eval_` metric is drawn dashed over its training curve. Raises ValueError if nothing was logged."
     from matplotlib.figure import Figure
@@ -36,14 +36,15 @@ def plot_run(
     fig = Figure(figsize=(3.6 * len(metrics), 2.7), layout="constrained")
     for ax, metric in zip(fig.subplots(1, len(metrics), squeeze=False)[0], metrics):
         ax.plot(*curve(log_history, metric), color="#0072B2", marker="." if len(log_history) < 20 else None)
-        if f"eval_{metric}" in logged:
-            ax.plot(*curve(log_history, f"eval_{metric}"), color="#D55E00", linestyle="--", marker="o", markersize=3, label="eval")
-            ax.legend(frameon=False)
+        evals = sorted(k for k in logged if k.startswith("eval_") and k.endswith(f"_{metric}"))  # one, or one for each named set
+        for name, color in zip(evals, ("#D55E00", "#009E73", "#CC79A7", "#E69F00")):
+            ax.plot(*curve(log_history, name), color=color, linestyle="--", marker="o", markersize=3, label=name.removesuffix(f"_{metric}"))
+        if evals: ax.legend(frameon=False)
         ax.set(title=metric, xlabel="step"); ax.grid(alpha=.3)
     if title: fig.suptitle(title)
     return fig
 
-# %% ../../nbs/training/05_progress.ipynb #4a485f04
+# %% ../../nbs/training/05_progress.ipynb #85ba4aae
 def in_notebook() -> bool:
     "Is there a notebook front end that can redraw an output in place?"
     try: return get_ipython().__class__.__name__ in ("ZMQInteractiveShell", "Shell")  # Jupyter and VS Code; Colab
@@ -51,7 +52,7 @@ def in_notebook() -> bool:
 
 
 def clock(
-    seconds: float,
+    seconds: float,  # a duration
 ) -> str:  # "1:05", "2:03:20"
     "A duration as people write it."
     m, s = divmod(int(seconds), 60)
@@ -97,12 +98,14 @@ class Progress(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs or "train_runtime" in logs: return
         if getattr(self, "live", False): return self._draw(state)
-        if self.columns is None: self._header([k for k in HEADLINES if k in logs][:6])
+        if self.columns is None:
+            if not (columns := [k for k in HEADLINES if k in logs][:6]) and not any(k.endswith("_loss") for k in logs): return
+            self._header(columns)
         cells = [_number(logs[k]) if k in logs else "" for k in self.columns]
         if (self.stream or sys.stdout).isatty(): self._say("\r\033[K", end="")
         if any(cells): self._say(f"{state.global_step:>8}" + "".join(f"{c:>{max(len(k), 9) + 2}}" for k, c in zip(self.columns, cells))
                   + f"  {clock(time.time() - getattr(self, 'start', time.time())):>7}")
-        if new := [k for k in logs if k.startswith("eval_") and k in HEADLINES and k not in self.columns]:
+        if new := [k for k in logs if k.startswith("eval_") and k.endswith("_loss") and k not in self.columns]:  # of every evaluation set
             self._say(" " * 8 + "  " + ", ".join(f"{k} {_number(logs[k])}" for k in new))
 
     def _header(self, columns):
