@@ -23,7 +23,7 @@ def interleaved(variants: dict, rounds: int = 5) -> dict:
 
 
 def ratio(seconds: dict, peer: str, ours: str) -> str:
-    """`peer / ours`: median of the rounds' ratios, and their range."""
+    """`peer / ours`, of seconds or of MiB: median of the rounds' ratios, and their range."""
     pairs = [a / b for a, b in zip(seconds[peer], seconds[ours])]
     return f"{statistics.median(pairs):5.2f} [{min(pairs):.2f}, {max(pairs):.2f}]"
 

@@ -132,7 +132,7 @@ def execute(nb, cwd: Path, timeout: int = 600, allow_errors: bool = False):
            "OMP_NUM_THREADS": "1"}  # two notebooks at a time on two cores; and the same sums on every machine
     os.environ.update(env)
     client = NotebookClient(nb, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(cwd)}},
-                            allow_errors=allow_errors)
+                            allow_errors=allow_errors, extra_arguments=["--IPKernelApp.log_level=40"])  # errors, no advice
     try:
         client.execute()
     finally:
