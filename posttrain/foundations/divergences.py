@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# %% ../../nbs/foundations/04_divergences.ipynb #aa6d5e87
+# %% ../../nbs/foundations/04_divergences.ipynb #136303cb
 def k1(logratio: Tensor) -> Tensor: return logratio  # step 1
 def k2(logratio: Tensor) -> Tensor: return logratio**2 / 2  # step 3
-def k3(logratio: Tensor) -> Tensor: return torch.expm1(-logratio) + logratio  # steps 2 and 4
+def k3(logratio: Tensor) -> Tensor:  # steps 2 and 4
+    c = logratio.clamp(min=-20)  # below -20 constant, as e^89 overflows
+    return torch.expm1(-c) + c
 
 
 KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
@@ -38,7 +40,7 @@ def estimate_kl(
     estimate = KL_ESTIMATORS[how](logratio.to(torch.promote_types(logratio.dtype, torch.float32)))
     return estimate if ratio is None else ratio * estimate
 
-# %% ../../nbs/foundations/04_divergences.ipynb #a65a9e98
+# %% ../../nbs/foundations/04_divergences.ipynb #799254c8
 def _log_softmax(logits: Tensor) -> Tensor:
     log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     return log_p.clamp(min=torch.finfo(log_p.dtype).min)  # step 12: 0 * log 0 is 0 * (a huge number), not 0 * infinity
@@ -68,9 +70,14 @@ def forward_kl(
 def generalized_jsd(
     logits: Tensor,  # (..., V) of the policy (the student)
     ref_logits: Tensor,  # (..., V) of the reference (the teacher)
-    beta: float = 0.5,  # the reference's share in the mixture; 0 is forward KL, 1 is reverse KL, by GKD's definition
+    beta: float = 0.5,  # the reference's share in the mixture; 0 is forward KL, 1 is reverse KL, by convention
 ) -> Tensor:  # (...) in nats, float32 or better
-    "Generalised Jensen-Shannon divergence of GKD (2306.13649). Raises ValueError for beta outside [0, 1]."
+    """
+    Generalised Jensen-Shannon divergence of GKD (2306.13649). Raises ValueError for beta outside [0, 1].
+
+    The paper has 0 < beta < 1; implementations (TRL's GKDTrainer and this one) define beta=0 as forward and beta=1 as reverse KL:
+    two special cases, with a jump (step 14).
+    """
     if not 0 <= beta <= 1:
         raise ValueError(f"beta is the reference's share in a mixture, expected a number in [0, 1], got {beta}")
     if beta == 0:  # step 14: the formula below would be 0 for every student
@@ -81,7 +88,7 @@ def generalized_jsd(
     log_mix = torch.logaddexp(math.log(beta) + log_ref, math.log1p(-beta) + log_p)  # step 13
     return beta * _kl(log_ref, log_mix) + (1 - beta) * _kl(log_p, log_mix)
 
-# %% ../../nbs/foundations/04_divergences.ipynb #e3499295
+# %% ../../nbs/foundations/04_divergences.ipynb #170a710b
 _MAX_EXPONENT = 80.0  # step 18: exp(80) is finite in float32 and bfloat16, with room for a product
 
 
@@ -102,7 +109,7 @@ def _alpha_score(l: Tensor, alpha: float) -> Tensor:
 
 class FDivergence(NamedTuple):
     "D(policy || reference) = E_reference[f(u)], as functions of the log-ratio log u and of alpha, which only one of them uses."
-    f: Callable[[Tensor, float], Tensor]
+    f: Callable[[Tensor, float], Tensor]  # for worlds small enough to enumerate: not clamped
     score: Callable[[Tensor, float], Tensor]  # f'(u), the implicit reward divided by beta
 
 
