@@ -9,7 +9,7 @@ from typing import Callable, Iterable, NamedTuple
 import torch
 from torch import Tensor
 
-# %% ../../nbs/foundations/03_masks.ipynb #13b5dd5e
+# %% ../../nbs/foundations/03_masks.ipynb #becb0295
 def length_mask(
     lengths: Tensor,  # (B,) number of tokens of each row
     max_length: int,  # T, the width of the rectangle
@@ -23,14 +23,16 @@ def completion_mask(
     eos_ids: int | Iterable[int],  # the ids that end a completion; a model may have several
 ) -> Tensor:  # (B, T) long, 1 up to and including the first EOS, everywhere 1 in a row without EOS
     "Which tokens the model chose: all up to and including its first EOS. The padding id plays no part in it."
-    eos_ids = [eos_ids] if isinstance(eos_ids, int) else list(eos_ids)
+    eos_ids = [eos_ids] if eos_ids is None or isinstance(eos_ids, int) else list(eos_ids)
     if not eos_ids:
         raise ValueError("completion_mask needs at least one EOS id, got none; without EOS every token counts: use length_mask")
+    if None in eos_ids:
+        raise ValueError(f"completion_mask: eos_ids holds None, got {eos_ids}; expected token ids. The tokenizer or config has no EOS there: set it, or leave it out")
     is_eos = torch.isin(ids, torch.tensor(eos_ids, device=ids.device)).long()
     eos_before = is_eos.cumsum(dim=1) - is_eos  # step 3: strictly before, so the first EOS itself still counts
     return (eos_before == 0).long()
 
-# %% ../../nbs/foundations/03_masks.ipynb #f1660d81
+# %% ../../nbs/foundations/03_masks.ipynb #f5afaa02
 class Totals(NamedTuple):
     "How much one whole optimizer step averages over; `Totals` of its micro-batches and devices add up to it."
     tokens: Tensor | float  # N, tokens with mask 1
@@ -68,11 +70,11 @@ def token_weights(
     max_length: float | None = None,  # tokens, the longest completion allowed; only "constant" needs it
     dtype: torch.dtype = torch.float32,  # of the weights
 ) -> Tensor:  # (B, T), the derivative of the average by each token's loss
-    "The weight of each token under a named average. Raises ValueError for an unknown name and for \"constant\" without `max_length`."
+    "The weight of each token under a named average. Raises ValueError for an unknown name and for \"constant\" without a `max_length` above 0."
     if how not in AVERAGES:
         raise ValueError(f"unknown average {how!r}; choose one of {', '.join(map(repr, AVERAGES))}")
-    if how == "constant" and not max_length:
-        raise ValueError(f"average 'constant' divides by max_length, which is {max_length!r}; pass the longest completion allowed, in tokens")
+    if how == "constant" and not (max_length and max_length > 0):
+        raise ValueError(f"average 'constant' divides by max_length, which is {max_length!r}; pass the longest completion allowed, in tokens, above 0")
     return AVERAGES[how](mask.to(dtype), totals if totals is not None else Totals.of(mask), max_length)
 
 
@@ -87,15 +89,16 @@ def average(
     """
     Average per-token terms by name. With the `totals` of the step, the results of its micro-batches *sum* to the result of the step.
 
-    Cells with mask 0 may hold anything, also NaN or infinity: they reach neither the value nor the gradient. Half precision is summed in float32.
-    An empty mask gives 0. Raises ValueError for an unknown name and for "constant" without `max_length`.
+    Masked cells of `per_token` itself may hold anything, also NaN or infinity: they reach neither the value nor the gradient. What `per_token`
+    was computed from needs care: a masked log-ratio of infinity sends 0 * infinity = NaN back through exp, so fill it with 0 first.
+    Half precision is summed in float32. An empty mask gives 0. Raises ValueError for an unknown name and for "constant" without a `max_length` above 0.
     """
     dtype = torch.promote_types(per_token.dtype, torch.float32)
     weights = token_weights(mask, how, totals=totals, max_length=max_length, dtype=dtype)
     terms = per_token.to(dtype).expand_as(mask).masked_fill(mask == 0, 0)  # 0 * NaN would be NaN
     return (weights * terms).sum()  # step 4
 
-# %% ../../nbs/foundations/03_masks.ipynb #3591728c
+# %% ../../nbs/foundations/03_masks.ipynb #9cf3d223
 def masked_mean(
     x: Tensor,  # (B, T), any values where the mask is 0
     mask: Tensor,  # (B, T) of 0/1
@@ -103,7 +106,8 @@ def masked_mean(
     keepdim: bool = False,
 ) -> Tensor:  # the mean of the marked cells, 0 where none is marked
     "Mean over the marked cells, in float32 or better."
-    x = x.to(torch.promote_types(x.dtype, torch.float32)).masked_fill(mask == 0, 0)
+    mask = mask != 0  # counted as integers: bfloat16 cannot count beyond 256
+    x = x.to(torch.promote_types(x.dtype, torch.float32)).masked_fill(~mask, 0)
     if dim is None:
         return x.sum() / _at_least_1(mask.sum())
     return x.sum(dim, keepdim=keepdim) / _at_least_1(mask.sum(dim, keepdim=keepdim))
@@ -114,6 +118,7 @@ def masked_var(
     mask: Tensor,  # (B, T) of 0/1
 ) -> Tensor:  # (), 0 if fewer than two cells are marked
     "Variance over the marked cells, with Bessel's correction (division by N - 1), in float32 or better."
+    mask = mask != 0
     squares = (x - masked_mean(x, mask)) ** 2
     n = mask.sum()
     return masked_mean(squares, mask) * n / _at_least_1(n - 1)
