@@ -151,7 +151,7 @@ def _countdown_steps(prompt: str, answer: str) -> list[str]:
     half = _value(f"{a}{f}{b}")[0]
     return [f"{a}{f}{b}={half}", f"{half}{s}{c}={_countdown(prompt)[1]}", answer]
 
-# %% ../../nbs/pocket/02_tasks.ipynb #37598daf
+# %% ../../nbs/pocket/02_tasks.ipynb #ebcf33ba
 KIND = ("good", "warm", "fresh", "tasty", "kind", "bright", "lovely", "crisp", "sweet", "fine")
 UNKIND = ("bad", "cold", "stale", "bland", "rude", "dull", "awful", "soggy", "sour", "poor")
 _NOUNS = ("soup", "bread", "tea", "rice", "cake", "fish", "salad", "staff", "music", "room", "table", "menu", "bar", "view", "chef", "garden", "coffee", "pie", "stew", "jam",
@@ -161,7 +161,7 @@ _NOUNS = ("soup", "bread", "tea", "rice", "cake", "fish", "salad", "staff", "mus
 def judge(
     completion,  # what was said: a string, or messages
 ) -> float:
-    "The gold judge's score in [-1, 1]: 1 for two or more different kind words, −1 for nothing but unkind ones or babble."
+    "The gold judge's score in [-1, 1]: 1 for two or more different kind words, −1 for two or more different unkind words, or for babble."
     words = [w for w in _plain(completion).split() if w != "and"]
     score, said = 0, set()
     for word in words:
@@ -185,7 +185,7 @@ def _spoil_sentiment(rng: random.Random, prompt: str, answer: str) -> str:
         words[i] = rng.choice(UNKIND)
     return " and ".join(words)
 
-# %% ../../nbs/pocket/02_tasks.ipynb #e5702f13
+# %% ../../nbs/pocket/02_tasks.ipynb #07466e26
 TASKS = {
     "reverse": Task("reverse ", _sample_reverse, lambda p, c: c == _given(p)[::-1], _shuffle_two, lambda p, a: list(a) + [a]),
     "sort": Task("sort ", _sample_sort, lambda p, c: c == "".join(sorted(_given(p))), _shuffle_two, lambda p, a: list(a) + [a]),
@@ -204,7 +204,11 @@ def _task(name: str) -> Task:
 def _plain(text) -> str:
     "A prompt or completion as a bare string: the last message of a conversation, up to its end token, without role markers and outer blanks."
     if not isinstance(text, str):
-        text = text[-1]["content"]
+        messages = isinstance(text, (list, tuple)) and text and isinstance(text[-1], dict) and "content" in text[-1]
+        content = text[-1]["content"] if messages else None
+        if not isinstance(content, str):
+            raise TypeError(f"expected a string, or messages whose last one has a string as its content, got {repr(text)[:80]}")
+        text = content
     return re.sub(r"<\|\w+\|>", "", text.split("<|end|>")[0]).strip()
 
 
