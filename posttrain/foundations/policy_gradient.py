@@ -13,7 +13,7 @@ from .divergences import k3
 from .masks import AVERAGES, Totals, masked_mean
 from .masks import average as average_tokens
 
-# %% ../../nbs/foundations/06_policy_gradient.ipynb #28c044e3
+# %% ../../nbs/foundations/06_policy_gradient.ipynb #6b4f218b
 RATIOS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # log(pi / pi_old) with 0 where masked, mask -> log of the ratio
     "none": lambda change, mask: change - change.detach(),                          # step 2
     "token": lambda change, mask: change,                                           # step 4
@@ -60,24 +60,23 @@ def policy_gradient_loss(
     """
     The clipped surrogate of policy-gradient methods, along its three axes; `RECIPES` says which setting is which paper.
 
-    Stats: `clip_ratio/{low,high,region}_mean`, the share of tokens that left the limits in the direction of their advantage;
-    `approx_kl`, KL(old || now) by k3; `ratio/{mean,min,max}`. Raises ValueError for an unknown name and for "two_sided" without
-    a `delta` above the upper limit. PPO 1707.06347, DAPO 2503.14476, GSPO 2507.18071, CISPO 2506.13585, INTELLECT-2 2505.07291.
+    Stats: `clip_ratio/{low,high,region}_mean`, the share of ratios that left the limits in the direction of their advantage, and
+    `ratio/{mean,min,max}`: one value per token, or one per sequence for the ratios "sequence" and "sequence_sum"; `approx_kl`,
+    KL(old || now) by k3. TRL's `cispo_clip_ratio` is not computed here. Raises ValueError for an unknown name, for "two_sided"
+    without a `delta` above the upper limit and for advantages that are neither one per row nor one per token. PPO 1707.06347, DAPO 2503.14476, GSPO 2507.18071, CISPO 2506.13585, INTELLECT-2 2505.07291.
     """
     low, high = 1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high)
     _check_names(ratio, trust_region, average, high, delta)
     logps = logps.to(torch.promote_types(logps.dtype, torch.float32))
     old_logps = logps.detach() if old_logps is None else old_logps.detach()
-    advantages = advantages.detach()
-    if advantages.dim() == 1:
-        advantages = advantages[:, None]
     change = (logps - old_logps).masked_fill(mask == 0, 0)  # before any sum or exp: padding may hold anything
+    advantages = _per_token(advantages.detach(), change).masked_fill(mask == 0, 0)  # 0 * NaN would reach a ratio shared by the row
     rho = RATIOS[ratio](change, mask).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
     terms = TRUST_REGIONS[trust_region](rho, advantages, logps, low, high, delta)
     loss = average_tokens(-terms, mask, average, totals=totals, max_length=max_length)  # step 11
-    return loss, _stats(rho.detach().expand_as(change), change.detach(), advantages, mask, low, high)
+    return loss, _stats(rho.detach(), change.detach(), advantages, mask, low, high)
 
-# %% ../../nbs/foundations/06_policy_gradient.ipynb #11cc18ec
+# %% ../../nbs/foundations/06_policy_gradient.ipynb #3a50162f
 def _check_names(ratio, trust_region, average, high, delta):
     for axis, name, known in (("ratio", ratio, RATIOS), ("trust_region", trust_region, TRUST_REGIONS), ("average", average, AVERAGES)):
         if name not in known:
@@ -86,23 +85,38 @@ def _check_names(ratio, trust_region, average, high, delta):
         raise ValueError(f"trust region 'two_sided' needs delta above the upper limit 1 + epsilon_high = {high:g}, got delta={delta}")
 
 
+def _per_token(advantages: Tensor, change: Tensor) -> Tensor:
+    rows, width = change.shape
+    if advantages.shape == (rows,):
+        advantages = advantages[:, None]
+    if advantages.shape not in ((rows, 1), (rows, width)):  # a single number would otherwise be spread over all rows in silence
+        raise ValueError(f"advantages of shape {tuple(advantages.shape)} do not fit logps of shape {(rows, width)}; "
+                         f"expected ({rows},), one per completion, or ({rows}, {width}), one per token")
+    return advantages.expand_as(change)
+
+
 @torch.no_grad()
 def _stats(rho, change, advantages, mask, low, high) -> dict[str, Tensor]:
+    per_row = rho.shape[1] == 1  # a ratio of the row is one value, however many tokens share it
+    count = (mask.sum(1, keepdim=True) > 0).long() if per_row else mask
+
+    def mean(x):
+        x = x.to(rho.dtype).expand_as(mask)
+        return masked_mean(masked_mean(x, mask, dim=1, keepdim=True) if per_row else x, count)
+
     too_low, too_high = (rho < low) & (advantages < 0), (rho > high) & (advantages > 0)
-    mean = masked_mean(rho, mask)
-    inside = torch.where(mask == 0, mean, rho)  # the mean is never an extreme, so padding is none either
+    ratio_mean = mean(rho)
+    inside = torch.where(count == 0, ratio_mean, rho)  # the mean is never an extreme, so padding is none either
     return {
-        "clip_ratio/low_mean": masked_mean(too_low.float(), mask),
-        "clip_ratio/high_mean": masked_mean(too_high.float(), mask),
-        "clip_ratio/region_mean": masked_mean((too_low | too_high).float(), mask),
-        "approx_kl": masked_mean(k3(-change.clamp(max=_MAX_LOG_RATIO)), mask),  # samples are the old policy's, so old minus now
-        "ratio/mean": mean, "ratio/min": inside.min(), "ratio/max": inside.max(),
+        "clip_ratio/low_mean": mean(too_low), "clip_ratio/high_mean": mean(too_high), "clip_ratio/region_mean": mean(too_low | too_high),
+        "approx_kl": masked_mean(k3(-change), mask),  # samples are the old policy's, so old minus now
+        "ratio/mean": ratio_mean, "ratio/min": inside.min(), "ratio/max": inside.max(),
     }
 
-# %% ../../nbs/foundations/06_policy_gradient.ipynb #2274ae00
+# %% ../../nbs/foundations/06_policy_gradient.ipynb #0eb80d6f
 class Recipe(NamedTuple):
     "A method on the axes of this lesson."
-    advantages: dict  # keywords of `group_advantages`; None for PPO, whose advantages come from `gae` and are whitened
+    advantages: dict | None  # keywords of `group_advantages`; None for PPO, whose advantages come from `gae` and are whitened
     loss: dict  # keywords of `policy_gradient_loss`
 
 
