@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .masks import masked_mean, masked_var
 
-# %% ../../nbs/foundations/05_advantages.ipynb #5b7cc42d
+# %% ../../nbs/foundations/05_advantages.ipynb #2982f6c4
 GROUP, BATCH = (1,), (0, 1)  # over which axes of the (P, G) rewards
 
 
@@ -61,9 +61,11 @@ def group_advantages(
     baseline: str = "group",  # a key of `BASELINES`; GRPO's
     scale: str = "group",  # a key of `SCALES`; TRL's `scale_rewards`
     eps: float = 1e-4,  # added to the standard deviation; TRL's
-) -> Tensor:  # (B,) without gradient, in float32 or better; 0 for NaN rewards, groups of one and groups of equal rewards
+) -> Tensor:  # (B,) without gradient, float32 or better; 0 for NaN rewards and, with a baseline per prompt, for groups of one and groups of equal rewards
     """
     How much better each completion is than expected, from the rewards of its group or of the batch.
+
+    A reward of -inf turns its group NaN (with a baseline or scale "batch", the batch): give a finite penalty.
 
     "batch" means the rewards given here: pass all of the generation batch, gathered over devices. Raises ValueError for an unknown
     name and for rewards that are no whole number of groups. GRPO 2402.03300, RLOO 2402.14740, Dr. GRPO 2503.20783, REINFORCE++ 2501.03262.
@@ -83,13 +85,13 @@ def group_std(
     "The spread of rewards in each group; `(group_std(...) == 0).float().mean()` is the metric `frac_reward_zero_std`."
     return _std(_grouped(rewards, num_generations), GROUP).flatten()
 
-# %% ../../nbs/foundations/05_advantages.ipynb #513843aa
+# %% ../../nbs/foundations/05_advantages.ipynb #4cca43ab
 def at_last_token(
     rewards: Tensor,  # (B,) one reward per completion
     mask: Tensor,  # (B, T) of 0/1
 ) -> Tensor:  # (B, T), the reward at the last marked token of each row, else 0
     "Rewards of completions as rewards of tokens. A row with an empty mask gets none."
-    last = mask.shape[1] - 1 - mask.flip(1).argmax(1, keepdim=True)
+    last = mask.shape[1] - 1 - mask.flip(1).long().argmax(1, keepdim=True)
     return rewards.new_zeros(mask.shape).scatter(1, last, rewards[:, None]) * mask
 
 
