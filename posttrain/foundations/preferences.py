@@ -49,7 +49,7 @@ def margin_loss(
         return f(margin)
     return LABEL_NOISE[label_noise](f(margin), f(-margin), label_smoothing)
 
-# %% ../../nbs/foundations/07_preferences.ipynb #b686be7d
+# %% ../../nbs/foundations/07_preferences.ipynb #370b6e1a
 def preference_probability(
     rewards: Tensor,  # (...) worths of the first answers
     other_rewards: Tensor,  # (...) worths of the second answers
@@ -71,7 +71,12 @@ def bradley_terry_loss(
     Negative log-likelihood of the preferences, the mean over the pairs of the step (steps 4, 5 and 13).
 
     Stats, all means over this batch: `accuracy` (a tie counts half), `margin`, `mean_reward`, and `min_reward`, `max_reward`.
+    Raises ValueError unless chosen, rejected and a margin that is no single number hold one number per pair.
     """
+    shape, margin_shape = chosen_rewards.shape, margin.shape if isinstance(margin, Tensor) else ()
+    if len(shape) != 1 or rejected_rewards.shape != shape or margin_shape not in ((), shape):  # else (B,) and (B, 1) make B * B pairs in silence
+        raise ValueError(f"bradley_terry_loss needs one number per pair, (B,); got chosen_rewards {tuple(shape)}, "
+                         f"rejected_rewards {tuple(rejected_rewards.shape)}, margin {tuple(margin_shape)}; a margin may also be a single number")
     dtype = torch.promote_types(chosen_rewards.dtype, torch.float32)
     chosen_rewards, rejected_rewards = chosen_rewards.to(dtype), rejected_rewards.to(dtype)
     lead = chosen_rewards - rejected_rewards
@@ -84,7 +89,7 @@ def bradley_terry_loss(
                  "mean_reward": both.mean(), "min_reward": both.min(), "max_reward": both.max()}
     return loss, stats
 
-# %% ../../nbs/foundations/07_preferences.ipynb #0f9d2b17
+# %% ../../nbs/foundations/07_preferences.ipynb #fd4f1aae
 def optimal_policy(
     ref_logps: Tensor,  # (..., N) log-probs of all N possible answers under the reference
     rewards: Tensor,  # (..., N) their rewards
@@ -100,6 +105,11 @@ def implicit_reward(
     logps: Tensor,  # (...) log-probs of answers under the policy: summed over tokens, for whole answers
     ref_logps: Tensor,  # (...) the same under the reference
     beta: float,  # weight of the KL to the reference
-) -> Tensor:  # (...) the reward for which this policy is the best, up to a constant of the prompt
-    "Step 8. Only differences between answers to one prompt mean anything."
-    return beta * (logps - ref_logps)
+) -> Tensor:  # (...) float32 or better; the reward for which this policy is the best, up to a constant of the prompt
+    """
+    Step 8. Only differences between answers to one prompt mean anything.
+
+    Sums over tokens must come in float32: a sum of -300 in bfloat16 is already rounded to a multiple of 2, and no later step mends it.
+    """
+    dtype = torch.promote_types(logps.dtype, torch.float32)
+    return beta * (logps.to(dtype) - ref_logps.to(dtype))
