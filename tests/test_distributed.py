@@ -29,13 +29,39 @@ if trainer.accelerator.is_main_process:
 """
 
 
+FSDP2 = """
+import copy, sys, torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from posttrain import pocket
+from posttrain.foundations.layouts import make_batch
+from posttrain.training.heads import attach_head, completion_loss
+dist.init_process_group("gloo")
+rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
+model = attach_head(pocket.model(seed=0)).train()
+whole = copy.deepcopy(model)
+for layer in model.model.layers: fully_shard(layer, mesh=mesh)
+fully_shard(model, mesh=mesh)
+batches = [make_batch([[5, 6, 7]], [[8, 9, 10, 1], [11, 12, 1]], [0, 0]), make_batch([[9, 8]], [[20, 21, 1]])]
+def share(model, batch, processes): return completion_loss(model, batch, torch.neg, batch["mask"] / 10 * processes)[0]
+share(model, batches[rank], 2).backward()
+sum(share(whole, batch, 1) for batch in batches).backward()
+for (name, p), q in zip(model.named_parameters(), whole.named_parameters()):
+    assert type(p).__name__ == "DTensor" and torch.allclose(p.grad.full_tensor(), q[1].grad, atol=1e-6), name
+dist.destroy_process_group()
+"""
+
+
+def launch(processes, *command):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else [sys.executable]
+    done = subprocess.run([*launcher, *command], capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"})
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def train(folder, processes, size, accumulate, **options):
     folder.mkdir()
     (folder / "train.py").write_text(SCRIPT)
-    command = [str(folder / "train.py"), str(folder), str(size), str(accumulate), json.dumps(options)]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else [sys.executable]
-    done = subprocess.run(launcher + command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"})
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(processes, str(folder / "train.py"), str(folder), str(size), str(accumulate), json.dumps(options))
     return torch.load(folder / "weights.pt"), json.loads((folder / "log.json").read_text())
 
 
@@ -52,3 +78,9 @@ def test_two_processes_are_one(tmp_path, options):
                 assert abs(a[key] - b[key]) <= 1e-4 * max(1, abs(a[key])), (name, key, a[key], b[key])
         # 16 rows: with a number that does not divide evenly, accelerate evaluates a few rows twice
         assert abs(log["eval"]["eval_loss"] - other["eval"]["eval_loss"]) < 1e-4
+
+
+def test_fsdp2_gathers_and_reduces_through_the_head(tmp_path):
+    """Sharded over two processes: the same gradients, although the head never calls the output layer."""
+    (tmp_path / "sharded.py").write_text(FSDP2)
+    launch(2, str(tmp_path / "sharded.py"))
