@@ -3,12 +3,10 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-HERE = Path(__file__).parent
 pytestmark = pytest.mark.distributed
 
 SCRIPT = """
