@@ -357,6 +357,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                         'posttrain/foundations/policy_gradient.py'),
                                                        'posttrain.foundations.policy_gradient._none': ( 'foundations/policy_gradient.html#_none',
                                                                                                         'posttrain/foundations/policy_gradient.py'),
+                                                       'posttrain.foundations.policy_gradient._per_token': ( 'foundations/policy_gradient.html#_per_token',
+                                                                                                             'posttrain/foundations/policy_gradient.py'),
                                                        'posttrain.foundations.policy_gradient._stats': ( 'foundations/policy_gradient.html#_stats',
                                                                                                          'posttrain/foundations/policy_gradient.py'),
                                                        'posttrain.foundations.policy_gradient._two_sided': ( 'foundations/policy_gradient.html#_two_sided',
