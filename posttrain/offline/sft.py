@@ -22,7 +22,7 @@ def nll(
 
 TOKEN_LOSSES = {"nll": nll, "dft": dft}  # loss_type -> each token's loss, from its log-prob
 
-# %% ../../nbs/offline/01_sft.ipynb #8aa97e8e
+# %% ../../nbs/offline/01_sft.ipynb #25a71abc
 from ..data.collate import collate_sft
 from ..data.formats import dataset_type, first_row
 from ..data.packing import PACKING_STRATEGIES, pack_dataset
@@ -74,13 +74,14 @@ class SFTTrainer(PostTrainer):
     """Supervised fine-tuning (https://arxiv.org/abs/2203.02155). Call it as TRL's.
 
     Datasets: `text`, `messages`, `conversations` (ShareGPT), `prompt` with `completion`, or `input_ids` with `labels`.
+    The parameters are those of `PostTrainer`, and `formatting_func`, which makes one text of a row.
     Raises ValueError and TypeError that say what is wrong with the data or the config, before the model is loaded."""
 
     config_class = SFTConfig
 
     def __init__(self, model, args=None, data_collator=None, train_dataset=None, eval_dataset=None, processing_class=None, compute_metrics=None,
                  callbacks=None, optimizers=(None, None), optimizer_cls_and_kwargs=None, preprocess_logits_for_metrics=None, peft_config=None,
-                 formatting_func=None):  # formatting_func: a row -> its text; all else as in PostTrainer
+                 formatting_func=None):
         self.formatting_func = formatting_func
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics, callbacks, optimizers,
                          optimizer_cls_and_kwargs, preprocess_logits_for_metrics, peft_config)

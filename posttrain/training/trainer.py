@@ -118,7 +118,7 @@ def add_adapter(
         raise ValueError("peft_config was given for a model that already has an adapter; merge it first (model.merge_and_unload()) or leave peft_config out")
     return get_peft_model(model, peft_config)
 
-# %% ../../nbs/training/04_trainer.ipynb #a7270d32
+# %% ../../nbs/training/04_trainer.ipynb #38a3f9d1
 class PostTrainer(Trainer):
     """transformers' Trainer with one rule of normalisation. Subclasses say what a row must have, how it is prepared, and what the loss is.
 
@@ -149,17 +149,17 @@ class PostTrainer(Trainer):
     def __init__(
         self,
         model: str | nn.Module,  # a causal LM: path, hub id, object, or PEFT model
-        args: PostConfig | None = None,
+        args: PostConfig | None = None,  # the method's config; plain TrainingArguments are adopted
         data_collator=None,      # prepared rows -> batch; default: the method's
         train_dataset=None,      # Dataset or IterableDataset
         eval_dataset=None,       # the same, or a dict of them
         processing_class=None,   # tokenizer; default: the model's
         compute_metrics=None,    # EvalPrediction(logits, labels) -> dict; costs a second forward pass per evaluation batch
-        callbacks=None,
+        callbacks=None,          # TrainerCallbacks; a Progress among them replaces the default one
         optimizers=(None, None), # (optimizer, scheduler)
-        optimizer_cls_and_kwargs=None,
-        preprocess_logits_for_metrics=None,
-        peft_config=None,
+        optimizer_cls_and_kwargs=None,  # (optimizer class, its keywords)
+        preprocess_logits_for_metrics=None,  # (logits, labels) -> what compute_metrics gets as predictions
+        peft_config=None,        # of peft: train an adapter
     ):
         args = self.config_class.adopt(args)
         args.remove_unused_columns = False  # prepared rows hold what the collator reads, which `forward` does not name
