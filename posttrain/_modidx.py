@@ -382,6 +382,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'posttrain.offline.sft.SFTTrainer': ('offline/sft.html#sfttrainer', 'posttrain/offline/sft.py'),
                                        'posttrain.offline.sft.SFTTrainer.__init__': ( 'offline/sft.html#sfttrainer.__init__',
                                                                                       'posttrain/offline/sft.py'),
+                                       'posttrain.offline.sft.SFTTrainer._skips_preparing': ( 'offline/sft.html#sfttrainer._skips_preparing',
+                                                                                              'posttrain/offline/sft.py'),
                                        'posttrain.offline.sft.SFTTrainer.after_loading': ( 'offline/sft.html#sfttrainer.after_loading',
                                                                                            'posttrain/offline/sft.py'),
                                        'posttrain.offline.sft.SFTTrainer.before_preparing': ( 'offline/sft.html#sfttrainer.before_preparing',

@@ -22,9 +22,9 @@ def nll(
 
 TOKEN_LOSSES = {"nll": nll, "dft": dft}  # loss_type -> each token's loss, from its log-prob
 
-# %% ../../nbs/offline/01_sft.ipynb #25a71abc
+# %% ../../nbs/offline/01_sft.ipynb #3af9235d
 from ..data.collate import collate_sft
-from ..data.formats import dataset_type, first_row
+from ..data.formats import column_names, dataset_type, first_row
 from ..data.packing import PACKING_STRATEGIES, pack_dataset
 from ..data.templates import adopt_chat_template, fit_to_tokenizer
 from ..data.tokens import TRUNCATION, prepare_sft
@@ -86,8 +86,10 @@ class SFTTrainer(PostTrainer):
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics, callbacks, optimizers,
                          optimizer_cls_and_kwargs, preprocess_logits_for_metrics, peft_config)
 
+    def _skips_preparing(self) -> bool: return bool((self.args.dataset_kwargs or {}).get("skip_prepare_dataset"))
+
     def check(self, dataset, name):
-        if (self.args.dataset_kwargs or {}).get("skip_prepare_dataset"): return
+        if self._skips_preparing(): return
         if not isinstance(dataset, (Dataset, IterableDataset)):
             raise TypeError(f"the {name} dataset is a {type(dataset).__name__}; SFTTrainer needs a datasets.Dataset or IterableDataset (Dataset.from_list(rows) makes one of a list of dicts)")
         row = first_row(dataset, "SFTTrainer")
@@ -110,7 +112,7 @@ class SFTTrainer(PostTrainer):
 
     def prepare(self, dataset, name, training):
         args = self.args
-        if (args.dataset_kwargs or {}).get("skip_prepare_dataset") or "seq_lengths" in first_row(dataset): return dataset  # ready, or packed already
+        if self._skips_preparing() or "seq_lengths" in column_names(dataset): return dataset  # ready, or packed already
         packing = args.packing if training or args.eval_packing is None else args.eval_packing
         splits = packing and args.packing_strategy != "bfd"  # these strategies cut long rows themselves and keep all parts
         dataset = prepare_sft(dataset, self.processing_class, max_length=None if splits else args.max_length, truncation_mode=args.truncation_mode,

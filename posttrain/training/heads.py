@@ -73,10 +73,10 @@ def _forward_of(cls: type):
         return {"loss": loss, **stats}
     return forward
 
-# %% ../../nbs/training/02_heads.ipynb #d4c37a4b
+# %% ../../nbs/training/02_heads.ipynb #da3650c9
 def _obstacle(lm: nn.Module) -> str:
     "Why this model cannot have several sequences in a row, or ''."
-    config = lm.config.get_text_config() if hasattr(lm.config, "get_text_config") else lm.config
+    config = lm.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
     if other := kinds - {"full_attention", "attention"}: return f"it has {', '.join(sorted(other))} layers"
     if not kinds and getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True): return "its attention has a sliding window"
@@ -135,7 +135,7 @@ def attach_head(
     if "_posttrain_head" in lm.__dict__: return model
     if getattr(lm.config, "is_encoder_decoder", False) or lm.get_output_embeddings() is None:
         raise TypeError(f"{type(lm).__name__} is no decoder-only language model: a causal LM is needed (AutoModelForCausalLM)")
-    config = lm.config.get_text_config() if hasattr(lm.config, "get_text_config") else lm.config
+    config = lm.config.get_text_config()
     multipliers = [m for name in ("logit_scale", "output_multiplier", "lm_head_multiplier") if (m := getattr(config, name, None)) is not None]
     scale = multipliers[0] if multipliers else 1 / (getattr(config, "logits_scaling", None) or 1)
     why_not = _obstacle(lm)
@@ -151,17 +151,20 @@ def attach_head(
                       "Results are the same, steps take longer.", stacklevel=2)
     return model
 
-# %% ../../nbs/training/02_heads.ipynb #edca99c0
-def _call(model, batch, layout, **score):
-    head = causal_lm(model)._posttrain_head
+# %% ../../nbs/training/02_heads.ipynb #4dee499e
+def _call(model, batch, layout, token_weights=None, **score):
+    lm = causal_lm(model)
+    if "_posttrain_head" not in lm.__dict__: attach_head(model)
+    head = lm._posttrain_head
     if not head.masked_rows: layout = "padded"
     lay = lay_out(batch, layout, head.hidden_size)
     inputs = dict(input_ids=lay.input_ids)
     if lay.visible is not None:
         mask = lay.visible
-        if causal_lm(model).config._attn_implementation == "eager":  # eager attention adds its mask to the scores
-            mask = torch.zeros(mask.shape, device=mask.device, dtype=causal_lm(model).dtype).masked_fill(~mask, torch.finfo(causal_lm(model).dtype).min)
+        if lm.config._attn_implementation == "eager":  # eager attention adds its mask to the scores
+            mask = torch.zeros(mask.shape, device=mask.device, dtype=lm.dtype).masked_fill(~mask, torch.finfo(lm.dtype).min)
         inputs |= dict(position_ids=lay.position_ids, attention_mask=mask)
+    if token_weights is not None: score["token_weights"] = token_weights.flatten()[lay.places]
     return lay, model(**inputs, score=dict(predicts=lay.predicts, targets=lay.targets, **score))
 
 
@@ -174,7 +177,6 @@ def completion_logps(
     temperature: float = 1.0,   # the temperature that the completions were sampled at
 ) -> dict[str, Tensor]:  # "logps" (B, T) and each wanted statistic (B, T); 0 where `mask` is 0
     "Log-probability of each counted completion token given its prompt and the tokens before it, with gradients."
-    if "_posttrain_head" not in causal_lm(model).__dict__: attach_head(model)
     lay, out = _call(model, batch, layout, temperature=temperature, want=tuple(want))
     return {k: lay.scatter(v) for k, v in out.items()}
 
@@ -192,9 +194,6 @@ def completion_loss(
     """Sum of `token_weights * token_loss(logps)` over counted tokens, in one pass over the vocabulary.
 
     The same number and gradient as `(token_weights * token_loss(completion_logps(...)["logps"])).sum()`, for three matrix products instead of four."""
-    if "_posttrain_head" not in causal_lm(model).__dict__: attach_head(model)
-    counted = batch["mask"].flatten().nonzero().squeeze(1)
-    lay, out = _call(model, batch, layout, temperature=temperature, want=tuple(want),
-                     token_loss=token_loss, token_weights=token_weights.flatten()[counted])
+    lay, out = _call(model, batch, layout, token_weights, temperature=temperature, want=tuple(want), token_loss=token_loss)
     loss = out.pop("loss")
     return loss, {k: lay.scatter(v) for k, v in out.items()}

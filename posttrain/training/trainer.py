@@ -118,7 +118,7 @@ def add_adapter(
         raise ValueError("peft_config was given for a model that already has an adapter; merge it first (model.merge_and_unload()) or leave peft_config out")
     return get_peft_model(model, peft_config)
 
-# %% ../../nbs/training/04_trainer.ipynb #38a3f9d1
+# %% ../../nbs/training/04_trainer.ipynb #7a2aa7b3
 class PostTrainer(Trainer):
     """transformers' Trainer with one rule of normalisation. Subclasses say what a row must have, how it is prepared, and what the loss is.
 
@@ -261,8 +261,9 @@ class PostTrainer(Trainer):
             logits = model(input_ids=lay.input_ids).logits
         labels = torch.full_like(lay.input_ids, -100).flatten()
         labels[lay.predicts + 1] = lay.targets
-        if self.preprocess_logits_for_metrics is not None: logits = self.preprocess_logits_for_metrics(logits, labels.view_as(lay.input_ids))
-        return loss, logits, labels.view_as(lay.input_ids)
+        labels = labels.view_as(lay.input_ids)
+        if self.preprocess_logits_for_metrics is not None: logits = self.preprocess_logits_for_metrics(logits, labels)
+        return loss, logits, labels
 
     def evaluation_loop(self, *args, **kwargs):
         "transformers' loop, with metrics that start at nothing: `predict` reports none and would leave its own behind."
