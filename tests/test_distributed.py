@@ -24,6 +24,8 @@ metrics = trainer.evaluate()
 if trainer.accelerator.is_main_process:
     torch.save(torch.cat([p.detach().flatten() for p in model.parameters()]), out + "/weights.pt")
     json.dump({"log": [r for r in trainer.state.log_history if "loss" in r], "eval": metrics, "processes": trainer.accelerator.num_processes}, open(out + "/log.json", "w"))
+trainer.accelerator.wait_for_everyone()
+trainer.accelerator.end_training()  # closes the process group: left to the interpreter's exit, gloo's threads sometimes abort
 """
 
 
