@@ -3,12 +3,13 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/api.ipynb #591a546a
+# %% ../nbs/api.ipynb #bda358a4
 from importlib import import_module as _import_module
 
 # Where each public name lives. A new trainer adds its names here and nowhere else.
 _HOMES = {
     "SFTTrainer": "offline.sft", "SFTConfig": "offline.sft",
+    "DPOTrainer": "offline.dpo_trainer", "DPOConfig": "offline.dpo_trainer",
 }
 _ROOMS = ("foundations", "data", "pocket", "training", "offline", "explore", "cli")
 __all__ = [*_HOMES, *_ROOMS, "__version__"]

@@ -47,7 +47,7 @@ def demo(
     print("the line of maths that did it: nbs/offline/01_sft.ipynb", flush=True)
     return {"before": before, "after": after, "picture": out, "log": trainer.state.log_history}
 
-# %% ../nbs/cli.ipynb #766c01d0
+# %% ../nbs/cli.ipynb #6a8d8107
 @dataclass
 class ScriptArguments:
     "What a training command needs beside the trainer's config; names are TRL's."
@@ -106,7 +106,7 @@ def train(
     return running
 
 
-TRAINERS = {"sft": ("SFTConfig", "SFTTrainer")}  # command -> config and trainer, by their public names
+TRAINERS = {"sft": ("SFTConfig", "SFTTrainer"), "dpo": ("DPOConfig", "DPOTrainer")}  # command -> config and trainer, by their public names
 
 
 def main(argv: list[str] | None = None) -> int:  # exit status

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from ..foundations.layouts import make_batch
 
-# %% ../../nbs/data/07_collate.ipynb #c215fd4e
+# %% ../../nbs/data/07_collate.ipynb #a72aca45
 def _documents(row) -> list[tuple[list[int], list[int]]]:
     "The documents of a prepared SFT row, each as (ids, labels): one, or as many as `seq_lengths` says."
     documents, start = [], 0
@@ -36,21 +36,38 @@ def _others(rows, names) -> dict[str, Tensor]:
     return {name: torch.tensor([float(row[name]) for row in rows]) for name in names if name in rows[0]}
 
 
+def _ref_logps(batch, known) -> Tensor:
+    "What a reference thinks of the completions, known beforehand: a list per completion, one number per token; or one number, their sum, as TRL stores it."
+    out = torch.zeros(batch["mask"].shape)
+    for b, logps in enumerate(known):
+        if not isinstance(logps, list):  # only sums over a row are looked at then: it stands on the first token that counts
+            out[b, int(batch["mask"][b].argmax())] = logps
+        elif len(logps) != int(batch["completion_lengths"][b]):
+            raise ValueError(f"a completion of {int(batch['completion_lengths'][b])} tokens comes with {len(logps)} reference log-probs; each token needs one (were the rows cut after the log-probs were computed?)")
+        else:
+            out[b, :len(logps)] = torch.tensor(logps)
+    return out
+
+
 def collate_pairs(
-    rows: list[dict],     # prepared rows: `prompt_ids`, `chosen_ids`, `rejected_ids`, and perhaps `margin`, `ref_chosen_logps`, `ref_rejected_logps`
-) -> dict[str, Tensor]:   # the batch, B = 2P: the completions of prompt p are 2p (chosen) and 2p + 1 (rejected); the other columns as (P,)
-    "A batch of pairs: each prompt once, its two completions beside each other."
+    rows: list[dict],     # prepared rows: `prompt_ids`, `chosen_ids`, `rejected_ids`, and perhaps `margin`, `ref_chosen_logps` with `ref_rejected_logps`
+) -> dict[str, Tensor]:   # the batch, B = 2P: the completions of prompt p are 2p (chosen) and 2p + 1 (rejected); `margin` as (P,), `ref_logps` (B, T)
+    "A batch of pairs: each prompt once, its two completions beside each other. Raises ValueError when log-probs do not fit their tokens."
     batch = make_batch([row["prompt_ids"] for row in rows], [row[side] for row in rows for side in ("chosen_ids", "rejected_ids")],
                        prompt_index=[p for p in range(len(rows)) for _ in range(2)])
-    return {**batch, **_others(rows, ("margin", "ref_chosen_logps", "ref_rejected_logps"))}
+    if "ref_chosen_logps" in rows[0]:
+        batch["ref_logps"] = _ref_logps(batch, [row[side] for row in rows for side in ("ref_chosen_logps", "ref_rejected_logps")])
+    return {**batch, **_others(rows, ("margin",))}
 
 
 def collate_unpaired(
     rows: list[dict],     # prepared rows: `prompt_ids`, `completion_ids`, `label`, and perhaps `ref_logps`
-) -> dict[str, Tensor]:   # the batch, B = P, with `label` (B,) bool: True where the answer was liked
+) -> dict[str, Tensor]:   # the batch, B = P, with `label` (B,) bool: True where the answer was liked; `ref_logps` (B, T)
     "A batch of judged answers."
     batch = make_batch([row["prompt_ids"] for row in rows], [row["completion_ids"] for row in rows])
-    return {**batch, "label": torch.tensor([bool(row["label"]) for row in rows]), **_others(rows, ("ref_logps",))}
+    if "ref_logps" in rows[0]:
+        batch["ref_logps"] = _ref_logps(batch, [row["ref_logps"] for row in rows])
+    return {**batch, "label": torch.tensor([bool(row["label"]) for row in rows])}
 
 
 def collate_steps(

@@ -2,9 +2,10 @@
 
 # %% auto #0
 __all__ = ['MARGIN_LOSSES', 'LABEL_NOISE', 'margin_loss', 'preference_probability', 'bradley_terry_loss', 'optimal_policy',
-           'implicit_reward']
+           'implicit_reward', 'same', 'Pairs']
 
-# %% ../../nbs/foundations/07_preferences.ipynb #65dc5a46
+# %% ../../nbs/foundations/07_preferences.ipynb #b70d8de4
+from dataclasses import dataclass, field
 from typing import Callable
 
 import torch
@@ -113,3 +114,46 @@ def implicit_reward(
     """
     dtype = torch.promote_types(logps.dtype, torch.float32)
     return beta * (logps.to(dtype) - ref_logps.to(dtype))
+
+# %% ../../nbs/foundations/07_preferences.ipynb #a86ccc79
+def same(logratio: Tensor) -> Tensor: return logratio  # the score of the reverse KL
+
+
+@dataclass
+class Pairs:
+    "A batch of P preference pairs as a loss sees it (steps 14 to 16)."
+
+    chosen_logps: Tensor      # (P,) log-probs of the preferred answers under the policy, summed over their tokens
+    rejected_logps: Tensor    # (P,) of the others
+    ref_chosen_logps: Tensor | float = 0.0    # (P,) the same under the reference
+    ref_rejected_logps: Tensor | float = 0.0  # (P,)
+    chosen_lengths: Tensor | float = 1.0      # (P,) tokens
+    rejected_lengths: Tensor | float = 1.0    # (P,) tokens
+    score: Callable[[Tensor], Tensor] = same  # log-ratio -> score, e.g. `divergences.f_score` of another divergence
+    chosen_nll: Tensor | None = None          # (P,) each pair's share of the mean over chosen tokens (step 16); None: this batch is the whole step
+    rank_mates: dict[str, Tensor] = field(default_factory=dict)  # what losses that sort need to know of the rest of the step, by loss
+
+    def __post_init__(self):
+        if self.chosen_nll is None:
+            lengths = torch.as_tensor(self.chosen_lengths, dtype=self.chosen_logps.dtype, device=self.chosen_logps.device)
+            self.chosen_nll = -self.chosen_logps / lengths.mean()
+
+    @property
+    def chosen_logratios(self) -> Tensor: return self.chosen_logps - self.ref_chosen_logps
+
+    @property
+    def rejected_logratios(self) -> Tensor: return self.rejected_logps - self.ref_rejected_logps
+
+    @property
+    def chosen_scores(self) -> Tensor: return self.score(self.chosen_logratios)
+
+    @property
+    def rejected_scores(self) -> Tensor: return self.score(self.rejected_logratios)
+
+    @property
+    def margin(self) -> Tensor:  # (P,) not yet times beta
+        return self.chosen_scores - self.rejected_scores
+
+    @property
+    def margin_per_token(self) -> Tensor:  # (P,) difference of the scores per token of their own answer
+        return self.chosen_scores / self.chosen_lengths - self.rejected_scores / self.rejected_lengths

@@ -3,7 +3,8 @@
 # %% auto #0
 __all__ = ['PostConfig', 'load_tokenizer', 'load_model', 'add_adapter', 'PostTrainer']
 
-# %% ../../nbs/training/04_trainer.ipynb #f4de1d8c
+# %% ../../nbs/training/04_trainer.ipynb #c71b9dfd
+import inspect
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -16,7 +17,7 @@ from .heads import attach_head, causal_lm
 from .metrics import Ledger, Mean
 from .progress import Progress
 
-# %% ../../nbs/training/04_trainer.ipynb #157a23df
+# %% ../../nbs/training/04_trainer.ipynb #8960582a
 @dataclass
 class PostConfig(TrainingArguments):
     """What all methods share. All of `TrainingArguments`, with TRL's defaults where they differ from transformers'.
@@ -78,6 +79,16 @@ class PostConfig(TrainingArguments):
         if value is not None and not isinstance(value, (int, float)): raise TypeError(f"{name} of {type(self).__name__} must be a number or None, got {value!r}")
         if value is not None and value < least: raise ValueError(f"{name}={value!r} of {type(self).__name__} must be at least {least}, or None")
 
+    def options_of(
+        self,
+        function,  # a loss: its keyword-only parameters are its hyper-parameters
+    ) -> dict:
+        "The fields that a loss asks for by name. Raises AttributeError when it needs one that this config does not have."
+        asked = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        if missing := [p.name for p in asked if p.default is p.empty and not hasattr(self, p.name)]:
+            raise AttributeError(f"{function.__name__} asks for {', '.join(missing)}, which {type(self).__name__} does not have: add the field, or give the parameter a default")
+        return {p.name: getattr(self, p.name) for p in asked if hasattr(self, p.name)}
+
 # %% ../../nbs/training/04_trainer.ipynb #5bc35185
 def load_tokenizer(
     model: str | nn.Module,  # the model or where it lies
@@ -118,7 +129,7 @@ def add_adapter(
         raise ValueError("peft_config was given for a model that already has an adapter; merge it first (model.merge_and_unload()) or leave peft_config out")
     return get_peft_model(model, peft_config)
 
-# %% ../../nbs/training/04_trainer.ipynb #7a2aa7b3
+# %% ../../nbs/training/04_trainer.ipynb #648017d9
 class PostTrainer(Trainer):
     """transformers' Trainer with one rule of normalisation. Subclasses say what a row must have, how it is prepared, and what the loss is.
 
@@ -144,6 +155,13 @@ class PostTrainer(Trainer):
     def loss(self, model: nn.Module, batch: dict, totals: Totals) -> tuple[Tensor, dict]:
         "This micro-batch's share of the step's loss, and what to log: name -> Mean or scalar, detached."
         raise NotImplementedError
+
+    def totals_of(self, batch: dict) -> Totals:
+        "What this micro-batch adds to the counts of the step that the loss divides by. A method of pairs counts pairs here."
+        return Totals.of(batch["mask"])
+
+    def before_step(self, batches: list[dict]) -> None:
+        "For losses that need to know the whole step (a sort, a mean of the batch): look at all its micro-batches, and add to them what `loss` needs."
 
     # ------------------------------------------------ construction
     def __init__(
@@ -190,12 +208,23 @@ class PostTrainer(Trainer):
             self.remove_callback(theirs)  # by name: to import the notebook's needs IPython
         if not any(isinstance(c, Progress) for c in self.callback_handler.callbacks): self.add_callback(Progress())
         self._parameters = sum(p.numel() for p in model.parameters())
+        self.after_building()
+        if self.train_dataset is not None: self.train_dataset = self.with_model(self.train_dataset, "train")
+        if isinstance(self.eval_dataset, dict): self.eval_dataset = {name: self.with_model(d, name) for name, d in self.eval_dataset.items()}
+        elif self.eval_dataset is not None: self.eval_dataset = self.with_model(self.eval_dataset, "eval")
 
     def before_preparing(self) -> None:
         "For methods that change the tokenizer (chat template, EOS) before rows are tokenised."
 
     def after_loading(self, model) -> None:
         "For methods that change the model (new tokens) before the optimizer is made."
+
+    def after_building(self) -> None:
+        "For methods that need a second model, such as a reference: everything else is there, on its device, not yet wrapped for several processes."
+
+    def with_model(self, dataset, name: str):
+        "Prepared rows -> the same with columns that take a model to compute."
+        return dataset
 
     def _prepared(self, dataset, name, training=False):
         with self.args.main_process_first(desc=f"preparing the {name} dataset"):  # one process tokenises, the others read its cache
@@ -208,18 +237,19 @@ class PostTrainer(Trainer):
         if batches and not (isinstance(batches[0], dict) and "mask" in batches[0]):
             raise TypeError(f"the data_collator made {sorted(batches[0]) if isinstance(batches[0], dict) else type(batches[0]).__name__}; a batch here is a dict as from posttrain.foundations.layouts.make_batch. "
                             "Leave data_collator out to use the trainer's own")
-        parts = [Totals.of(b["mask"]) for b in batches]
+        parts = [self.totals_of(b) for b in batches]
         seen = [b["completion_lengths"].sum() + b["prompt_lengths"][b["prompt_index"]].sum() for b in batches]
         mine = torch.stack([torch.as_tensor(x, device=device) for x in (*sum(parts, Totals(0, 0)), sum(seen))])
         tokens, sequences, seen = self.accelerator.gather(mine[None]).sum(0)
         self.totals = Totals(tokens, sequences)
         self.state.num_input_tokens_seen += int(seen)  # saved with checkpoints
+        if batches: self.before_step(batches)
         return batches, tokens
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         "The method's loss; in training as a share of the step, times the number of processes (steps 2 and 3 of the rule). With `return_outputs` also what it reports: there are no logits."
         training = model.training and num_items_in_batch is not None
-        totals = self.totals if training else Totals.of(inputs["mask"])
+        totals = self.totals if training else self.totals_of(inputs)
         try: loss, stats = self.loss(model, inputs, totals)
         except IndexError as e: raise self._out_of_range(inputs) or e
         if training:
@@ -274,13 +304,13 @@ class PostTrainer(Trainer):
         "Evaluate; a dataset passed here may be raw, as the constructor takes it."
         if eval_dataset is not None and not isinstance(eval_dataset, (str, dict)):
             self.check(eval_dataset, metric_key_prefix)
-            eval_dataset = self._prepared(eval_dataset, metric_key_prefix)
+            eval_dataset = self.with_model(self._prepared(eval_dataset, metric_key_prefix), metric_key_prefix)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
         "Logits and labels of a dataset, which may be raw, as the constructor takes it."
         self.check(test_dataset, metric_key_prefix)
-        return super().predict(self._prepared(test_dataset, metric_key_prefix), ignore_keys, metric_key_prefix)
+        return super().predict(self.with_model(self._prepared(test_dataset, metric_key_prefix), metric_key_prefix), ignore_keys, metric_key_prefix)
 
     # ------------------------------------------------ logging
     def log(self, logs: dict, start_time: float | None = None) -> None:
