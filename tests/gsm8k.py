@@ -21,13 +21,30 @@ def gsm8k(split="train", n=None) -> Dataset:
     return Dataset.from_list([{"prompt": r["question"] + "\n", "completion": r["answer"]} for r in rows])
 
 
+def gsm8k_pairs(n=None) -> Dataset:
+    """Preference rows: a right against a wrong solution of the same question, both written by models (example_model_solutions.jsonl)."""
+    folder = Path(os.environ.get("POSTTRAIN_GSM8K") or HERE.parent / "shared" / "data" / "gsm8k")
+    name = "example_model_solutions.jsonl"
+    if (file := folder / name).exists(): text = file.read_text(encoding="utf-8")
+    else:
+        from urllib.request import urlopen
+        with urlopen("https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/" + name, timeout=60) as page: text = page.read().decode()
+    pairs = []
+    for line in text.splitlines():
+        row = json.loads(line)
+        solutions = [v for v in row.values() if isinstance(v, dict)]
+        right, wrong = ([s["solution"] for s in solutions if s["is_correct"] is verdict] for verdict in (True, False))
+        pairs += [{"prompt": row["question"] + "\n", "chosen": c, "rejected": r} for c in right for r in wrong]
+    return Dataset.from_list(pairs[:n])
+
+
 def bpe_tokenizer(rows, vocab_size=8192):
     """A byte-level BPE tokenizer trained on the rows' own text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
     core = Tokenizer(models.BPE())
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    core.train_from_iterator((r["prompt"] + r["completion"] for r in rows),
+    core.train_from_iterator(("".join(r.values()) for r in rows),
                              trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["<pad>", "<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
 

@@ -129,7 +129,7 @@ def add_adapter(
         raise ValueError("peft_config was given for a model that already has an adapter; merge it first (model.merge_and_unload()) or leave peft_config out")
     return get_peft_model(model, peft_config)
 
-# %% ../../nbs/training/04_trainer.ipynb #648017d9
+# %% ../../nbs/training/04_trainer.ipynb #04c3505a
 class PostTrainer(Trainer):
     """transformers' Trainer with one rule of normalisation. Subclasses say what a row must have, how it is prepared, and what the loss is.
 
@@ -282,7 +282,7 @@ class PostTrainer(Trainer):
 
     # ------------------------------------------------ evaluation
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        "The same loss without gradients; logits only where `compute_metrics` asks for them."
+        "The same loss without gradients; logits only where `compute_metrics` asks for them: a row per prompt, its completions one after the other."
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs).detach()
@@ -291,7 +291,8 @@ class PostTrainer(Trainer):
             logits = model(input_ids=lay.input_ids).logits
         labels = torch.full_like(lay.input_ids, -100).flatten()
         labels[lay.predicts + 1] = lay.targets
-        labels = labels.view_as(lay.input_ids)
+        prompts = len(inputs["prompt_ids"])  # transformers counts rows of the dataset, so a pair must be one
+        logits, labels = logits.reshape(prompts, -1, logits.shape[-1]), labels.view(prompts, -1)
         if self.preprocess_logits_for_metrics is not None: logits = self.preprocess_logits_for_metrics(logits, labels)
         return loss, logits, labels
 
