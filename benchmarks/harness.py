@@ -55,6 +55,38 @@ def in_fresh_process(script: str, *args: str) -> dict:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+class Steps:
+    """Seconds from the end of one step to the end of the next, data loading included; `.callback` goes to a trainer."""
+    def __init__(self):
+        from transformers import TrainerCallback
+        ends = self.ends = []
+        class Callback(TrainerCallback):
+            def on_step_end(self, *args, **kw): ends.append(time.perf_counter())
+        self.callback = Callback()
+
+    def of(self, trainer) -> float:
+        """Train once more; the median step. The first is not counted."""
+        self.ends.clear()
+        trainer.train()
+        return statistics.median(b - a for a, b in zip(self.ends, self.ends[1:]))
+
+
+def silence(trainer):
+    """No table, no bar."""
+    for c in list(trainer.callback_handler.callbacks):
+        if type(c).__name__ in ("PrinterCallback", "Progress", "ProgressCallback"): trainer.remove_callback(c)
+    return trainer
+
+
+def qwen3(vocab_size: int, hidden_size: int, layers: int):
+    """A Qwen3 with random weights."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+    torch.manual_seed(0)
+    return Qwen3ForCausalLM(Qwen3Config(vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=3 * hidden_size, num_hidden_layers=layers, num_attention_heads=hidden_size // 32,
+                                        num_key_value_heads=hidden_size // 64, head_dim=32, max_position_embeddings=2048, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, bos_token_id=None))
+
+
 def machine() -> str:
     import platform
 

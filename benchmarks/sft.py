@@ -14,7 +14,7 @@ import harness  # sets the environment before transformers is imported
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import Qwen3Config, Qwen3ForCausalLM, TrainerCallback
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from posttrain import pocket
 
@@ -24,9 +24,7 @@ REPEATS = 3  # fresh processes for a peak of memory
 
 def model(name):
     if name == "pocket": return pocket.model(seed=0)
-    torch.manual_seed(0)  # 10 M parameters, most of them the vocabulary's
-    return Qwen3ForCausalLM(Qwen3Config(vocab_size=32_768, hidden_size=256, intermediate_size=768, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4, head_dim=32,
-                                        max_position_embeddings=2048, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, bos_token_id=None))
+    return harness.qwen3(32_768, 256, 2)  # 10 M parameters, most of them the vocabulary's
 
 
 def rows(lengths, vocab):
@@ -49,12 +47,6 @@ WORK = {  # kind -> config
 MODELS = {"pocket": 128, "10M, 32k vocabulary": 512}  # name -> longest row
 
 
-class Steps(TrainerCallback):
-    """Seconds from the end of one step to the end of the next, data loading included."""
-    def __init__(self): self.ends = []
-    def on_step_end(self, *args, **kw): self.ends.append(time.perf_counter())
-
-
 def trainer(library, name, kind, folder):
     if library == "TRL":
         from trl import SFTConfig, SFTTrainer
@@ -63,17 +55,13 @@ def trainer(library, name, kind, folder):
     scale, m = MODELS[name], model(name)
     args = SFTConfig(folder, **WORK[kind], max_length=scale, use_cpu=True, bf16=False, gradient_checkpointing=False, max_steps=STEPS, logging_steps=1, save_strategy="no", report_to="none",
                      disable_tqdm=True, learning_rate=1e-4, train_sampling_strategy="sequential", seed=0)
-    t = SFTTrainer(m, args, train_dataset=rows(lengths(kind, scale), m.config.vocab_size), processing_class=pocket.tokenizer(), callbacks=[Steps()])
-    for c in list(t.callback_handler.callbacks):
-        if type(c).__name__ in ("PrinterCallback", "Progress", "ProgressCallback"): t.remove_callback(c)
-    return t
+    return harness.silence(SFTTrainer(m, args, train_dataset=rows(lengths(kind, scale), m.config.vocab_size), processing_class=pocket.tokenizer()))
 
 
-def one_round(t):
-    steps = next(c for c in t.callback_handler.callbacks if isinstance(c, Steps))
-    steps.ends = []
-    t.train()
-    return harness.median(np.diff(steps.ends))
+def timed(t):
+    steps = harness.Steps()
+    t.add_callback(steps.callback)
+    return lambda: steps.of(t)
 
 
 def bench_steps(rounds):
@@ -82,7 +70,7 @@ def bench_steps(rounds):
         for kind in WORK:
             with tempfile.TemporaryDirectory() as folder:
                 both = {lib: trainer(lib, name, kind, folder) for lib in ("TRL", "posttrain")}
-                seconds = harness.interleaved({lib: lambda t=t: one_round(t) for lib, t in both.items()}, rounds)
+                seconds = harness.interleaved({lib: timed(t) for lib, t in both.items()}, rounds)
             first = [next(r["loss"] for r in t.state.log_history if "loss" in r) for t in both.values()]
             assert kind == "packed" or abs(first[0] - first[1]) < 1e-3, f"different losses: {first}"  # packed rows may hold other documents
             print(f"{name + ', ' + kind:44}{harness.median(seconds['TRL']):8.3f}s{harness.median(seconds['posttrain']):10.3f}s   {harness.ratio(seconds, 'TRL', 'posttrain')}", flush=True)

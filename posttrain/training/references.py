@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 
 from .heads import attach_head, completion_logps
 
-# %% ../../nbs/training/06_references.ipynb #d173a37b
+# %% ../../nbs/training/06_references.ipynb #7c3af737
 @contextmanager
 def _scoring(model: nn.Module):
     "Dropout off and no gradients while a model gives its opinion; the mode of each part is as before afterwards."
@@ -93,7 +93,7 @@ class PrecomputedReference:
         if "ref_logps" not in batch: raise ValueError("this batch has no ref_logps: its dataset was not prepared by this trainer; pass it to evaluate() or the constructor as it is")
         return batch["ref_logps"]
 
-
+# %% ../../nbs/training/06_references.ipynb #defed0f0
 def freeze(
     model: nn.Module,  # any
 ) -> nn.Module:  # the same

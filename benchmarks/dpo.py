@@ -1,0 +1,127 @@
+"""DPO against TRL 1.16: whole training steps with their reference pass, peak memory, and equal gradients.
+
+    python benchmarks/dpo.py [--rounds 5] [--only steps,memory]
+
+Same model, same reference, same rows, same optimizer, float32, in one process; losses and gradients are compared before a time is believed."""
+import argparse
+import copy
+import json
+import tempfile
+
+import harness  # sets the environment before transformers is imported
+import numpy as np
+import torch
+from datasets import Dataset
+
+from posttrain import pocket
+
+import datasets
+datasets.disable_progress_bars()
+
+STEPS = 4    # per round; the first is not counted
+REPEATS = 3  # fresh processes for a peak of memory
+PAIRS = 4    # per step
+
+MODELS = {  # name -> how to make it, tokens of a prompt, tokens of a completion
+    "pocket": (lambda: pocket.model(seed=0), 64, 32),
+    "10M, 32k vocabulary": (lambda: harness.qwen3(32_768, 256, 2), 256, 128),
+    "30M, 32k vocabulary": (lambda: harness.qwen3(32_768, 512, 4), 256, 128),
+}
+KINDS = {  # name -> config, adapter
+    "equal lengths": ({}, False),
+    "skewed lengths": ({}, False),
+    "LoRA": ({}, True),
+    "reference precomputed": (dict(precompute_ref_log_probs=True), False),
+}
+
+
+def rows(kind, vocab, prompt, completion, n=PAIRS * STEPS):
+    rng = np.random.default_rng(0)
+    ids = lambda size: rng.integers(5, vocab, size).tolist()
+    def length(most): return int(np.exp(rng.uniform(np.log(most / 8), np.log(most)))) if kind == "skewed lengths" else most
+    return Dataset.from_list([dict(prompt_ids=ids(length(prompt)), chosen_ids=ids(length(completion)), rejected_ids=ids(length(completion))) for _ in range(n)])
+
+
+def trainer(library, name, kind, folder, **more):
+    if library == "TRL":
+        import trl
+        class DPOTrainer(trl.DPOTrainer):
+            def _prepare_dataset(self, dataset, *args, **kw): return dataset  # the rows are token ids already
+        DPOConfig = trl.DPOConfig
+    else:
+        from posttrain import DPOConfig, DPOTrainer
+    make, prompt, completion = MODELS[name]
+    options, peft = KINDS[kind]
+    model, peft_config = make(), None
+    reference = None if peft or "precompute_ref_log_probs" in options else copy.deepcopy(model)
+    if peft:
+        from peft import LoraConfig
+        peft_config = LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    args = DPOConfig(folder, **{**dict(max_length=None, use_cpu=True, bf16=False, gradient_checkpointing=False, max_steps=STEPS, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
+                                       learning_rate=1e-4, per_device_train_batch_size=PAIRS, train_sampling_strategy="sequential", seed=0), **options, **more})
+    return harness.silence(DPOTrainer(model, reference, args, train_dataset=rows(kind, model.config.vocab_size, prompt, completion), processing_class=pocket.tokenizer(), peft_config=peft_config))
+
+
+def gradients_agree(name, kind):
+    """One step of plain gradient descent from the same weights ends at the same weights."""
+    ends = []
+    for library in ("TRL", "posttrain"):
+        with tempfile.TemporaryDirectory() as folder:
+            t = trainer(library, name, kind, folder, optim="sgd", learning_rate=1.0, max_steps=1, lr_scheduler_type="constant", max_grad_norm=1e9)
+            before = [p.detach().clone() for p in t.model.parameters() if p.requires_grad]
+            t.train()
+            ends.append(torch.cat([(b - p.detach()).flatten() for b, p in zip(before, (p for p in t.model.parameters() if p.requires_grad))]))
+    difference = ((ends[0] - ends[1]).norm() / ends[0].norm()).item()
+    assert difference < 1e-4, f"{name}, {kind}: gradients differ by {difference:.1e} of their size"
+    return difference
+
+
+def timed(t):
+    steps = harness.Steps()
+    t.add_callback(steps.callback)
+    return lambda: steps.of(t)
+
+
+def bench_steps(rounds, names):
+    print(f"\n{'training step':44}{'TRL':>9}{'posttrain':>11}   TRL / posttrain         gradients differ by")
+    for name in names:
+        for kind in KINDS:
+            difference = gradients_agree(name, kind)
+            with tempfile.TemporaryDirectory() as folder:
+                both = {lib: trainer(lib, name, kind, folder) for lib in ("TRL", "posttrain")}
+                seconds = harness.interleaved({lib: timed(t) for lib, t in both.items()}, rounds)
+            print(f"{name + ', ' + kind:44}{harness.median(seconds['TRL']):8.3f}s{harness.median(seconds['posttrain']):10.3f}s   {harness.ratio(seconds, 'TRL', 'posttrain'):22}  {difference:.0e}", flush=True)
+
+
+def memory_of(library, name, kind):
+    with tempfile.TemporaryDirectory() as folder:
+        t = trainer(library, name, kind, folder)
+        before = harness.current_mib()
+        t.train()
+    return {"mib": harness.peak_mib() - before}
+
+
+def bench_memory(names):
+    print(f"\n{'peak memory of training over the loaded models':46}{'TRL':>9}{'posttrain':>11}   TRL / posttrain")
+    for name in names:
+        for kind in ("equal lengths", "skewed lengths"):
+            mib = {lib: [harness.in_fresh_process(__file__, "train", lib, name, kind)["mib"] for _ in range(REPEATS)] for lib in ("TRL", "posttrain")}
+            print(f"{name + ', ' + kind:46}{harness.median(mib['TRL']):7.0f}MiB{harness.median(mib['posttrain']):8.0f}MiB   {harness.ratio(mib, 'TRL', 'posttrain')}", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", default="steps,memory")
+    parser.add_argument("--models", default=";".join(MODELS), help="names, separated by ;")
+    parser.add_argument("--memory", nargs="+", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.memory: return print(json.dumps(memory_of(*args.memory[1:])))
+    print(harness.machine())
+    names = args.models.split(";")
+    if "steps" in args.only: bench_steps(args.rounds, names)
+    if "memory" in args.only: bench_memory([n for n in names if n != "pocket"])
+
+
+if __name__ == "__main__":
+    main()
