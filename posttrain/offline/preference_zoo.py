@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['SORTED', 'OF_THE_MARGIN', 'OF_EACH_ANSWER', 'OF_THE_BATCH', 'OF_THE_CHOSEN', 'PAIR_LOSSES', 'hinge', 'robust',
            'exo_pair', 'discopop', 'nca_pair', 'bco_pair', 'sppo_hard', 'rank_mates', 'aot', 'aot_unpaired', 'sft',
-           'sigmoid_norm', 'verbosity_weights', 'on_policy_weights']
+           'verbosity_weights', 'on_policy_weights', 'sigmoid_norm']
 
 # %% ../../nbs/offline/08_preference_zoo.ipynb #e5ae3433
 import math
@@ -47,7 +47,7 @@ def exo_pair(
     m, eps = beta * pairs.margin, label_smoothing
     return m.sigmoid() * (F.logsigmoid(m) - math.log1p(-eps)) + (-m).sigmoid() * (F.logsigmoid(-m) - math.log(eps))
 
-# %% ../../nbs/offline/08_preference_zoo.ipynb #fea55557
+# %% ../../nbs/offline/08_preference_zoo.ipynb #f9627560
 def discopop(
     pairs: Pairs,  # P pairs
     *,
@@ -56,10 +56,10 @@ def discopop(
 ) -> Tensor:  # (P,) each pair's loss
     "DiscoPOP, the log-ratio modulated loss (https://arxiv.org/abs/2406.08414, equation 5)."
     m = beta * pairs.margin
-    exponential = (m / discopop_tau).sigmoid()
-    return (1 - exponential) * margin_loss(m, "logistic") + exponential * margin_loss(m, "exponential")
+    log_share = F.logsigmoid(m / discopop_tau)  # of the exponential loss, whose product with it is one exp: 0 times an overflow would be NaN
+    return (-m / discopop_tau).sigmoid() * margin_loss(m, "logistic") + (log_share - m).exp()
 
-# %% ../../nbs/offline/08_preference_zoo.ipynb #c9e5d5c6
+# %% ../../nbs/offline/08_preference_zoo.ipynb #03c4940d
 def nca_pair(
     pairs: Pairs,  # P pairs
     *,
@@ -69,7 +69,7 @@ def nca_pair(
     chosen, rejected = beta * pairs.chosen_logratios, beta * pairs.rejected_logratios
     return -F.logsigmoid(chosen) - (F.logsigmoid(-chosen) + F.logsigmoid(-rejected)) / 2
 
-
+# %% ../../nbs/offline/08_preference_zoo.ipynb #fae82a2a
 def bco_pair(
     pairs: Pairs,  # P pairs
     *,
@@ -78,7 +78,7 @@ def bco_pair(
     "Binary classifier optimisation (https://arxiv.org/abs/2404.04656) of pairs, without its reward shift."
     return -F.logsigmoid(beta * pairs.chosen_logratios) - F.logsigmoid(-beta * pairs.rejected_logratios)
 
-
+# %% ../../nbs/offline/08_preference_zoo.ipynb #5ec9d3b4
 def sppo_hard(
     pairs: Pairs,  # P pairs
     *,
@@ -137,6 +137,26 @@ def sft(
     "Negative log-likelihood of the chosen answers, to go with another loss (RPO, https://arxiv.org/abs/2404.19733 and https://arxiv.org/abs/2405.16436)."
     return pairs.chosen_nll
 
+# %% ../../nbs/offline/08_preference_zoo.ipynb #b6b1bffc
+def verbosity_weights(
+    mask: Tensor,  # (2P, T) of 0/1, chosen and rejected answers in turn
+    ld_alpha: float | None = None,  # what a token counts beyond the length of the shorter answer; None: 1
+) -> Tensor:  # (2P, T) float, 0 where `mask` is 0
+    "Token weights of LD-DPO (https://arxiv.org/abs/2409.06411): what makes one answer longer than the other counts less."
+    if ld_alpha is None: return mask.float()
+    shared = mask.sum(1).view(-1, 2).min(1).values.repeat_interleave(2)[:, None]
+    return mask * torch.where(mask.cumsum(1) <= shared, 1.0, ld_alpha)
+
+# %% ../../nbs/offline/08_preference_zoo.ipynb #d8ecc8a7
+def on_policy_weights(
+    logps: Tensor,  # (2P, T), chosen and rejected answers in turn
+    log_sum_sq_probs: Tensor,  # (2P, T) log of the sum of squared probabilities of the vocabulary, at each token
+    mask: Tensor,  # (2P, T) of 0/1
+) -> Tensor:  # (P,) about how likely the policy is to write these two answers itself; no gradient
+    "Pair weights of WPO (https://arxiv.org/abs/2406.11827, equation 2 with its sampled alignment)."
+    per_token = ((logps - log_sum_sq_probs).detach() * mask).sum(1) / mask.sum(1).clamp(min=1)
+    return per_token.exp().view(-1, 2).prod(1)
+
 # %% ../../nbs/offline/08_preference_zoo.ipynb #5be7c680
 def sigmoid_norm(
     pairs: Pairs,  # P pairs
@@ -157,23 +177,3 @@ OF_THE_BATCH = {"aot": aot, "aot_unpaired": aot_unpaired}  # of all pairs of a s
 OF_THE_CHOSEN = {"sft": sft}  # without a look at the reference
 
 PAIR_LOSSES = {**OF_THE_MARGIN, **OF_EACH_ANSWER, **OF_THE_BATCH, **OF_THE_CHOSEN}  # loss_type -> each pair's loss
-
-# %% ../../nbs/offline/08_preference_zoo.ipynb #ac3ce144
-def verbosity_weights(
-    mask: Tensor,  # (2P, T) of 0/1, chosen and rejected answers in turn
-    ld_alpha: float | None = None,  # what a token counts beyond the length of the shorter answer; None: 1
-) -> Tensor:  # (2P, T) float, 0 where `mask` is 0
-    "Token weights of LD-DPO (https://arxiv.org/abs/2409.06411): what makes one answer longer than the other counts less."
-    if ld_alpha is None: return mask.float()
-    shared = mask.sum(1).view(-1, 2).min(1).values.repeat_interleave(2)[:, None]
-    return mask * torch.where(mask.cumsum(1) <= shared, 1.0, ld_alpha)
-
-
-def on_policy_weights(
-    logps: Tensor,  # (2P, T), chosen and rejected answers in turn
-    log_sum_sq_probs: Tensor,  # (2P, T) log of the sum of squared probabilities of the vocabulary, at each token
-    mask: Tensor,  # (2P, T) of 0/1
-) -> Tensor:  # (P,) about how likely the policy is to write these two answers itself; no gradient
-    "Pair weights of WPO (https://arxiv.org/abs/2406.11827, equation 2 with its sampled alignment)."
-    per_token = ((logps - log_sum_sq_probs).detach() * mask).sum(1) / mask.sum(1).clamp(min=1)
-    return per_token.exp().view(-1, 2).prod(1)
