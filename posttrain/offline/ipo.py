@@ -3,16 +3,16 @@
 # %% auto #0
 __all__ = ['ipo']
 
-# %% ../../nbs/offline/04_ipo.ipynb #f0aad29f
+# %% ../../nbs/offline/04_ipo.ipynb #89b63407
 from torch import Tensor
 
 from ..foundations.preferences import Pairs
 
-
+# %% ../../nbs/offline/04_ipo.ipynb #5e349302
 def ipo(
     pairs: Pairs,  # P pairs
     *,
     beta: float,  # the paper's tau; the margin it asks for is 1 / (2 beta) nats per token
 ) -> Tensor:  # (P,) each pair's loss
-    "Identity preference optimisation (https://arxiv.org/abs/2310.12036, equation 17), with log-ratios per token."
+    "Identity preference optimisation (https://arxiv.org/abs/2310.12036, equation 17), with log-ratios per token (steps 8 and 10)."
     return (pairs.margin_per_token - 1 / (2 * beta)) ** 2
