@@ -20,14 +20,20 @@ def leave(wait_for_all):
 
 SCRIPT = LEAVE + """
 import json, os, sys, torch
-from posttrain import SFTConfig, SFTTrainer, pocket
+import posttrain
+from posttrain import pocket
 out, size, accumulate, options = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
-rows = pocket.dataset("reverse", "prompt_completion", n=64, seed=1)
+method = options.pop("method", "SFT")
+def data(**kw):
+    if method == "SFT": return pocket.dataset("reverse", "prompt_completion", **kw)
+    rows = pocket.dataset("sort", "preference", **kw)
+    return rows.map(lambda row, i: {"rejected": row["rejected"][: 2 + i % 3] if i % 2 else row["rejected"] + row["chosen"][:3]}, with_indices=True)
+rows = data(n=64, seed=1)
 if options.pop("stream", False): rows = rows.to_iterable_dataset()
-args = SFTConfig(out, use_cpu=True, ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None, optim="sgd", learning_rate=1.0, lr_scheduler_type="constant", max_grad_norm=1e9, max_steps=2, per_device_train_batch_size=size,
-                 gradient_accumulation_steps=accumulate, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, train_sampling_strategy="sequential", **options)
+args = getattr(posttrain, method + "Config")(out, use_cpu=True, ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None, optim="sgd", lr_scheduler_type="constant", max_grad_norm=1e9, max_steps=2, per_device_train_batch_size=size,
+                 gradient_accumulation_steps=accumulate, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, train_sampling_strategy="sequential", **{"learning_rate": 1.0, **options})
 model = pocket.model(seed=0)
-trainer = SFTTrainer(model, args, train_dataset=rows, eval_dataset=pocket.dataset("reverse", "prompt_completion", n=16, seed=2, split="test"), processing_class=pocket.tokenizer())
+trainer = getattr(posttrain, method + "Trainer")(model, args=args, train_dataset=rows, eval_dataset=data(n=16, seed=2, split="test"), processing_class=pocket.tokenizer())
 trainer.train()
 metrics = trainer.evaluate()
 if trainer.accelerator.is_main_process:
@@ -86,6 +92,20 @@ def test_two_processes_are_one(tmp_path, options):
                 assert abs(a[key] - b[key]) <= 1e-4 * max(1, abs(a[key])), (name, key, a[key], b[key])
         # 16 rows: with a number that does not divide evenly, accelerate evaluates a few rows twice
         assert abs(log["eval"]["eval_loss"] - other["eval"]["eval_loss"]) < 1e-4
+
+
+@pytest.mark.parametrize("options", [{"loss_type": ["sigmoid", "aot", "aot_unpaired", "sft"]}, {"precompute_ref_log_probs": True, "loss_type": ["ipo"]}, {"sync_ref_model": True, "ref_model_sync_steps": 1}],
+                         ids=["losses that sort", "precomputed", "following reference"])
+def test_two_processes_learn_from_pairs_as_one(tmp_path, options):
+    options = {"method": "DPO", "learning_rate": .1, **options}
+    alone, log = train(tmp_path / "one", 1, 8, 1, **options)
+    together, other = train(tmp_path / "two", 2, 2, 2, **options)
+    assert other["processes"] == 2 and torch.allclose(alone, together, atol=1e-5), (alone - together).abs().max()
+    for a, b in zip(log["log"], other["log"], strict=True):
+        for key in ("loss", "grad_norm", "rewards/margins", "rewards/accuracies", "logps/chosen", "logits/rejected", "entropy", "mean_token_accuracy", "num_tokens"):
+            if key == "rewards/accuracies" and abs(a["rewards/margins"]) < 1e-6: continue  # a tie but for rounding: the policy is the reference
+            assert abs(a[key] - b[key]) <= 1e-4 * max(1, abs(a[key])), (key, a[key], b[key])
+    if "aot" not in options.get("loss_type", ()): assert abs(log["eval"]["eval_loss"] - other["eval"]["eval_loss"]) < 1e-4  # a sort in evaluation is that of a batch
 
 
 def test_fsdp2_gathers_and_reduces_through_the_head(tmp_path):
