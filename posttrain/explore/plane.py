@@ -180,17 +180,19 @@ def _darts(loss_type, beta, limits, lengths, px, py, arrows) -> tuple[str, float
         d.append(f"M{bx:.0f} {by:.0f}l{u + wide * v / length:.1f} {v - wide * u / length:.1f} {wide * v / length - u:.1f} {-wide * u / length - v:.1f}z")
     return svg.element("path", d="".join(d) or "M0 0", fill=_ARROW), strongest
 
-# %% ../../nbs/explore/06_plane.ipynb #8762c179
+# %% ../../nbs/explore/06_plane.ipynb #3e687ea5
 def dpo_plane(
     trajectories: dict | None = None,  # name -> (xs, ys) as from `trajectory`
     *,
     lengths: tuple[float, float] = (8.0, 8.0),  # tokens of the chosen and of the rejected answer, for losses per token (ipo, sigmoid_norm)
     limits=None,  # as in `plane`; None fits the trajectories
-    loss_type: str = "sigmoid",  # the loss to begin with
+    losses: tuple = SHOWN,  # which losses can be chosen
+    loss_type: str | None = None,  # the loss to begin with; None: the first of them
+    question: str = "",  # to be answered by moving it; "" asks about all losses
 ) -> Explorer:
-    "The plane under every loss that looks at one pair, and four values of beta; the paths of runs stay. Raises what `plane` raises."
+    "The plane under losses that look at one pair at a time, and four values of beta; the paths of runs stay. Raises what `plane` raises."
     def draw(loss, beta): return plane(loss, beta, trajectories, lengths=lengths, limits=limits)
     return Explorer(
         draw, title="The DPO plane",
-        question="Which loss pushes the wrong way right at the start? At the end of a path, which ones have let go for β = 1, which turn back, which pull a fallen chosen answer up harder than at the start, and which one pushes it further down?",
-        loss=choice(*SHOWN, value=loss_type), beta=choice(0.03, 0.1, 0.3, 1.0, value=0.1, label="β"))
+        question=question or "Which loss pushes the wrong way right at the start? At the end of a path, which ones have let go for β = 1, which turn back, which pull a fallen chosen answer up harder than at the start, and which one pushes it further down?",
+        loss=choice(*losses, value=loss_type), beta=choice(0.03, 0.1, 0.3, 1.0, value=0.1, label="β"))
