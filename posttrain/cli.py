@@ -47,7 +47,7 @@ def demo(
     print("the line of maths that did it: nbs/offline/01_sft.ipynb", flush=True)
     return {"before": before, "after": after, "picture": out, "log": trainer.state.log_history}
 
-# %% ../nbs/cli.ipynb #6a8d8107
+# %% ../nbs/cli.ipynb #2145f754
 @dataclass
 class ScriptArguments:
     "What a training command needs beside the trainer's config; names are TRL's."
@@ -98,7 +98,7 @@ def train(
     if script.use_peft:
         from peft import LoraConfig
         peft_config = LoraConfig(r=script.lora_r, lora_alpha=script.lora_alpha, lora_dropout=script.lora_dropout, task_type="CAUSAL_LM", target_modules=script.lora_target_modules or "all-linear")
-    running = trainer(script.model_name_or_path, args, train_dataset=data[script.dataset_train_split],
+    running = trainer(script.model_name_or_path, args=args, train_dataset=data[script.dataset_train_split],
                       eval_dataset=data[script.dataset_test_split] if args.eval_strategy != "no" else None, peft_config=peft_config)
     running.train(resume_from_checkpoint=args.resume_from_checkpoint)
     running.save_model()

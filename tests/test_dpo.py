@@ -315,4 +315,5 @@ def test_references_that_cannot_be(config):
     model = pocket.model(seed=0)
     with pytest.raises(ValueError, match="same object"): make(config, model=model, ref_model=model)
     with pytest.raises(ValueError, match="vocabulary has .* the reference's 50"): make(config, ref_model=pocket.model(seed=0, vocab_size=50))
+    with pytest.raises(TypeError, match="got DPOConfig.*third parameter, args="): DPOTrainer(model, DPOConfig(**config()), train_dataset=rows(), processing_class=pocket.tokenizer())
     with pytest.raises(ValueError, match="sync_ref_model.*PEFT"): make(config, peft_config=adapter(), sync_ref_model=True)

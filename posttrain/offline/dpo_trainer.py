@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['make_pairs', 'pair_metrics', 'DPOConfig', 'DPOTrainer']
 
-# %% ../../nbs/offline/09_dpo_trainer.ipynb #5b0c41ed
+# %% ../../nbs/offline/09_dpo_trainer.ipynb #6260a052
 import warnings
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from torch import Tensor
+from transformers import TrainingArguments
 
 from ..data.collate import collate_pairs
 from ..data.formats import column_names, dataset_type, first_row
@@ -111,7 +112,7 @@ class DPOConfig(PostConfig):
         if self.sync_ref_model and self.precompute_ref_log_probs: raise ValueError("sync_ref_model=True moves the reference, precompute_ref_log_probs=True asks it only once: choose one or the other")
         if self.router_aux_loss_coef is not None: raise ValueError("router_aux_loss_coef is not supported: the load-balancing loss of mixture-of-experts models is not computed here; leave it None")
 
-# %% ../../nbs/offline/09_dpo_trainer.ipynb #cdd85a34
+# %% ../../nbs/offline/09_dpo_trainer.ipynb #58b11646
 class DPOTrainer(PostTrainer):
     """Direct preference optimisation (https://arxiv.org/abs/2305.18290) and its family. Call it as TRL's.
 
@@ -125,6 +126,7 @@ class DPOTrainer(PostTrainer):
     def __init__(self, model, ref_model=None, args=None, data_collator=None, train_dataset=None, eval_dataset=None, processing_class=None, compute_metrics=None,
                  callbacks=None, optimizers=(None, None), optimizer_cls_and_kwargs=None, preprocess_logits_for_metrics=None, peft_config=None):
         if ref_model is not None and ref_model is model: raise ValueError("model and ref_model are the same object: a reference that is trained along is none. Leave ref_model out, and a copy is made")
+        if ref_model is not None and not isinstance(ref_model, (str, torch.nn.Module)): raise TypeError(f"ref_model must be a model, a path or None, got {type(ref_model).__name__}" + ("; the config is the third parameter, args=" if isinstance(ref_model, TrainingArguments) else ""))
         self.ref_model, self.fresh_adapter = ref_model, peft_config is not None
         args = self.config_class.adopt(args)
         if args.sync_ref_model and (peft_config is not None or hasattr(model, "peft_config")):
