@@ -36,14 +36,16 @@ def robust(
     "Robust DPO (https://arxiv.org/abs/2403.00409). Raises ValueError for a `label_smoothing` outside [0, 0.5)."
     return margin_loss(beta * pairs.margin, "logistic", label_smoothing=label_smoothing, label_noise="robust")
 
-# %% ../../nbs/offline/08_preference_zoo.ipynb #144776c6
+# %% ../../nbs/offline/08_preference_zoo.ipynb #b6bf0f5f
 def exo_pair(
     pairs: Pairs,  # P pairs
     *,
     beta: float,  # weight of the KL to the reference
     label_smoothing: float,  # the paper's epsilon, above 0: how unsure the preference is; the paper takes 1e-3
 ) -> Tensor:  # (P,) each pair's loss, nats
-    "EXO (https://arxiv.org/abs/2402.00856, equation 16): KL(policy || preference) over the two answers."
+    "EXO (https://arxiv.org/abs/2402.00856, equation 16): KL(policy || preference) over the two answers. Raises ValueError unless `label_smoothing` lies in (0, 0.5)."
+    if not 0 < label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing={label_smoothing!r}: EXO takes its logarithm, expected above 0 and below 0.5; the paper takes 1e-3")
     m, eps = beta * pairs.margin, label_smoothing
     return m.sigmoid() * (F.logsigmoid(m) - math.log1p(-eps)) + (-m).sigmoid() * (F.logsigmoid(-m) - math.log(eps))
 
