@@ -89,7 +89,7 @@ def sppo_hard(
     "Self-play preference optimisation (https://arxiv.org/abs/2405.00675, equation 4.7) with the winner sure to win."
     return (pairs.chosen_logratios - 1 / (2 * beta)) ** 2 + (pairs.rejected_logratios + 1 / (2 * beta)) ** 2
 
-# %% ../../nbs/offline/08_preference_zoo.ipynb #28690b60
+# %% ../../nbs/offline/08_preference_zoo.ipynb #3282dad5
 SORTED = {  # loss_type -> the two samples that are sorted and compared rank by rank
     "aot": lambda pairs: (pairs.chosen_logps - pairs.rejected_logps, pairs.ref_chosen_logps - pairs.ref_rejected_logps),
     "aot_unpaired": lambda pairs: (pairs.chosen_logratios, pairs.rejected_logratios),
@@ -100,7 +100,7 @@ def rank_mates(
     x: Tensor,  # (P,) one sample, of the whole step
     y: Tensor,  # (P,) another
 ) -> Tensor:  # (P, 2) the y that has x_i's rank, and the x that has y_i's rank; no gradient
-    "Who is compared with whom when two samples are sorted."
+    "Who is compared with whom when two samples are sorted (why, c on the card)."
     x, y = x.detach(), y.detach()
     mate = lambda a, b: b.sort().values[a.argsort().argsort()]
     return torch.stack([mate(x, y), mate(y, x)], -1)
@@ -109,7 +109,7 @@ def rank_mates(
 def _transport(x, y, mates, beta, label_smoothing) -> Tensor:
     mates = rank_mates(x, y) if mates is None else mates
     f = lambda difference: margin_loss(beta * difference, label_smoothing=label_smoothing)
-    both = f(x - mates[:, 0]) + f(mates[:, 1] - y)  # each difference of equal ranks twice: once for the gradient of its x, once for that of its y
+    both = f(x - mates[:, 0]) + f(mates[:, 1] - y)  # each difference of equal ranks twice: once for the gradient of its x, once for that of its y (why, c)
     return both - both.detach() / 2
 
 
