@@ -88,7 +88,7 @@ def thinned(
     middle = away.index(far)
     return thinned(points[:middle + 1], off)[:-1] + thinned(points[middle:], off)
 
-# %% ../../nbs/explore/06_plane.ipynb #f8fb5355
+# %% ../../nbs/explore/06_plane.ipynb #3c35db78
 def plane(
     loss_type: str = "sigmoid",  # one of SHOWN
     beta: float = 0.1,  # the loss's beta; DPO's usual one
@@ -127,7 +127,7 @@ def plane(
     darts, strongest = _darts(loss_type, beta, limits, lengths, px, py, arrows)
     legend, paths = [], []
     for i, (name, (xs, ys)) in enumerate(trajectories.items()):
-        pen = {"stroke": svg.PALETTE[1 + i], "stroke_width": 2.5, "stroke_dasharray": svg.DASHES[i]}
+        pen = {"stroke": svg.PALETTE[(1 + i) % 7], "stroke_width": 2.5, "stroke_dasharray": svg.DASHES[i % 7]}
         spots = [(px(float(x)), py(float(y))) for x, y in zip(xs, ys)]
         paths += [svg.element("path", d=_path(spots), fill="none", stroke_linejoin="round", **pen), svg.element("circle", cx=spots[-1][0], cy=spots[-1][1], r=4.5, fill=pen["stroke"], stroke="#ffffff")]
         legend += [svg.element("line", x1=left, x2=left + 26, y1=34.0 + 16 * i, y2=34.0 + 16 * i, **pen), svg.text(left + 32, 38.0 + 16 * i, name, size=11)]
