@@ -51,8 +51,8 @@ def landscape(
     chosen, rejected = torch.autograd.grad(loss.sum(), (x, y))
     return loss.detach(), -chosen, -rejected
 
-# %% ../../nbs/explore/06_plane.ipynb #002721f9
-_LEVEL, _ARROW, _SHADE = "#8a8a8a", "#56B4E9", "#f6efe4"
+# %% ../../nbs/explore/06_plane.ipynb #9c23523d
+_LEVEL, _ARROW, _SHADE = "#8a8a8a", "#8fc6e8", "#f6efe4"
 
 
 def level_lines(
