@@ -55,7 +55,7 @@ def plot_run(
     fig._repr_png_ = lambda: png(fig)  # a notebook shows it although pyplot, which would, was never imported
     return fig
 
-# %% ../../nbs/training/05_progress.ipynb #f0664eb1
+# %% ../../nbs/training/05_progress.ipynb #393ecaf3
 def in_notebook() -> bool:
     "Is there a notebook front end that can redraw an output in place?"
     try: return get_ipython().__class__.__name__ in ("ZMQInteractiveShell", "Shell")  # Jupyter and VS Code; Colab
@@ -127,13 +127,16 @@ class Progress(TrainerCallback):
         if getattr(self, "live", False): self._draw(state, last=True)
         elif state.is_world_process_zero and (self.stream or sys.stdout).isatty(): self._say("\r\033[K", end="")
 
+    def picture(self, state) -> str:
+        "The run so far as HTML; '' while there is nothing to see. Override it to show something else."
+        if not any(k in row for row in state.log_history for k in HEADLINES[:-3]): return ""
+        import base64
+        return f"<img alt='curves of the run so far' src='data:image/png;base64,{base64.b64encode(png(plot_run(state.log_history))).decode()}'/>"
+
     def _draw(self, state, last=False):
         if not last and time.time() - self.drawn < self.every: return
         self.drawn = time.time()
         from IPython.display import HTML, display
-        html = f"<pre style='margin:0'>{self._status(state)}</pre>"
-        if any(k in row for row in state.log_history for k in HEADLINES[:-3]):
-            import base64
-            html += f"<img alt='curves of the run so far' src='data:image/png;base64,{base64.b64encode(png(plot_run(state.log_history))).decode()}'/>"
+        html = f"<pre style='margin:0'>{self._status(state)}</pre>" + self.picture(state)
         if self.handle is None: self.handle = display(HTML(html), display_id=True)
         else: self.handle.update(HTML(html))

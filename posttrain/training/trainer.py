@@ -129,7 +129,7 @@ def add_adapter(
         raise ValueError("peft_config was given for a model that already has an adapter; merge it first (model.merge_and_unload()) or leave peft_config out")
     return get_peft_model(model, peft_config)
 
-# %% ../../nbs/training/04_trainer.ipynb #04c3505a
+# %% ../../nbs/training/04_trainer.ipynb #37abde6f
 class PostTrainer(Trainer):
     """transformers' Trainer with one rule of normalisation. Subclasses say what a row must have, how it is prepared, and what the loss is.
 
@@ -207,11 +207,23 @@ class PostTrainer(Trainer):
         for theirs in [c for c in self.callback_handler.callbacks if type(c).__name__ in ("ProgressCallback", "PrinterCallback", "NotebookProgressCallback")]:
             self.remove_callback(theirs)  # by name: to import the notebook's needs IPython
         if not any(isinstance(c, Progress) for c in self.callback_handler.callbacks): self.add_callback(Progress())
+        for callback in self.callback_handler.callbacks: self._introduce(callback)
         self._parameters = sum(p.numel() for p in model.parameters())
         self.after_building()
         if self.train_dataset is not None: self.train_dataset = self.with_model(self.train_dataset, "train")
         if isinstance(self.eval_dataset, dict): self.eval_dataset = {name: self.with_model(d, name) for name, d in self.eval_dataset.items()}
         elif self.eval_dataset is not None: self.eval_dataset = self.with_model(self.eval_dataset, "eval")
+
+    def add_callback(self, callback) -> None:
+        "As transformers has it; a Progress takes the place of the one that is there, and a callback with a method `attach` gets the trainer."
+        callback = callback() if isinstance(callback, type) else callback
+        if isinstance(callback, Progress):
+            for old in [c for c in self.callback_handler.callbacks if isinstance(c, Progress)]: self.remove_callback(old)
+        super().add_callback(callback)
+        self._introduce(callback)
+
+    def _introduce(self, callback) -> None:
+        if hasattr(callback, "attach"): callback.attach(self)
 
     def before_preparing(self) -> None:
         "For methods that change the tokenizer (chat template, EOS) before rows are tokenised."
