@@ -3,18 +3,18 @@
 # %% auto #0
 __all__ = ['apo_zero', 'apo_down']
 
-# %% ../../nbs/offline/05_apo.ipynb #0d762260
+# %% ../../nbs/offline/05_apo.ipynb #89b63407
 from torch import Tensor
 
 from ..foundations.preferences import Pairs
 
-
+# %% ../../nbs/offline/05_apo.ipynb #0b8ff241
 def apo_zero(
     pairs: Pairs,  # P pairs
     *,
     beta: float,  # weight of the KL to the reference
 ) -> Tensor:  # (P,) each pair's loss, from 0 to 2
-    "Anchored preference optimisation for answers better than the model's own: chosen up, rejected down (https://arxiv.org/abs/2408.06266, equation 7)."
+    "Anchored preference optimisation for answers better than the model's own: chosen up, rejected down (https://arxiv.org/abs/2408.06266, equation 7; step 2)."
     return (-beta * pairs.chosen_logratios).sigmoid() + (beta * pairs.rejected_logratios).sigmoid()
 
 
@@ -23,5 +23,5 @@ def apo_down(
     *,
     beta: float,  # weight of the KL to the reference
 ) -> Tensor:  # (P,) each pair's loss, from 0 to 2
-    "Anchored preference optimisation for answers worse than the model's own: both down, the rejected one more (https://arxiv.org/abs/2408.06266, equation 8)."
+    "Anchored preference optimisation for answers worse than the model's own: both down, the rejected one more (https://arxiv.org/abs/2408.06266, equation 8; step 3)."
     return (beta * pairs.chosen_logratios).sigmoid() + (-beta * pairs.margin).sigmoid()

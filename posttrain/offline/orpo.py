@@ -3,17 +3,18 @@
 # %% auto #0
 __all__ = ['log_odds', 'odds_ratio']
 
-# %% ../../nbs/offline/07_orpo.ipynb #dfc595de
+# %% ../../nbs/offline/07_orpo.ipynb #f5bbe9c5
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
+# %% ../../nbs/offline/07_orpo.ipynb #5c24ba17
 def log_odds(
-    logps: Tensor,  # (...) log-probabilities, below 0
-) -> Tensor:  # (...) log(p / (1 - p)), float32 or better
-    "The log-odds of a probability that is known by its logarithm."
+    logps: Tensor,  # (...) log-probabilities, at most 0
+) -> Tensor:  # (...) log(p / (1 - p)), float32 or better; 87 at a log-probability of 0, without gradient
+    "The log-odds of a probability that is known by its logarithm (steps 3 and 7)."
     logps = logps.to(torch.promote_types(logps.dtype, torch.float32))
+    logps = logps.clamp(max=-torch.finfo(torch.float32).tiny)  # at 0 the odds are infinite, and their gradient NaN
     return logps - torch.log(-torch.expm1(logps))
 
 
@@ -21,5 +22,5 @@ def odds_ratio(
     chosen_logps: Tensor,  # (P,) mean log-probability per token of the preferred answers
     rejected_logps: Tensor,  # (P,) of the others
 ) -> Tensor:  # (P,) each pair's loss, nats
-    "The preference part of odds ratio preference optimisation (https://arxiv.org/abs/2403.07691, equation 7)."
+    "The preference part of odds ratio preference optimisation (https://arxiv.org/abs/2403.07691, equation 7; steps 2 and 5)."
     return -F.logsigmoid(log_odds(chosen_logps) - log_odds(rejected_logps))
