@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.explore import kl, tokens, weights
+from posttrain.explore import beta, dashboard, kl, pair_losses, plane, tokens, weights
 
 pytestmark = pytest.mark.browser
 
@@ -62,18 +62,24 @@ def has_changed(page, picture, before: str) -> str:
 
 
 # ---------------------------------------------------------------- the page without a kernel
-@pytest.mark.parametrize("make", [tokens.tokens_explorer, kl.kl_explorer, weights.weights_explorer])
+def a_run():
+    "A dashboard replayed: made-up numbers, since here only the page is looked at."
+    rows = [{"step": s, "loss": 1 / (1 + s), "rewards/margins": s / 9} for s in range(1, 9)] + [{"step": s, "samples": [{"prompt": "2+2=", "completion": str(s)}], "kl": s / 5} for s in (1, 5, 8)]
+    return dashboard.replay(rows)
+
+
+@pytest.mark.parametrize("make", [tokens.tokens_explorer, kl.kl_explorer, weights.weights_explorer, beta.beta_explorer, plane.dpo_plane, pair_losses.pair_loss_curves, a_run])
 def test_static_page_moves_by_keyboard(page, tmp_path, make):
     explorer = make()
     page.goto(explorer.save(tmp_path / "page.html").as_uri())
     picture = page.locator('[data-role="view"] > svg')
     assert shown(picture) in explorer.frame().replace("&#x27;", "'") and page.locator('[data-role="view"] img').count() == 0
-    name, control = next((n, c) for n, c in explorer.controls.items() if c.kind == "slider")
-    slider = page.locator(f'input[data-name="{name}"]')
-    at = control.values.index(control.value)
-    key, to = ("ArrowRight", at + 1) if at + 1 < len(control.values) else ("ArrowLeft", at - 1)
+    name, control = min(explorer.controls.items(), key=lambda item: item[1].kind != "slider")  # a slider if there is one
+    box = page.locator(f'[data-name="{name}"]')
+    at, along = control.values.index(control.value), control.kind == "slider"
+    key, to = ("ArrowRight" if along else "ArrowDown", at + 1) if at + 1 < len(control.values) else ("ArrowLeft" if along else "ArrowUp", at - 1)
     before = shown(picture)
-    slider.focus()
+    box.focus()
     page.keyboard.press(key)
     after = has_changed(page, picture, before)
     want = explorer.frame(**{name: control.values[to]})
@@ -86,11 +92,22 @@ def test_static_page_moves_by_keyboard(page, tmp_path, make):
             box.select_option(index=len(c.values) - 1 if c.value != c.values[-1] else 0)
         elif c.kind == "toggle":
             box.set_checked(not c.value)
-    has_changed(page, picture, after)
+    if len(explorer.controls) > 1: has_changed(page, picture, after)
     assert page.errors == []
 
 
 # ---------------------------------------------------------------- JupyterLab
+RUN = """
+from posttrain import DPOConfig, DPOTrainer, pocket
+from posttrain.explore.dashboard import Dashboard
+model, tokenizer = pocket.start("sort")
+args = DPOConfig("out", max_steps=40, logging_steps=2, report_to="none", save_strategy="no", learning_rate=1e-3)
+trainer = DPOTrainer(model, args=args, train_dataset=pocket.dataset("sort", "preference", n=200), processing_class=tokenizer, callbacks=[Dashboard(every=.05)])
+trainer.train()
+None
+"""
+
+
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     "A JupyterLab server of its own: (address, token, folder). It is ended by its own process id."
@@ -107,6 +124,7 @@ def lab(tmp_path_factory):
     nb = {"cells": [{"cell_type": "code", "id": "one", "execution_count": None, "metadata": {}, "outputs": [], "source": cell}],
           "metadata": {"kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}, "language_info": {"name": "python"}}, "nbformat": 4, "nbformat_minor": 5}
     (folder / "live.ipynb").write_text(json.dumps(nb))
+    (folder / "run.ipynb").write_text(json.dumps({**nb, "cells": [{**nb["cells"][0], "source": RUN}]}))
     committed = json.loads((ROOT / "nbs/explore/05_weights.ipynb").read_text())
     for name in ("untrusted", "trusted"):  # as committed, outputs included; trust goes by the content, so the two must differ
         (folder / f"{name}.ipynb").write_text(json.dumps({**committed, "metadata": {**committed["metadata"], "copy": name}}))
@@ -198,3 +216,21 @@ def test_lab_moves_a_trusted_notebook_without_running_it(page, lab):
     page.keyboard.press("ArrowLeft")
     assert has_changed(page, picture, before) in weights.weights_explorer().frame(long=9)
     assert slider.input_value() == "2" and page.errors == []
+
+
+def test_lab_dashboard_grows_in_place(page, lab):
+    """One picture for the whole run, redrawn; at the end it shows the last answers, and the folder holds them."""
+    open_notebook(page, lab, "run.ipynb")
+    wait_for_kernel(page, lab)
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    picture, seen = page.locator(".jp-OutputArea svg[role=img]").first, set()
+    picture.wait_for(timeout=60_000)
+    deadline = time.monotonic() + 90
+    while "after step 40" not in (now := shown(picture)) and time.monotonic() < deadline:
+        seen.add(now)
+        page.wait_for_timeout(50)
+    assert "greedy answers after step 40" in shown(picture) and len(seen) > 1
+    assert page.locator(".jp-OutputArea :not(svg) > svg[role=img]").count() == 1 and page.locator(".jp-OutputArea pre", has_text="step 40/40").count() == 1
+    wait_for_kernel(page, lab)
+    assert (lab[2] / "out" / "dashboard.svg").exists()

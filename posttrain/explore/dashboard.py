@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['PANELS', 'UNITS', 'FILE', 'panels_of', 'frame', 'Dashboard', 'read_rows', 'replay']
 
-# %% ../../nbs/explore/09_dashboard.ipynb #0e6fd20c
+# %% ../../nbs/explore/09_dashboard.ipynb #c3f638de
 import json
 import math
 from pathlib import Path
@@ -41,7 +41,7 @@ def frame(
     "The dashboard as one SVG: up to three panels beside each other, and the answers below."
     panels = panels_of(rows) if panels is None else panels
     until, pictures = [row for row in rows if row.get("step", 0) <= step], []
-    last = max([row["step"] for row in rows if "step" in row], default=1)
+    last = max([1] + [row["step"] for row in rows if "step" in row])
     for panel in panels:
         values = [v for m in panel for v in curve(rows, m)[1] if math.isfinite(v)]
         air = 0.06 * (max(values, default=1) - min(values, default=0)) or 0.5
