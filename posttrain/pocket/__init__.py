@@ -3,9 +3,9 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/pocket/04_names.ipynb #374f7fe3
-from .checkpoint import accuracy, complete, fit, start, start_path
+# %% ../../nbs/pocket/04_names.ipynb #e46c4604
+from .checkpoint import accuracy, complete, fit, mistakes, start, start_path
 from .models import config, model, tokenizer
 from .tasks import TASKS, TYPES, dataset, is_correct, judge, rows, task_of
 
-__all__ = ["TASKS", "TYPES", "accuracy", "complete", "config", "dataset", "fit", "is_correct", "judge", "model", "rows", "start", "start_path", "task_of", "tokenizer"]
+__all__ = ["TASKS", "TYPES", "accuracy", "complete", "config", "dataset", "fit", "is_correct", "judge", "mistakes", "model", "rows", "start", "start_path", "task_of", "tokenizer"]
