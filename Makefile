@@ -22,6 +22,7 @@ pytest: $(VENV)/.ready-dev
 
 bench: $(VENV)/.ready-dev ## posttrain against TRL, side by side in one run
 	$(BIN)/python benchmarks/sft.py
+	$(BIN)/python benchmarks/dpo.py
 
 clean:
 	rm -rf build dist *.egg-info out

@@ -118,3 +118,13 @@ def test_the_workflow_runs_what_ci_runs():
     steps = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["test"]["steps"]
     assert steps[-1]["run"] == "bash .ci/run"
     assert (ROOT / ".ci/run").read_text().rstrip().endswith("make test")
+
+
+def test_contributing_shows_the_newest_preference_loss_as_it_is():
+    """The two pieces of `sigmoid_norm` in CONTRIBUTING.md stand word for word in the zoo."""
+    import nbformat
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    section = text[text.index("## A new preference loss"):]
+    pieces = re.findall(r"```python\n(.*?)```", section[:section.index("\n## ")], re.S)
+    source = "\n".join(c.source for c in nbformat.read(ROOT / "nbs/offline/08_preference_zoo.ipynb", as_version=4).cells)
+    assert len(pieces) == 2 and all(piece.rstrip() in source for piece in pieces)
