@@ -2,6 +2,7 @@
 
 As in test_parity: after one step of plain gradient descent with learning rate 1, equal weights mean equal gradients."""
 import copy
+import json
 
 import pytest
 import torch
@@ -81,7 +82,8 @@ CASES = {
     "discopop, tau": dict(loss_type=["discopop"], discopop_tau=.5),
     **{f"{name}, {divergence}": dict(loss_type=[name], f_divergence_type=divergence) for divergence in ("forward_kl", "js_divergence", "alpha_divergence") for name in ("sigmoid", "ipo")},
     "alpha near 1": dict(f_divergence_type="alpha_divergence", f_alpha_divergence_coef=1.0), "alpha 2": dict(f_divergence_type="alpha_divergence", f_alpha_divergence_coef=2.0),
-    "truncated": dict(max_length=12), "precomputed": dict(precompute_ref_log_probs=True, loss_type=["sigmoid"]),
+    "truncated": dict(max_length=14), "precomputed": dict(precompute_ref_log_probs=True, loss_type=["sigmoid"]), "precomputed, LD-DPO": dict(precompute_ref_log_probs=True, ld_alpha=.3),
+    "clipped": dict(max_grad_norm=.1), "smoothed mixture": dict(loss_type=["robust", "exo_pair", "aot"], label_smoothing=.01, ld_alpha=.2, loss_weights=[.1, .2, .3]),
 }
 
 
@@ -91,12 +93,43 @@ def test_loss_gradient_and_metrics_equal_trl(case, config, trl, models):
     same(one_step(DPOTrainer, DPOConfig, models, rows(), options), one_step(trl.DPOTrainer, trl.DPOConfig, models, rows(), options), norm=1e-5)
 
 
-@pytest.mark.parametrize("case", ["explicit prompt", "implicit prompt", "chats"])
+def chats(**columns): return rows(conversational=True).map(lambda row: columns)
+
+
+TOOL = [{"type": "function", "function": {"name": "look_up", "description": "a word", "parameters": {"type": "object", "properties": {}}}}]
+whole = lambda row: {"chosen": row["prompt"] + row["chosen"], "rejected": row["prompt"] + row["rejected"]}
+DATA = {
+    "explicit prompt": rows, "implicit prompt": lambda: rows().map(whole, remove_columns="prompt"), "no prompt": lambda: rows().map(lambda row: {"prompt": ""}),
+    "chats": chats, "chats, implicit prompt": lambda: chats().map(whole, remove_columns="prompt"),
+    "chats with tools": lambda: chats(tools=json.dumps(TOOL)), "chats with template options": lambda: chats(chat_template_kwargs={"enable_thinking": False}),
+    "a stream": lambda: rows().to_iterable_dataset(),
+}
+
+
+@pytest.mark.parametrize("case", DATA)
 def test_every_form_of_data(case, config, trl, models):
-    make = {"explicit prompt": rows, "chats": lambda: rows(conversational=True),
-            "implicit prompt": lambda: rows().map(lambda r: {"chosen": r["prompt"] + r["chosen"], "rejected": r["prompt"] + r["rejected"]}, remove_columns="prompt")}[case]
-    options = config(**BATCH)
-    same(one_step(DPOTrainer, DPOConfig, models, make(), options), one_step(trl.DPOTrainer, trl.DPOConfig, models, make(), options))
+    options = config(**BATCH, loss_type=["sigmoid", "sigmoid_norm", "sft"])
+    same(*(one_step(t, c, models, DATA[case](), options) for t, c in ((DPOTrainer, DPOConfig), (trl.DPOTrainer, trl.DPOConfig))))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_other_models(family, config, trl):
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(0)
+    n = len(pocket.tokenizer())
+    model = {"llama": lambda: LlamaForCausalLM(LlamaConfig(vocab_size=n, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=False)),
+             "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=n, n_embd=32, n_layer=2, n_head=2, n_positions=128, bos_token_id=1, eos_token_id=1))}[family]()  # with dropout .1
+    same(*(one_step(t, c, (moved(model, 1, .3), model), rows(), config(**BATCH)) for t, c in ((DPOTrainer, DPOConfig), (trl.DPOTrainer, trl.DPOConfig))))
+
+
+def test_defaults_are_trls(trl, tmp_path):
+    """Fields and defaults; three differ for all trainers (see PostConfig)."""
+    import dataclasses
+    ours, theirs = DPOConfig(str(tmp_path), use_cpu=True, report_to="none"), trl.DPOConfig(str(tmp_path), use_cpu=True, report_to="none", bf16=False)
+    names = {f.name for f in dataclasses.fields(trl.DPOConfig)}
+    assert names <= {f.name for f in dataclasses.fields(DPOConfig)}
+    different = {n for n in names if getattr(ours, n) != getattr(theirs, n)}
+    assert different <= {"gradient_checkpointing", "gradient_checkpointing_kwargs", "logging_nan_inf_filter", "remove_unused_columns", "pad_to_multiple_of", "dataloader_pin_memory", "logging_dir"}, different
 
 
 def lora(trained):
