@@ -1,4 +1,4 @@
-"""The oldest transformers that settings.ini admits, the one Colab ships: a short SFT run gives the same losses there."""
+"""The oldest transformers that settings.ini admits, the one Colab ships: short runs give the same losses there."""
 import configparser
 import json
 import os
@@ -11,17 +11,18 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 SCRIPT = """
-import json, sys, transformers
-from posttrain import SFTConfig, SFTTrainer, pocket
+import json, sys, posttrain, transformers
+from posttrain import pocket
 from peft import LoraConfig
-def run(**kw):
-    args = SFTConfig(sys.argv[1], use_cpu=True, max_steps=4, per_device_train_batch_size=2, gradient_accumulation_steps=2, logging_steps=1, save_strategy="no", report_to="none",
+def run(method, options={}, **kw):
+    rows = lambda n, **more: pocket.dataset(*{"SFT": ("reverse", "prompt_completion"), "DPO": ("sort", "preference")}[method], n=n, **more)
+    args = getattr(posttrain, method + "Config")(sys.argv[1], **options, use_cpu=True, max_steps=4, per_device_train_batch_size=2, gradient_accumulation_steps=2, logging_steps=1, save_strategy="no", report_to="none",
                      disable_tqdm=True, learning_rate=1e-3, seed=0, eval_strategy="steps", eval_steps=2)
-    trainer = SFTTrainer(pocket.model(seed=0), args, train_dataset=pocket.dataset("reverse", "prompt_completion", n=40, seed=1),
-                         eval_dataset=pocket.dataset("reverse", "prompt_completion", n=10, seed=2, split="test"), processing_class=pocket.tokenizer(), **kw)
+    trainer = getattr(posttrain, method + "Trainer")(pocket.model(seed=0), args=args, train_dataset=rows(40, seed=1), eval_dataset=rows(10, seed=2, split="test"), processing_class=pocket.tokenizer(), **kw)
     trainer.train()
     return [r.get("loss", r.get("eval_loss")) for r in trainer.state.log_history if "loss" in r or "eval_loss" in r]
-result = {"version": transformers.__version__, "full": run(), "lora": run(peft_config=LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))}
+result = {"version": transformers.__version__, "full": run("SFT"), "lora": run("SFT", peft_config=LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")),
+          "dpo": run("DPO", dict(loss_type=["sigmoid", "aot"], sync_ref_model=True, ref_model_sync_steps=2)), "dpo lora": run("DPO", peft_config=LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))}
 print("RESULT" + json.dumps(result))
 """
 
@@ -44,5 +45,5 @@ def test_oldest_transformers_trains_the_same(tmp_path, oldest):
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path / "old"), f"transformers=={oldest}.*", "tokenizers==0.22.*", "huggingface-hub>=1.5,<2"], check=True, capture_output=True)
     old, new = run(tmp_path, tmp_path / "old"), run(tmp_path)
     assert old["version"].startswith(oldest) and not new["version"].startswith(oldest)
-    for key in ("full", "lora"):
+    for key in ("full", "lora", "dpo", "dpo lora"):
         assert len(old[key]) == 6 and all(abs(a - b) < 1e-4 for a, b in zip(old[key], new[key], strict=True)), (old[key], new[key])
