@@ -115,13 +115,13 @@ def implicit_reward(
     dtype = torch.promote_types(logps.dtype, torch.float32)
     return beta * (logps.to(dtype) - ref_logps.to(dtype))
 
-# %% ../../nbs/foundations/07_preferences.ipynb #a86ccc79
+# %% ../../nbs/foundations/07_preferences.ipynb #8b4ff302
 def same(logratio: Tensor) -> Tensor: return logratio  # the score of the reverse KL
 
 
 @dataclass
 class Pairs:
-    "A batch of P preference pairs as a loss sees it (steps 14 to 16)."
+    "A batch of P preference pairs as a loss sees it (steps 14 to 16). Log-probs in half precision become float32."
 
     chosen_logps: Tensor      # (P,) log-probs of the preferred answers under the policy, summed over their tokens
     rejected_logps: Tensor    # (P,) of the others
@@ -134,6 +134,8 @@ class Pairs:
     rank_mates: dict[str, Tensor] = field(default_factory=dict)  # what losses that sort need to know of the rest of the step, by loss
 
     def __post_init__(self):
+        for name in ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps"):  # in bfloat16 the difference of two large sums is noise, and its square worse
+            if isinstance(value := getattr(self, name), Tensor): setattr(self, name, value.to(torch.promote_types(value.dtype, torch.float32)))
         if self.chosen_nll is None:
             lengths = torch.as_tensor(self.chosen_lengths, dtype=self.chosen_logps.dtype, device=self.chosen_logps.device)
             self.chosen_nll = -self.chosen_logps / lengths.mean()
