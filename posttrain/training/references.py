@@ -153,7 +153,7 @@ def make_reference(
     if sizes[0] != sizes[1]: raise ValueError(f"the policy's vocabulary has {sizes[0]} tokens, the reference's {sizes[1]}: both must read the same ids")
     return ModelReference(attach_head(freeze(ref_model)))
 
-# %% ../../nbs/training/06_references.ipynb #2c398228
+# %% ../../nbs/training/06_references.ipynb #022693f1
 def fingerprint(
     weights: Iterable[tuple[str, Tensor]],  # as of `weights()` of a reference
     dataset,  # prepared rows
@@ -164,11 +164,17 @@ def fingerprint(
         p = p.full_tensor() if hasattr(p, "full_tensor") else p  # FSDP2 holds shards
         hasher.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
         hasher.update(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    for column in sorted(c for c in dataset.column_names if c.endswith("_ids")):
-        hasher.update(column.encode())
-        for rows in dataset.with_format("numpy", columns=[column]).iter(1000):
-            for ids in rows[column]: hasher.update(np.asarray([len(ids), *ids], dtype=np.int64).tobytes())
+    for column, lengths, ids in _token_columns(dataset):
+        for part in (column.encode(), lengths.astype(np.int64).tobytes(), ids.astype(np.int64).tobytes()): hasher.update(part)
     return hasher.hexdigest()
+
+
+def _token_columns(dataset):
+    "The columns of token ids, a thousand rows at a time: name, lengths of the rows, all ids one after the other. Never as Python lists, which a large dataset would take minutes to make."
+    for column in sorted(c for c in dataset.column_names if c.endswith("_ids")):
+        for table in dataset.with_format("arrow").select_columns([column]).iter(1000):
+            rows = table[column].combine_chunks()
+            yield column, rows.value_lengths().to_numpy(), rows.flatten().to_numpy()
 
 
 def _cache_folder() -> Path:
@@ -209,12 +215,13 @@ def precompute_ref_logps(
     path = _cache_folder() / f"{key}.npz" if key and is_caching_enabled() else None
     if path is not None and path.exists(): found = _loaded(path, columns)
     else:
-        length = lambda row: sum(len(v) for c, v in row.items() if c.endswith("_ids"))
-        order = sorted(range(len(dataset)), key=lambda i: -length(dataset[i]))[share[0]::share[1]]
+        lengths = {}
+        for column, part, _ in _token_columns(dataset): lengths.setdefault(column, []).append(part)
+        order = np.argsort(-sum(map(np.concatenate, lengths.values())), kind="stable").tolist()[share[0]::share[1]]
         parts = []
         for i in tqdm(range(0, len(order), batch_size), desc=f"Reference log-probs of the {name} dataset", disable=None if share[0] == 0 else True):
             rows = order[i:i + batch_size]
-            batch = {k: v.to(device) for k, v in collate([dataset[r] for r in rows]).items()}
+            batch = {k: v.to(device) for k, v in collate(dataset.select(rows).to_list()).items()}
             logps, lengths = ref_logps(batch).float().cpu(), batch["completion_lengths"].tolist()
             per_completion = [l[:n].tolist() for l, n in zip(logps, lengths)]
             parts += [(r, per_completion[k * len(columns):(k + 1) * len(columns)]) for k, r in enumerate(rows)]
