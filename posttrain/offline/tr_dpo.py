@@ -3,9 +3,9 @@
 # %% auto #0
 __all__ = ['effective_beta']
 
-# %% ../../nbs/offline/06_tr_dpo.ipynb #c6d78d42
+# %% ../../nbs/offline/06_tr_dpo.ipynb #99b839ae
 def effective_beta(
-    updates: int,  # how often the reference has moved; in a run, ref_model_sync_steps goes that often into the steps before the last one
+    updates: int,  # how often the reference has moved; in a run of T steps (T - 1) // ref_model_sync_steps, since a move after the last step changes nothing
     *,
     beta: float,  # of the loss, the price of a nat away from the reference of now
     alpha: float = 0.6,  # the policy's share in the new reference; 1 is a hard update, 0.6 TRL's default
