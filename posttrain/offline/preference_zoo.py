@@ -168,8 +168,8 @@ def sigmoid_norm(
     "Length-normalised DPO (Tülu 3, https://arxiv.org/abs/2411.15124): scores per token."
     return margin_loss(beta * pairs.margin_per_token, "logistic")
 
-# %% ../../nbs/offline/08_preference_zoo.ipynb #8700ec6c
-OF_THE_MARGIN = {  # of the difference of the two scores alone: these work with every f-divergence
+# %% ../../nbs/offline/08_preference_zoo.ipynb #3a3dee99
+OF_THE_MARGIN = {  # of the difference of the two scores alone, or of the scores per token (ipo, sigmoid_norm): these work with every f-divergence
     "sigmoid": dpo, "hinge": hinge, "ipo": ipo, "exo_pair": exo_pair, "robust": robust, "discopop": discopop, "sigmoid_norm": sigmoid_norm,
 }
 OF_EACH_ANSWER = {  # of the two log-ratios one by one
