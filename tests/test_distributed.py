@@ -49,11 +49,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from posttrain import pocket
 from posttrain.foundations.layouts import make_batch
-from posttrain.training.heads import attach_head, completion_loss
+from posttrain.training.heads import attach_head, completion_logps, completion_loss
+from posttrain.training.references import fingerprint, make_reference, sync_weights
 dist.init_process_group("gloo")
 rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
 model = attach_head(pocket.model(seed=0)).train()
 whole = copy.deepcopy(model)
+other = pocket.model(seed=1)
+reference, whole_reference = make_reference(model, copy.deepcopy(other)), make_reference(whole, copy.deepcopy(other))
+for layer in reference.model.model.layers: fully_shard(layer, mesh=mesh)
+fully_shard(reference.model, mesh=mesh)
 for layer in model.model.layers: fully_shard(layer, mesh=mesh)
 fully_shard(model, mesh=mesh)
 batches = [make_batch([[5, 6, 7]], [[8, 9, 10, 1], [11, 12, 1]], [0, 0]), make_batch([[9, 8]], [[20, 21, 1]])]
@@ -62,6 +67,11 @@ share(model, batches[rank], 2).backward()
 sum(share(whole, batch, 1) for batch in batches).backward()
 for (name, p), q in zip(model.named_parameters(), whole.named_parameters()):
     assert type(p).__name__ == "DTensor" and torch.allclose(p.grad.full_tensor(), q[1].grad, atol=1e-6), name
+assert torch.allclose(reference.ref_logps(batches[rank]), whole_reference.ref_logps(batches[rank]), atol=1e-6)
+sync_weights(reference.model, model, .6)
+sync_weights(whole_reference.model, whole, .6)
+for (name, p), q in zip(reference.weights(), whole_reference.weights()):
+    assert type(p).__name__ == "DTensor" and torch.allclose(p.full_tensor(), q[1], atol=1e-7), name
 leave(dist.barrier)
 """
 
@@ -109,6 +119,6 @@ def test_two_processes_learn_from_pairs_as_one(tmp_path, options):
 
 
 def test_fsdp2_gathers_and_reduces_through_the_head(tmp_path):
-    """Sharded over two processes: the same gradients, although the head never calls the output layer."""
+    """Sharded over two processes: the same gradients, although the head never calls the output layer; a sharded reference answers and follows."""
     (tmp_path / "sharded.py").write_text(FSDP2)
     launch(2, str(tmp_path / "sharded.py"))

@@ -231,7 +231,7 @@ def precompute_ref_logps(
     for c in columns: dataset = dataset.add_column(c, found[c], feature=List(Value("float32")))
     return dataset
 
-# %% ../../nbs/training/06_references.ipynb #5c5d95c7
+# %% ../../nbs/training/06_references.ipynb #245027a7
 @torch.no_grad()
 def sync_weights(
     ref_model: nn.Module,  # moves
@@ -240,6 +240,8 @@ def sync_weights(
 ) -> None:
     "ref <- alpha * policy + (1 - alpha) * ref, weight by weight (TR-DPO 2404.09656, equations 3 and 4). Raises ValueError for alpha outside [0, 1] and for models of different make."
     if not 0 <= alpha <= 1: raise ValueError(f"alpha is the policy's share in the new reference, expected in [0, 1], got {alpha}")
+    for part in (*ref_model.modules(), *model.modules()):
+        if hasattr(part, "reshard"): part.reshard()  # FSDP2 keeps the outermost weights whole after a forward pass without a backward one
     ours, theirs = list(ref_model.parameters()), list(model.parameters())
     if [p.shape for p in ours] != [p.shape for p in theirs]: raise ValueError("the reference cannot follow the policy: their weights differ in number or shape")
     for r, p in zip(ours, theirs): r.lerp_(p.detach().to(r.dtype), alpha)
