@@ -60,7 +60,7 @@ def pair_metrics(
                  "entropy": Mean.of(out["entropy"], mask), "mean_token_accuracy": Mean.of(out["is_top1"][0::2], mask[0::2])}
     return {name: Mean.of(values) for name, values in per_pair.items()} | per_token
 
-# %% ../../nbs/offline/09_dpo_trainer.ipynb #05129f95
+# %% ../../nbs/offline/09_dpo_trainer.ipynb #9d8c6f0d
 @dataclass
 class DPOConfig(PostConfig):
     "What learning from pairs can be told; names and defaults are TRL's."
@@ -107,7 +107,7 @@ class DPOConfig(PostConfig):
         if self.label_smoothing and not any("label_smoothing" in self.options_of(PAIR_LOSSES[name]) for name in self.loss_type):
             warnings.warn(f"label_smoothing={self.label_smoothing} has no effect on loss_type={self.loss_type}", stacklevel=3)
         if self.f_divergence_type != "reverse_kl" and (other := [t for t in self.loss_type if t not in {**OF_THE_MARGIN, **OF_THE_CHOSEN}]):
-            raise ValueError(f"f_divergence_type={self.f_divergence_type!r} works with losses of the margin, {', '.join(map(repr, OF_THE_MARGIN))}; {other} look at each answer alone, where log Z(x) does not cancel")
+            raise ValueError(f"f_divergence_type={self.f_divergence_type!r} works with losses of the margin, {', '.join(map(repr, OF_THE_MARGIN))}; {other} are no functions of that alone, and only there log Z(x) cancels")
         if self.use_weighting and (other := [t for t in self.loss_type if t in OF_THE_BATCH]): raise ValueError(f"use_weighting=True weighs pairs, but {other} take pairs apart to sort them: choose one or the other")
         if self.sync_ref_model and self.precompute_ref_log_probs: raise ValueError("sync_ref_model=True moves the reference, precompute_ref_log_probs=True asks it only once: choose one or the other")
         if self.router_aux_loss_coef is not None: raise ValueError("router_aux_loss_coef is not supported: the load-balancing loss of mixture-of-experts models is not computed here; leave it None")
