@@ -3,8 +3,9 @@
 # %% auto #0
 __all__ = ['SHOWN', 'OPTIONS', 'trajectory', 'landscape', 'level_lines', 'thinned', 'plane', 'dpo_plane']
 
-# %% ../../nbs/explore/06_plane.ipynb #65f60db5
+# %% ../../nbs/explore/06_plane.ipynb #39d271e1
 import math
+import re
 
 import torch
 from torch import Tensor
@@ -51,8 +52,8 @@ def landscape(
     chosen, rejected = torch.autograd.grad(loss.sum(), (x, y))
     return loss.detach(), -chosen, -rejected
 
-# %% ../../nbs/explore/06_plane.ipynb #9c23523d
-_LEVEL, _ARROW, _SHADE = "#8a8a8a", "#8fc6e8", "#f6efe4"
+# %% ../../nbs/explore/06_plane.ipynb #c8a8b71c
+_LEVEL, _ARROW, _SHADE = "#8a8a8a", "#56a7dd", "#f6efe4"
 
 
 def level_lines(
@@ -88,7 +89,7 @@ def thinned(
     middle = away.index(far)
     return thinned(points[:middle + 1], off)[:-1] + thinned(points[middle:], off)
 
-# %% ../../nbs/explore/06_plane.ipynb #3c35db78
+# %% ../../nbs/explore/06_plane.ipynb #25b9d225
 def plane(
     loss_type: str = "sigmoid",  # one of SHOWN
     beta: float = 0.1,  # the loss's beta; DPO's usual one
@@ -164,7 +165,7 @@ def _path(points) -> str:
 
 
 def _darts(loss_type, beta, limits, lengths, px, py, arrows) -> tuple[str, float]:
-    "One path of slim triangles that point downhill, and the strongest pull."
+    "Arrows that point downhill, as one path: a thin shaft and a filled head at its tip each; and the strongest pull."
     middles = [[low + (high - low) * (k + .5) / arrows for k in range(arrows)] for low, high in limits]
     x, y = torch.meshgrid(*(torch.tensor(m, dtype=torch.float64) for m in middles), indexing="xy")
     _, down_x, down_y = (part.flatten() for part in landscape(loss_type, x, y, beta, lengths=lengths))
@@ -173,12 +174,17 @@ def _darts(loss_type, beta, limits, lengths, px, py, arrows) -> tuple[str, float
     longest = 0.82 * (px(middles[0][1]) - px(middles[0][0]))
     d = []
     for a, b, u, v, p in zip(x.flatten().tolist(), y.flatten().tolist(), down_x.tolist(), down_y.tolist(), pull.tolist()):
-        if p <= 1e-4 * strongest: continue  # no pull worth a dart
+        if p <= 1e-3 * strongest: continue  # no pull worth an arrow
         length = longest * math.sqrt(p / strongest)
-        u, v, wide = length * u / p, -length * v / p, 2.2  # px; downwards is positive in SVG
-        bx, by = px(a) - u / 2 - wide * v / length, py(b) - v / 2 + wide * u / length
-        d.append(f"M{bx:.0f} {by:.0f}l{u + wide * v / length:.1f} {v - wide * u / length:.1f} {wide * v / length - u:.1f} {-wide * u / length - v:.1f}z")
-    return svg.element("path", d="".join(d) or "M0 0", fill=_ARROW), strongest
+        u, v, head = u / p, -v / p, min(9.0, 2 + length / 2)  # direction in px, downwards is positive in SVG; a head even where there is hardly a shaft
+        side, neck = 0.42 * head, max(0.0, length - head)
+        d += ["M", *_halves(px(a) - u * length / 2, py(b) - v * length / 2), "l", *_halves(u * neck, v * neck),
+              "m", *_halves(-v * side, u * side), "l", *_halves(u * head + v * side, v * head - u * side), *_halves(-u * head + v * side, -v * head - u * side), "z"]
+    d = re.sub(r" ?([A-Za-z]) ?", r"\1", " ".join(d)).replace(" -", "-")  # each separator that can be spared, thousands of times
+    return svg.element("path", d=d or "M0 0", fill=_ARROW, stroke=_ARROW, stroke_width=2.2, transform="scale(.5)"), strongest
+
+
+def _halves(*px) -> list[str]: return [str(round(2 * v)) for v in px]  # half pixels, so that whole numbers are fine enough
 
 # %% ../../nbs/explore/06_plane.ipynb #3e687ea5
 def dpo_plane(
