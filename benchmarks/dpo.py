@@ -76,12 +76,6 @@ def gradients_agree(name, kind):
     return difference
 
 
-def timed(t):
-    steps = harness.Steps()
-    t.add_callback(steps.callback)
-    return lambda: steps.of(t)
-
-
 def bench_steps(rounds, names):
     print(f"\n{'training step':44}{'TRL':>9}{'posttrain':>11}   TRL / posttrain         gradients differ by")
     for name in names:
@@ -89,16 +83,11 @@ def bench_steps(rounds, names):
             difference = gradients_agree(name, kind)
             with tempfile.TemporaryDirectory() as folder:
                 both = {lib: trainer(lib, name, kind, folder) for lib in ("TRL", "posttrain")}
-                seconds = harness.interleaved({lib: timed(t) for lib, t in both.items()}, rounds)
+                seconds = harness.interleaved({lib: harness.timed(t) for lib, t in both.items()}, rounds)
             print(f"{name + ', ' + kind:44}{harness.median(seconds['TRL']):8.3f}s{harness.median(seconds['posttrain']):10.3f}s   {harness.ratio(seconds, 'TRL', 'posttrain'):22}  {difference:.0e}", flush=True)
 
 
-def memory_of(library, name, kind):
-    with tempfile.TemporaryDirectory() as folder:
-        t = trainer(library, name, kind, folder)
-        before = harness.current_mib()
-        t.train()
-    return {"mib": harness.peak_mib() - before}
+def memory_of(library, name, kind): return harness.memory_of_training(lambda folder: trainer(library, name, kind, folder))
 
 
 def bench_memory(names):
@@ -106,7 +95,7 @@ def bench_memory(names):
     for name in names:
         for kind in ("equal lengths", "skewed lengths"):
             mib = {lib: [harness.in_fresh_process(__file__, "train", lib, name, kind)["mib"] for _ in range(REPEATS)] for lib in ("TRL", "posttrain")}
-            print(f"{name + ', ' + kind:46}{harness.median(mib['TRL']):7.0f}MiB{harness.median(mib['posttrain']):8.0f}MiB   {harness.ratio(mib, 'TRL', 'posttrain')}", flush=True)
+            harness.print_memory(f"{name}, {kind}", mib)
 
 
 def main():

@@ -71,6 +71,27 @@ class Steps:
         return statistics.median(b - a for a, b in zip(self.ends, self.ends[1:]))
 
 
+def timed(trainer):
+    """A function that trains once more and returns the median step."""
+    steps = Steps()
+    trainer.add_callback(steps.callback)
+    return lambda: steps.of(trainer)
+
+
+def memory_of_training(make) -> dict:
+    """What training needs over what is loaded: `make` gets a folder and returns a trainer. For a fresh process."""
+    import tempfile
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make(folder)
+        before = current_mib()
+        trainer.train()
+    return {"mib": peak_mib() - before}
+
+
+def print_memory(label: str, mib: dict, widths=(7, 8)) -> None:
+    print(f"{label:46}{median(mib['TRL']):{widths[0]}.0f}MiB{median(mib['posttrain']):{widths[1]}.0f}MiB   {ratio(mib, 'TRL', 'posttrain')}", flush=True)
+
+
 def silence(trainer):
     """No table, no bar."""
     for c in list(trainer.callback_handler.callbacks):

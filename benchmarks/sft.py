@@ -58,30 +58,19 @@ def trainer(library, name, kind, folder):
     return harness.silence(SFTTrainer(m, args, train_dataset=rows(lengths(kind, scale), m.config.vocab_size), processing_class=pocket.tokenizer()))
 
 
-def timed(t):
-    steps = harness.Steps()
-    t.add_callback(steps.callback)
-    return lambda: steps.of(t)
-
-
 def bench_steps(rounds):
     print(f"\n{'training step':44}{'TRL':>9}{'posttrain':>11}   TRL / posttrain")
     for name in MODELS:
         for kind in WORK:
             with tempfile.TemporaryDirectory() as folder:
                 both = {lib: trainer(lib, name, kind, folder) for lib in ("TRL", "posttrain")}
-                seconds = harness.interleaved({lib: timed(t) for lib, t in both.items()}, rounds)
+                seconds = harness.interleaved({lib: harness.timed(t) for lib, t in both.items()}, rounds)
             first = [next(r["loss"] for r in t.state.log_history if "loss" in r) for t in both.values()]
             assert kind == "packed" or abs(first[0] - first[1]) < 1e-3, f"different losses: {first}"  # packed rows may hold other documents
             print(f"{name + ', ' + kind:44}{harness.median(seconds['TRL']):8.3f}s{harness.median(seconds['posttrain']):10.3f}s   {harness.ratio(seconds, 'TRL', 'posttrain')}", flush=True)
 
 
-def memory_of(library, name, kind):
-    with tempfile.TemporaryDirectory() as folder:
-        t = trainer(library, name, kind, folder)
-        before = harness.current_mib()
-        t.train()
-    return {"mib": harness.peak_mib() - before}
+def memory_of(library, name, kind): return harness.memory_of_training(lambda folder: trainer(library, name, kind, folder))
 
 
 def bench_memory():
@@ -89,7 +78,7 @@ def bench_memory():
     for kind in WORK:
         name = "10M, 32k vocabulary"
         mib = {lib: [harness.in_fresh_process(__file__, "train", lib, name, kind)["mib"] for _ in range(REPEATS)] for lib in ("TRL", "posttrain")}
-        print(f"{name + ', ' + kind:46}{harness.median(mib['TRL']):7.0f}MiB{harness.median(mib['posttrain']):8.0f}MiB   {harness.ratio(mib, 'TRL', 'posttrain')}", flush=True)
+        harness.print_memory(f"{name}, {kind}", mib)
 
 
 # ---------------------------------------------------------------- the head alone
