@@ -242,10 +242,64 @@ def test_the_reference_follows(config, tmp_path):
 def test_resuming_finds_the_reference_that_had_moved(config, tmp_path):
     options = dict(sync_ref_model=True, ref_model_sync_steps=2, max_steps=8, save_strategy="steps", save_steps=5, learning_rate=1e-2, train_sampling_strategy="random")
     whole = train(config, **options)
-    resumed = train(config, resume=str(tmp_path / "checkpoint-5"), **options)
+    (tmp_path / "checkpoint-5").rename(tmp_path / "moved-5")
+    resumed = train(config, resume=str(tmp_path / "moved-5"), **options)
     assert torch.equal(weights(whole), weights(resumed)) and torch.equal(weights(whole.ref_model), weights(resumed.ref_model))
+    (tmp_path / "moved-5").rename(tmp_path / "checkpoint-5")
     (tmp_path / "checkpoint-5" / "ref_model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="ref_model.safetensors.*step 5.*sync_ref_model"): train(config, resume=str(tmp_path / "checkpoint-5"), **options)
+    with pytest.raises(FileNotFoundError, match="ref_model.safetensors.*sync_ref_model"): train(config, resume=str(tmp_path / "checkpoint-5"), **options)
+
+
+def test_resuming_a_trained_adapter_finds_it_again(config, tmp_path):
+    """A frozen copy of the adapter lies in the checkpoint beside the trained one; transformers would load only that."""
+    from peft import get_peft_model
+    def make_it():
+        torch.manual_seed(0)
+        model = get_peft_model(pocket.model(seed=0), adapter(target_modules=["q_proj", "embed_tokens"]))
+        generator = torch.Generator().manual_seed(1)
+        for n, p in model.named_parameters():
+            if "lora_" in n: p.data.copy_(torch.randn(p.shape, generator=generator) * .1)
+        return make(config, model=model, max_steps=6, save_strategy="steps", save_steps=3, learning_rate=1e-2)
+    whole = make_it()
+    assert abs(logged_first(whole)) < 1e-6  # its copy says what it says, embeddings included
+    whole.train()
+    resumed = make_it()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert torch.equal(weights(whole), weights(resumed))
+    assert not any(p.requires_grad for n, p in resumed.model.named_parameters() if ".ref" in n)
+
+
+def logged_first(trainer):
+    """The first margin, before anything is trained."""
+    return trainer.evaluate(rows(8))["eval_rewards/margins"]
+
+
+def test_functional_dropout_is_off_too(config):
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(pocket.tokenizer()), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128, attention_dropout=.5))
+    assert logged(train(config, model=model), "rewards/margins")[0] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_cache_knows_how_the_weights_are_used(config, tmp_path, monkeypatch):
+    import datasets
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    first = make(config, precompute_ref_log_probs=True).train_dataset[0]["ref_chosen_logps"]
+    other = pocket.model(seed=0, rms_norm_eps=.1)
+    assert torch.equal(weights(other), weights(pocket.model(seed=0)))
+    assert make(config, model=other, precompute_ref_log_probs=True).train_dataset[0]["ref_chosen_logps"] != first
+    for file in (tmp_path / "cache").rglob("*.npz"): file.write_bytes(b"cut off")
+    with pytest.warns(UserWarning, match="cannot be read.*computed anew"): again = make(config, precompute_ref_log_probs=True).train_dataset[0]["ref_chosen_logps"]
+    assert again == first
+
+
+def test_a_stream_that_ends_in_the_middle_of_a_step(config):
+    """22 rows as 2 x 4: the last six are dropped with a word, and no gradient is carried into the next step."""
+    options = dict(optim="sgd", learning_rate=.1, max_steps=4, lr_scheduler_type="constant")
+    with pytest.warns(UserWarning, match="do not fill a step"):
+        cut = train(config, rows(22).to_iterable_dataset(), per_device_train_batch_size=2, gradient_accumulation_steps=4, **options)
+    whole = train(config, rows(16).to_iterable_dataset(), per_device_train_batch_size=8, **options)
+    assert torch.allclose(weights(cut), weights(whole), atol=1e-5)
 
 
 # ---------------------------------------------------------------- what it may be given
@@ -316,4 +370,7 @@ def test_references_that_cannot_be(config):
     with pytest.raises(ValueError, match="same object"): make(config, model=model, ref_model=model)
     with pytest.raises(ValueError, match="vocabulary has .* the reference's 50"): make(config, ref_model=pocket.model(seed=0, vocab_size=50))
     with pytest.raises(TypeError, match="got DPOConfig.*third parameter, args="): DPOTrainer(model, DPOConfig(**config()), train_dataset=rows(), processing_class=pocket.tokenizer())
+    with pytest.raises(ValueError, match="pissa.*pass ref_model"): make(config, peft_config=adapter(init_lora_weights="pissa"))
+    with pytest.raises(ValueError, match="bias='all'.*pass ref_model"): make(config, peft_config=adapter(bias="all"))
+    with pytest.raises(FileNotFoundError, match="nowhere.jinja"): make(config, chat_template_path="/nowhere.jinja")
     with pytest.raises(ValueError, match="sync_ref_model.*PEFT"): make(config, peft_config=adapter(), sync_ref_model=True)

@@ -3,12 +3,16 @@
 # %% auto #0
 __all__ = ['PANELS', 'UNITS', 'FILE', 'panels_of', 'frame', 'Dashboard', 'read_rows', 'replay']
 
-# %% ../../nbs/explore/09_dashboard.ipynb #c3f638de
+# %% ../../nbs/explore/09_dashboard.ipynb #f5605ee9
 import json
 import math
+import re
+import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
+from transformers import GenerationConfig
 
 from . import svg
 from .core import Explorer, slider
@@ -43,39 +47,29 @@ def frame(
     until, pictures = [row for row in rows if row.get("step", 0) <= step], []
     last = max([1] + [row["step"] for row in rows if "step" in row])
     for panel in panels:
-        values = [v for m in panel for v in curve(rows, m)[1] if math.isfinite(v)]
+        lines = {m: [(s, v) for s, v in zip(*curve(rows, m)) if math.isfinite(v)] for m in panel}
+        values = [v for line in lines.values() for _, v in line]
         air = 0.06 * (max(values, default=1) - min(values, default=0)) or 0.5
-        at = sorted({s for m in panel for s in curve(until, m)[0]}) or [0]
-        lines = {m: [dict(zip(*curve(until, m))).get(s, math.nan) for s in at] for m in panel}
-        if any(math.isnan(v) for line in lines.values() for v in line):  # logged at other steps: join what is there
-            lines = {m: _joined(at, *curve(until, m)) for m in panel}
+        at = sorted({s for line in lines.values() for s, _ in line if s <= step}) or [0]
+        at = at[::math.ceil(len(at) / 300)] + at[-1:]  # more would not be seen
+        lines = {m: np.interp(at, *zip(*line), left=math.nan, right=math.nan) if line else [math.nan] * len(at) for m, line in lines.items()}  # what is logged at other steps is joined by straight lines
         pictures.append(svg.line_plot(at, lines, title=UNITS.get(panel[0], panel[0]) if len(panel) == 1 else "", xlabel="step", xlim=(0, last), ylim=(min(values, default=0) - air, max(values, default=1) + air), width=300, height=190))
     grid = [svg.beside(*pictures[i:i + 3]) for i in range(0, len(pictures), 3)]
     shown = [row for row in until if "samples" in row]
     return svg.stack(*grid, *([_answers(shown[-1])] if shown else [])) if grid or shown else svg.figure([], 300, 40, "nothing logged yet")
 
 
-def _joined(at, steps, values) -> list[float]:
-    "Values at other steps, on straight lines between those that are known."
-    def between(s):
-        before, after = [i for i, t in enumerate(steps) if t <= s], [i for i, t in enumerate(steps) if t >= s]
-        if not before or not after: return math.nan
-        i, j = before[-1], after[0]
-        return values[i] if i == j else values[i] + (values[j] - values[i]) * (s - steps[i]) / (steps[j] - steps[i])
-    return [between(s) for s in at]
-
-
 def _answers(row) -> str:
     "Prompts and answers as a table."
     cut = lambda t, n: t if len(t) <= n else t[:n - 1] + "…"
-    line = lambda t: t.replace("\n", "⏎")
+    line = lambda t: re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff\ud800-\udfff]", "�", t.replace("\n", "⏎"))  # what XML cannot hold
     body = []
     for i, sample in enumerate(row["samples"]):
         y = 44 + 20 * i
         body += [svg.text(14, y, cut(line(sample["prompt"])[-46:], 46), fill=svg.FAINT), svg.text(330, y, cut(line(sample["completion"]), 82))]
-    return svg.figure(body, 916, 36 + 20 * len(row["samples"]), f"greedy answers after step {row['step']}", "; ".join(f"{s['prompt']} {s['completion']}" for s in row["samples"]))
+    return svg.figure(body, 916, 36 + 20 * len(row["samples"]), f"greedy answers after step {row['step']}", "; ".join(line(f"{s['prompt']} {s['completion']}") for s in row["samples"]))
 
-# %% ../../nbs/explore/09_dashboard.ipynb #546157a6
+# %% ../../nbs/explore/09_dashboard.ipynb #5086bddb
 class Dashboard(Progress):
     """Curves, KL and answers of a run, drawn in place in a notebook, and written to `dashboard.jsonl`, `dashboard.svg` and `dashboard.html` in the output folder.
 
@@ -95,7 +89,7 @@ class Dashboard(Progress):
     ):
         super().__init__(every, stream, live)
         self.prompts, self.n, self.every_steps, self.max_new_tokens, self.samples, self.panels = prompts, n, every_steps, max_new_tokens, samples, panels
-        self.trainer, self.asked, self.known, self.last_look = None, None, {}, -1
+        self.trainer, self.asked, self.known, self.failed = None, None, {}, False
 
     def attach(self, trainer) -> None:
         "The trainer says who it is: its tokenizer reads, its reference gives the KL."
@@ -112,12 +106,19 @@ class Dashboard(Progress):
         found = next((d for d in sets if "prompt_ids" in (getattr(d, "column_names", None) or ())), None)
         return [] if found is None else [row["prompt_ids"] for _, row in zip(range(self.n), found)]
 
+    def _safely(self, what, *args) -> None:
+        "A picture is not worth a run: what goes wrong in here is said once."
+        try: what(*args)
+        except Exception as e:
+            if not self.failed: warnings.warn(f"the dashboard could not be drawn ({type(e).__name__}: {e}); the run goes on")
+            self.failed = True
+
     # ------------------------------------------------ looking at answers
     @torch.no_grad()
     def _look(self, state) -> None:
         t, tokenizer = self.trainer, self.trainer.processing_class
-        if self.asked is None: self.asked = self._prompt_ids()
-        if not self.asked or t.is_fsdp_enabled: return  # in shards, one process alone cannot generate
+        if self.asked is None: self.asked = [ids for ids in self._prompt_ids() if ids]
+        if not self.asked or t.is_fsdp_enabled or t.is_deepspeed_enabled: return  # in shards, one process alone cannot generate
         model, row = t.accelerator.unwrap_model(t.model), {"step": state.global_step}
         training = [m for m in model.modules() if m.training]
         model.eval()
@@ -142,7 +143,10 @@ class Dashboard(Progress):
         width = max(map(len, self.asked))
         ids = torch.tensor([[pad] * (width - len(p)) + p for p in self.asked], device=model.device)
         seen = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in self.asked], device=model.device)
-        new = model.generate(ids, attention_mask=seen, num_return_sequences=n, max_new_tokens=self.max_new_tokens, pad_token_id=pad, eos_token_id=tokenizer.eos_token_id, **how)[:, width:].tolist()
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        own, model.generation_config = model.generation_config, GenerationConfig()  # no penalties or beams of the model's: the policy itself is looked at
+        try: new = model.generate(ids, attention_mask=seen, num_return_sequences=n, max_new_tokens=int(max(1, min(self.max_new_tokens, limit - width))), pad_token_id=pad, eos_token_id=tokenizer.eos_token_id, **how)[:, width:].tolist()
+        finally: model.generation_config = own
         cut = [a[:next((i + 1 for i, t in enumerate(a) if t in ends), len(a))] for a in new]
         return [cut[i:i + n] for i in range(0, len(cut), n)]
 
@@ -155,7 +159,7 @@ class Dashboard(Progress):
         before = [row for row in read_rows(self.path) if row.get("step", 0) <= state.global_step] if state.global_step and self.path.exists() else []
         self.known = {row["step"]: row for row in before if "samples" in row}
         self.path.write_text("".join(json.dumps(row) + "\n" for row in before), encoding="utf-8")  # a run that goes on keeps what it knew, a new one starts anew
-        if not state.global_step: self._look(state)
+        if not state.global_step: self._safely(self._look, state)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs and "train_runtime" not in logs and hasattr(self, "path"): self._write({**logs, "step": state.global_step})
@@ -163,13 +167,16 @@ class Dashboard(Progress):
 
     def on_step_end(self, args, state, control, **kwargs):
         gap = self.every_steps or max(state.max_steps // 10, 1)
-        if state.is_world_process_zero and (state.global_step % gap == 0 or state.global_step == state.max_steps) and state.global_step not in self.known: self._look(state)
+        if state.is_world_process_zero and (state.global_step % gap == 0 or state.global_step == state.max_steps) and state.global_step not in self.known: self._safely(self._look, state)
         super().on_step_end(args, state, control, **kwargs)
 
     def on_train_end(self, args, state, control, **kwargs):
         super().on_train_end(args, state, control, **kwargs)
         if not state.is_world_process_zero: return
-        rows = self.rows(state)
+        self._safely(self._save, self.rows(state))
+
+    def _save(self, rows) -> None:
+        if not any("step" in row and "train_runtime" not in row for row in rows): return  # nothing was logged
         (self.path.parent / "dashboard.svg").write_text(frame(rows, panels=self.panels), encoding="utf-8")
         replay(rows, panels=self.panels).save(self.path.parent / "dashboard.html")
 
@@ -182,7 +189,7 @@ class Dashboard(Progress):
         rows = self.rows(state)
         return frame(rows, panels=self.panels) if panels_of(rows) else ""
 
-# %% ../../nbs/explore/09_dashboard.ipynb #aa3c204f
+# %% ../../nbs/explore/09_dashboard.ipynb #64cdc97c
 def read_rows(
     source,  # an output folder, its dashboard.jsonl, a checkpoint's trainer_state.json, a trainer, or a list of rows
 ) -> list[dict]:
@@ -195,8 +202,14 @@ def read_rows(
     tried = [path / FILE, *sorted(path.glob("checkpoint-*/trainer_state.json"), key=lambda p: p.stat().st_mtime)[::-1], path / "trainer_state.json"] if path.is_dir() else [path]
     path = next((p for p in tried if p.exists()), None)
     if path is None: raise FileNotFoundError(f"no run in {source}: looked for {', '.join(p.name for p in tried)}")
-    if path.suffix == ".jsonl": return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if path.suffix == ".jsonl": return [row for line in path.read_text(encoding="utf-8").splitlines() if (row := _parsed(line)) is not None]
     return json.loads(path.read_text(encoding="utf-8"))["log_history"]
+
+
+def _parsed(line: str):
+    "One row; None for a line that a crash cut off."
+    try: return json.loads(line)
+    except json.JSONDecodeError: return None
 
 
 def replay(

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['DPOConfig', 'DPOTrainer']
 
-# %% ../../nbs/offline/09_dpo_trainer.ipynb #7e890e80
+# %% ../../nbs/offline/09_dpo_trainer.ipynb #de628667
 import warnings
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +21,7 @@ from ..foundations.masks import Totals
 from .preference_zoo import OF_THE_BATCH, OF_THE_CHOSEN, OF_THE_MARGIN, PAIR_LOSSES, SORTED, on_policy_weights, rank_mates, verbosity_weights
 from ..training.heads import completion_logps
 from ..training.pairs import make_pairs, pair_metrics
-from ..training.references import ModelReference, PrecomputedReference, SyncRefModelCallback, disable_dropout, fingerprint, make_reference, place, precompute_ref_logps
+from ..training.references import ModelReference, PrecomputedReference, SyncRefModelCallback, disable_dropout, fingerprint, freeze_adapter, make_reference, place, precompute_ref_logps
 from ..training.trainer import PostConfig, PostTrainer, load_model
 
 
@@ -76,7 +76,7 @@ class DPOConfig(PostConfig):
         if self.sync_ref_model and self.precompute_ref_log_probs: raise ValueError("sync_ref_model=True moves the reference, precompute_ref_log_probs=True asks it only once: choose one or the other")
         if self.router_aux_loss_coef is not None: raise ValueError("router_aux_loss_coef is not supported: the load-balancing loss of mixture-of-experts models is not computed here; leave it None")
 
-# %% ../../nbs/offline/09_dpo_trainer.ipynb #3d2386b4
+# %% ../../nbs/offline/09_dpo_trainer.ipynb #ee656f2b
 class DPOTrainer(PostTrainer):
     """Direct preference optimisation (https://arxiv.org/abs/2305.18290) and its family. Call it as TRL's.
 
@@ -123,17 +123,27 @@ class DPOTrainer(PostTrainer):
         if args.disable_dropout: disable_dropout(self.model)
         if isinstance(self.scorer, ModelReference) and self.scorer.model is not self.model: self.ref_model = self.scorer.model = place(self.scorer.model, self.accelerator)
         self.reference = PrecomputedReference() if args.precompute_ref_log_probs else self.scorer
-        if args.sync_ref_model: self.add_callback(SyncRefModelCallback(self.ref_model, self.accelerator))
+        self.follower = SyncRefModelCallback(self.ref_model, self.accelerator) if args.sync_ref_model else None
+        if self.follower: self.add_callback(self.follower)
 
     def with_model(self, dataset, name):
         args, columns = self.args, ("ref_chosen_logps", "ref_rejected_logps")
         if not args.precompute_ref_log_probs or set(columns) <= set(column_names(dataset)): return dataset
         if self.scorer is None: raise ValueError(f"with precompute_ref_log_probs=True the reference is gone after the constructor: pass the {name} dataset there, as eval_dataset")
-        key = f"{fingerprint(self.scorer.weights(), dataset)}-{self.accelerator.mixed_precision}"
+        key = f"{fingerprint(self.scorer.weights(), dataset, self.scorer.settings())}-{self.accelerator.mixed_precision}"
         with self.compute_loss_context_manager():
             return precompute_ref_logps(dataset, self.scorer.ref_logps, self.data_collator, columns, key=key, device=args.device, name=name,
                                         batch_size=args.precompute_ref_batch_size or (args.per_device_train_batch_size if name == "train" else args.per_device_eval_batch_size),
                                         share=(args.process_index, args.world_size), gather=gather_object)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        "Also what transformers does not know of: a reference that had moved, and the trained adapter where a frozen one lies beside it (it would find only that one)."
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.follower: self.follower.load(resume_from_checkpoint)
+        if getattr(self.scorer, "adapter", None) and (own := self.model.active_adapter) == "default":
+            self.model.load_adapter(resume_from_checkpoint, own, is_trainable=True)
+            self.model.set_adapter(own)
+            freeze_adapter(self.model, self.scorer.adapter)
 
     # ------------------------------------------------ one step
     def totals_of(self, batch): return Totals.of(batch["mask"][0::2])  # pairs, and the tokens of their chosen answers

@@ -3,8 +3,7 @@
 # %% auto #0
 __all__ = ['TOKEN_LOSSES', 'nll', 'SFTConfig', 'SFTTrainer']
 
-# %% ../../nbs/offline/01_sft.ipynb #b319067c
-import warnings
+# %% ../../nbs/offline/01_sft.ipynb #c5a792e8
 from dataclasses import dataclass, field
 
 from datasets import Dataset, IterableDataset
@@ -22,11 +21,10 @@ def nll(
 
 TOKEN_LOSSES = {"nll": nll, "dft": dft}  # loss_type -> each token's loss, from its log-prob
 
-# %% ../../nbs/offline/01_sft.ipynb #3af9235d
+# %% ../../nbs/offline/01_sft.ipynb #72ef7b87
 from ..data.collate import collate_sft
 from ..data.formats import column_names, dataset_type, first_row
 from ..data.packing import PACKING_STRATEGIES, pack_dataset
-from ..data.templates import adopt_chat_template, fit_to_tokenizer
 from ..data.tokens import TRUNCATION, prepare_sft
 from ..foundations.masks import token_weights
 from ..training.heads import completion_loss
@@ -98,17 +96,10 @@ class SFTTrainer(PostTrainer):
 
     def before_preparing(self):
         tokenizer = self.processing_class
-        self.new_tokens = adopt_chat_template(tokenizer, self.args.chat_template_path) if self.args.chat_template_path else []
         for which in ("eos_token", "pad_token"):
             if token := getattr(self.args, which):
                 if token not in tokenizer.get_vocab(): raise ValueError(f"{which}={token!r} is not in the vocabulary of {type(tokenizer).__name__}; choose a token that is, or add it with tokenizer.add_tokens and resize the model's embeddings")
                 setattr(tokenizer, which, token)
-
-    def after_loading(self, model):
-        if not self.new_tokens: return
-        fit_to_tokenizer(model, self.processing_class)
-        warnings.warn(f"the chat template of {self.args.chat_template_path} brought {len(self.new_tokens)} new tokens, whose embeddings start untrained. With an adapter, train them too: "
-                      "LoraConfig(..., modules_to_save=['embed_tokens', 'lm_head'])", stacklevel=3)
 
     def prepare(self, dataset, name, training):
         args = self.args

@@ -3,14 +3,16 @@
 # %% auto #0
 __all__ = ['PostConfig', 'load_tokenizer', 'load_model', 'add_adapter', 'PostTrainer']
 
-# %% ../../nbs/training/04_trainer.ipynb #c71b9dfd
+# %% ../../nbs/training/04_trainer.ipynb #9e23557b
 import inspect
+import warnings
 from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
+from ..data.templates import adopt_chat_template, fit_to_tokenizer
 from ..foundations.layouts import lay_out
 from ..foundations.masks import Totals
 from .heads import attach_head, causal_lm
@@ -129,7 +131,7 @@ def add_adapter(
         raise ValueError("peft_config was given for a model that already has an adapter; merge it first (model.merge_and_unload()) or leave peft_config out")
     return get_peft_model(model, peft_config)
 
-# %% ../../nbs/training/04_trainer.ipynb #37abde6f
+# %% ../../nbs/training/04_trainer.ipynb #ede80c64
 class PostTrainer(Trainer):
     """transformers' Trainer with one rule of normalisation. Subclasses say what a row must have, how it is prepared, and what the loss is.
 
@@ -188,12 +190,14 @@ class PostTrainer(Trainer):
         given = ([("train", train_dataset)] if train_dataset is not None else []) + list(named(eval_dataset))
         for name, dataset in given: self.check(dataset, name)
         self.processing_class = load_tokenizer(model, processing_class, args.trust_remote_code)
+        self.new_tokens = adopt_chat_template(self.processing_class, args.chat_template_path) if args.chat_template_path else []
         self.before_preparing()
         if train_dataset is not None: train_dataset = self._prepared(train_dataset, "train", training=True)
         if eval_dataset is not None:
             ready = {name: self._prepared(d, name) for name, d in named(eval_dataset)}
             eval_dataset = ready if isinstance(eval_dataset, dict) else ready["eval"]
         model = load_model(model, args)
+        self._fit(model)
         self.after_loading(model)
         model = attach_head(add_adapter(model, peft_config))
         if args.accelerator_config.dispatch_batches is None:  # the tensors of our batches differ in length: each process reads its own
@@ -213,6 +217,14 @@ class PostTrainer(Trainer):
         if self.train_dataset is not None: self.train_dataset = self.with_model(self.train_dataset, "train")
         if isinstance(self.eval_dataset, dict): self.eval_dataset = {name: self.with_model(d, name) for name, d in self.eval_dataset.items()}
         elif self.eval_dataset is not None: self.eval_dataset = self.with_model(self.eval_dataset, "eval")
+
+    def _fit(self, model) -> None:
+        if self.new_tokens:
+            fit_to_tokenizer(model, self.processing_class)
+            warnings.warn(f"the chat template of {self.args.chat_template_path} brought {len(self.new_tokens)} new tokens, whose embeddings start untrained. With an adapter, train them too: "
+                          "LoraConfig(..., modules_to_save=['embed_tokens', 'lm_head'])", stacklevel=4)
+        if getattr(getattr(model, "config", None), "router_aux_loss_coef", 0):
+            warnings.warn(f"{type(model).__name__} has a load-balancing loss (router_aux_loss_coef={model.config.router_aux_loss_coef}), which is not computed here; TRL adds it", stacklevel=4)
 
     def add_callback(self, callback) -> None:
         "As transformers has it; a Progress takes the place of the one that is there, and a callback with a method `attach` gets the trainer."
@@ -249,6 +261,9 @@ class PostTrainer(Trainer):
         if batches and not (isinstance(batches[0], dict) and "mask" in batches[0]):
             raise TypeError(f"the data_collator made {sorted(batches[0]) if isinstance(batches[0], dict) else type(batches[0]).__name__}; a batch here is a dict as from posttrain.foundations.layouts.make_batch. "
                             "Leave data_collator out to use the trainer's own")
+        if 0 < len(batches) < num_batches:  # a stream has ended in the middle of a step; transformers would carry its gradient into the next one
+            warnings.warn(f"the last {len(batches)} micro-batches of the stream do not fill a step of {num_batches} and are left out")
+            return [], None
         parts = [self.totals_of(b) for b in batches]
         seen = [b["completion_lengths"].sum() + b["prompt_lengths"][b["prompt_index"]].sum() for b in batches]
         mine = torch.stack([torch.as_tensor(x, device=device) for x in (*sum(parts, Totals(0, 0)), sum(seen))])
