@@ -350,8 +350,8 @@ def test_bad_data_is_named_before_a_model_is_loaded(data, options, kind, message
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(loss_type="dpo"), "loss_type='dpo'.*'sigmoid'"), (dict(loss_type=[]), "loss_type"), (dict(loss_type=["sigmoid", "sft"], loss_weights=[1.0]), "loss_weights=.*each"),
-    (dict(beta=0), "beta=0 must be above 0"), (dict(label_smoothing=.5), "label_smoothing"), (dict(loss_type="exo_pair"), "exo_pair.*label_smoothing.*1e-3"),
+    (dict(loss_type="dpo"), "loss_type='dpo'.*'sigmoid'"), (dict(loss_type="sigmoid,sft"), "'sigmoid,sft'.*or a list"), (dict(loss_type=["sigmoid", "sft"], loss_weights=[1.0]), "loss_weights=.*each"),
+    (dict(loss_weights=["a"]), "loss_weights=.*number"), (dict(loss_weights=[float("nan")]), "loss_weights"), (dict(beta=0), "beta=0 of DPOConfig must be above 0"), (dict(beta=float("inf")), "beta=inf.*finite"), (dict(discopop_tau=0), "discopop_tau=0"), (dict(label_smoothing=.5), "label_smoothing"), (dict(loss_type="exo_pair"), "exo_pair.*label_smoothing.*1e-3"),
     (dict(f_divergence_type="kl"), "f_divergence_type='kl'.*'js_divergence'"), (dict(f_divergence_type="forward_kl", loss_type=["apo_zero"]), "apo_zero.*log Z"),
     (dict(use_weighting=True, loss_type=["aot"]), "use_weighting.*aot"), (dict(sync_ref_model=True, precompute_ref_log_probs=True), "sync_ref_model.*precompute"),
     (dict(ld_alpha=1.5), "ld_alpha=1.5"), (dict(ref_model_mixup_alpha=2), "ref_model_mixup_alpha=2"), (dict(ref_model_sync_steps=0), "ref_model_sync_steps=0"),
@@ -359,6 +359,11 @@ def test_bad_data_is_named_before_a_model_is_loaded(data, options, kind, message
 ])
 def test_bad_config_is_named(options, message, config):
     with pytest.raises(ValueError, match=f"(?s){message}"): DPOConfig(**config(**options))
+
+
+@pytest.mark.parametrize("options, message", [(dict(beta="0.1"), "beta of DPOConfig must be a number, got '0.1'"), (dict(label_smoothing=None), "label_smoothing.*None"), (dict(loss_type=[]), "loss_type"), (dict(loss_type=None), "loss_type=None")])
+def test_what_is_no_number_is_named(options, message, config):
+    with pytest.raises(TypeError, match=message): DPOConfig(**config(**options))
 
 
 def test_label_smoothing_without_effect_is_said(config):

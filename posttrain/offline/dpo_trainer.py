@@ -3,7 +3,8 @@
 # %% auto #0
 __all__ = ['DPOConfig', 'DPOTrainer']
 
-# %% ../../nbs/offline/09_dpo_trainer.ipynb #de628667
+# %% ../../nbs/offline/09_dpo_trainer.ipynb #1f030e11
+import math
 import warnings
 from dataclasses import dataclass, field
 from functools import partial
@@ -55,18 +56,23 @@ class DPOConfig(PostConfig):
     def __post_init__(self):
         if isinstance(self.loss_type, str): self.loss_type = [self.loss_type]
         super().__post_init__()
+        if not isinstance(self.loss_type, (list, tuple)) or not self.loss_type: raise TypeError(f"loss_type={self.loss_type!r} must be a name or a list of names")
         for name in self.loss_type:
-            if name not in PAIR_LOSSES: raise ValueError(f"loss_type={name!r} is unknown to DPOConfig; choose from {', '.join(map(repr, PAIR_LOSSES))}")
-        if not self.loss_type or len(self.loss_weights or self.loss_type) != len(self.loss_type):
-            raise ValueError(f"loss_weights={self.loss_weights} needs one number for each of loss_type={self.loss_type}")
+            if name not in PAIR_LOSSES: raise ValueError(f"loss_type={name!r} is unknown to DPOConfig; choose one, or a list, of {', '.join(map(repr, PAIR_LOSSES))}")
+        weights = [1.0] * len(self.loss_type) if self.loss_weights is None else self.loss_weights
+        if not isinstance(weights, (list, tuple)) or len(weights) != len(self.loss_type) or not all(isinstance(w, (int, float)) and math.isfinite(w) for w in weights):
+            raise ValueError(f"loss_weights={self.loss_weights!r} needs one number for each of loss_type={self.loss_type}")
         self.one_of("f_divergence_type", F_DIVERGENCES)
         self.one_of("truncation_mode", [m for m in TRUNCATION if m != "drop"])
         self.at_least("max_length", 2)  # one token to read, one to predict
         self.at_least("ref_model_sync_steps", 1)
-        if not self.beta > 0: raise ValueError(f"beta={self.beta!r} must be above 0: it weighs the KL that holds the policy near its reference")
-        for name in ("ld_alpha", "ref_model_mixup_alpha"):
-            if (value := getattr(self, name)) is not None and not 0 <= value <= 1: raise ValueError(f"{name}={value!r} must lie in [0, 1]")
-        if not 0 <= self.label_smoothing < 0.5: raise ValueError(f"label_smoothing={self.label_smoothing!r} is the share of swapped labels, expected in [0, 0.5)")
+        self.between("beta", 0, ends=(False, False))  # it weighs the KL that holds the policy near its reference
+        self.between("discopop_tau", 0, ends=(False, False))
+        self.between("label_smoothing", 0, 0.5, ends=(True, False))  # the share of swapped labels
+        self.between("ref_model_mixup_alpha", 0, 1)
+        self.between("f_alpha_divergence_coef", -float("inf"))
+        if self.ld_alpha is not None: self.between("ld_alpha", 0, 1)
+        self.at_least("precompute_ref_batch_size", 1)
         if "exo_pair" in self.loss_type and not self.label_smoothing: raise ValueError("loss_type='exo_pair' takes the logarithm of label_smoothing, which must be above 0; the paper takes 1e-3")
         if self.label_smoothing and not any("label_smoothing" in self.options_of(PAIR_LOSSES[name]) for name in self.loss_type):
             warnings.warn(f"label_smoothing={self.label_smoothing} has no effect on loss_type={self.loss_type}", stacklevel=3)
@@ -76,7 +82,7 @@ class DPOConfig(PostConfig):
         if self.sync_ref_model and self.precompute_ref_log_probs: raise ValueError("sync_ref_model=True moves the reference, precompute_ref_log_probs=True asks it only once: choose one or the other")
         if self.router_aux_loss_coef is not None: raise ValueError("router_aux_loss_coef is not supported: the load-balancing loss of mixture-of-experts models is not computed here; leave it None")
 
-# %% ../../nbs/offline/09_dpo_trainer.ipynb #ee656f2b
+# %% ../../nbs/offline/09_dpo_trainer.ipynb #f4390b74
 class DPOTrainer(PostTrainer):
     """Direct preference optimisation (https://arxiv.org/abs/2305.18290) and its family. Call it as TRL's.
 
@@ -107,7 +113,8 @@ class DPOTrainer(PostTrainer):
         if not {"prompt_ids", "chosen_ids", "rejected_ids"} <= set(first_row(dataset, "DPOTrainer")): dataset_type(dataset, among=("preference",), who="DPOTrainer")
 
     def before_preparing(self):
-        if self.args.pad_token: self.processing_class.pad_token = self.args.pad_token
+        if (token := self.args.pad_token) and token not in self.processing_class.get_vocab(): raise ValueError(f"pad_token={token!r} is not in the vocabulary of {type(self.processing_class).__name__}; choose a token that is")
+        if token: self.processing_class.pad_token = token
 
     def prepare(self, dataset, name, training):
         return prepare_pairs(dataset, self.processing_class, max_length=self.args.max_length, truncation_mode=self.args.truncation_mode, num_proc=self.args.dataset_num_proc, name=name)

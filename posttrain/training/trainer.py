@@ -19,7 +19,7 @@ from .heads import attach_head, causal_lm
 from .metrics import Ledger, Mean
 from .progress import Progress
 
-# %% ../../nbs/training/04_trainer.ipynb #8960582a
+# %% ../../nbs/training/04_trainer.ipynb #4eaf5fc9
 @dataclass
 class PostConfig(TrainingArguments):
     """What all methods share. All of `TrainingArguments`, with TRL's defaults where they differ from transformers'.
@@ -80,6 +80,20 @@ class PostConfig(TrainingArguments):
         value = getattr(self, name)
         if value is not None and not isinstance(value, (int, float)): raise TypeError(f"{name} of {type(self).__name__} must be a number or None, got {value!r}")
         if value is not None and value < least: raise ValueError(f"{name}={value!r} of {type(self).__name__} must be at least {least}, or None")
+
+    def between(
+        self,
+        name: str,    # of the field
+        low: float,   # its values lie above it, or at it
+        high: float = float("inf"),  # and below it
+        *,
+        ends: tuple[bool, bool] = (True, True),  # may it be `low`? may it be `high`?
+    ) -> None:
+        "Raise ValueError if the field lies outside, TypeError if it is no number."
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)): raise TypeError(f"{name} of {type(self).__name__} must be a number, got {value!r}")
+        if not (low < value < high or ends[0] and value == low or ends[1] and value == high != float("inf")):
+            raise ValueError(f"{name}={value!r} of {type(self).__name__} must be {'at least' if ends[0] else 'above'} {low}" + (f" and {'at most' if ends[1] else 'below'} {high}" if high != float("inf") else " and finite"))
 
     def options_of(
         self,
