@@ -770,6 +770,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'posttrain/training/trainer.py'),
                                             'posttrain.training.trainer.PostConfig.at_least': ( 'training/trainer.html#postconfig.at_least',
                                                                                                 'posttrain/training/trainer.py'),
+                                            'posttrain.training.trainer.PostConfig.between': ( 'training/trainer.html#postconfig.between',
+                                                                                               'posttrain/training/trainer.py'),
                                             'posttrain.training.trainer.PostConfig.one_of': ( 'training/trainer.html#postconfig.one_of',
                                                                                               'posttrain/training/trainer.py'),
                                             'posttrain.training.trainer.PostConfig.options_of': ( 'training/trainer.html#postconfig.options_of',
