@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['PANELS', 'UNITS', 'FILE', 'panels_of', 'frame', 'Dashboard', 'read_rows', 'replay']
 
-# %% ../../nbs/explore/09_dashboard.ipynb #f5605ee9
+# %% ../../nbs/explore/09_dashboard.ipynb #43af3fd5
 import json
 import math
 import re
@@ -19,7 +19,7 @@ from .core import Explorer, slider
 from ..foundations.divergences import estimate_kl
 from ..foundations.layouts import make_batch
 from ..pocket.checkpoint import prompt_ids
-from ..training.heads import completion_logps
+from ..training.heads import completion_logps, scoring
 from ..training.progress import Progress, curve
 
 # What stands together in one panel, in this order; a run shows the first six of which it logged anything.
@@ -69,7 +69,7 @@ def _answers(row) -> str:
         body += [svg.text(14, y, cut(line(sample["prompt"])[-46:], 46), fill=svg.FAINT), svg.text(330, y, cut(line(sample["completion"]), 82))]
     return svg.figure(body, 916, 36 + 20 * len(row["samples"]), f"greedy answers after step {row['step']}", "; ".join(line(f"{s['prompt']} {s['completion']}") for s in row["samples"]))
 
-# %% ../../nbs/explore/09_dashboard.ipynb #5086bddb
+# %% ../../nbs/explore/09_dashboard.ipynb #355d78cf
 class Dashboard(Progress):
     """Curves, KL and answers of a run, drawn in place in a notebook, and written to `dashboard.jsonl`, `dashboard.svg` and `dashboard.html` in the output folder.
 
@@ -114,15 +114,12 @@ class Dashboard(Progress):
             self.failed = True
 
     # ------------------------------------------------ looking at answers
-    @torch.no_grad()
     def _look(self, state) -> None:
         t, tokenizer = self.trainer, self.trainer.processing_class
         if self.asked is None: self.asked = [ids for ids in self._prompt_ids() if ids]
         if not self.asked or t.is_fsdp_enabled or t.is_deepspeed_enabled: return  # in shards, one process alone cannot generate
         model, row = t.accelerator.unwrap_model(t.model), {"step": state.global_step}
-        training = [m for m in model.modules() if m.training]
-        model.eval()
-        try:
+        with scoring(model):
             answers = [ids for (ids,) in self._generate(model, tokenizer, 1, do_sample=False)]
             row["samples"] = [{"prompt": tokenizer.decode(p), "completion": tokenizer.decode(a, skip_special_tokens=True)} for p, a in zip(self.asked, answers)]
             if self.samples and (reference := getattr(t, "scorer", None)) is not None:
@@ -132,22 +129,20 @@ class Dashboard(Progress):
                 batch = {k: v.to(model.device) for k, v in make_batch(self.asked, [a for group in groups for a in group], [i for i, group in enumerate(groups) for _ in group]).items()}
                 logratio = completion_logps(model, batch)["logps"] - reference.ref_logps(batch)
                 row["kl"] = (estimate_kl(logratio, "k3") * batch["mask"]).sum(1).mean().item()
-        finally:
-            for m in training: m.training = True
         self.known[state.global_step] = row
         self._write(row)
 
     def _generate(self, model, tokenizer, n, **how) -> list[list[list[int]]]:
         "n answers to each prompt, cut after their end of sequence."
-        pad, ends = tokenizer.pad_token_id, {tokenizer.eos_token_id}
+        pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
         width = max(map(len, self.asked))
         ids = torch.tensor([[pad] * (width - len(p)) + p for p in self.asked], device=model.device)
         seen = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in self.asked], device=model.device)
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
         own, model.generation_config = model.generation_config, GenerationConfig()  # no penalties or beams of the model's: the policy itself is looked at
-        try: new = model.generate(ids, attention_mask=seen, num_return_sequences=n, max_new_tokens=int(max(1, min(self.max_new_tokens, limit - width))), pad_token_id=pad, eos_token_id=tokenizer.eos_token_id, **how)[:, width:].tolist()
+        try: new = model.generate(ids, attention_mask=seen, num_return_sequences=n, max_new_tokens=int(max(1, min(self.max_new_tokens, limit - width))), pad_token_id=pad, eos_token_id=eos, **how)[:, width:].tolist()
         finally: model.generation_config = own
-        cut = [a[:next((i + 1 for i, t in enumerate(a) if t in ends), len(a))] for a in new]
+        cut = [a[:a.index(eos) + 1] if eos in a else a for a in new]
         return [cut[i:i + n] for i in range(0, len(cut), n)]
 
     # ------------------------------------------------ when

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['DPOConfig', 'DPOTrainer']
 
-# %% ../../nbs/offline/09_dpo_trainer.ipynb #1f030e11
+# %% ../../nbs/offline/09_dpo_trainer.ipynb #213c4d4a
 import math
 import warnings
 from dataclasses import dataclass, field
@@ -51,7 +51,6 @@ class DPOConfig(PostConfig):
     padding_free: bool = field(default=False, metadata={"help": "Accepted for TRL's configs: rows are laid out without padding wherever the model can."})
     pad_to_multiple_of: int | str | None = field(default="auto", metadata={"help": "Accepted for TRL's configs: there is hardly any padding to align."})
     pad_token: str | None = field(default=None, metadata={"help": "Padding token; None: the tokenizer's."})
-    router_aux_loss_coef: float | None = field(default=None, metadata={"help": "Not supported: must be None."})
 
     def __post_init__(self):
         if isinstance(self.loss_type, str): self.loss_type = [self.loss_type]
@@ -80,9 +79,8 @@ class DPOConfig(PostConfig):
             raise ValueError(f"f_divergence_type={self.f_divergence_type!r} works with losses of the margin, {', '.join(map(repr, OF_THE_MARGIN))}; {other} are no functions of that alone, and only there log Z(x) cancels")
         if self.use_weighting and (other := [t for t in self.loss_type if t in OF_THE_BATCH]): raise ValueError(f"use_weighting=True weighs pairs, but {other} take pairs apart to sort them: choose one or the other")
         if self.sync_ref_model and self.precompute_ref_log_probs: raise ValueError("sync_ref_model=True moves the reference, precompute_ref_log_probs=True asks it only once: choose one or the other")
-        if self.router_aux_loss_coef is not None: raise ValueError("router_aux_loss_coef is not supported: the load-balancing loss of mixture-of-experts models is not computed here; leave it None")
 
-# %% ../../nbs/offline/09_dpo_trainer.ipynb #f4390b74
+# %% ../../nbs/offline/09_dpo_trainer.ipynb #bdc4cd11
 class DPOTrainer(PostTrainer):
     """Direct preference optimisation (https://arxiv.org/abs/2305.18290) and its family. Call it as TRL's.
 
@@ -106,15 +104,12 @@ class DPOTrainer(PostTrainer):
         if args.precompute_ref_log_probs and isinstance(self.scorer, ModelReference): self.scorer = self.ref_model = None  # it has said all it will be asked
 
     def check(self, dataset, name):
-        if not isinstance(dataset, (Dataset, IterableDataset)):
-            raise TypeError(f"the {name} dataset is a {type(dataset).__name__}; DPOTrainer needs a datasets.Dataset or IterableDataset (Dataset.from_list(rows) makes one of a list of dicts)")
+        self.needs_dataset(dataset, name)
         if self.args.precompute_ref_log_probs and isinstance(dataset, IterableDataset):
             raise ValueError(f"precompute_ref_log_probs=True asks about every row beforehand, but the {name} dataset is a stream: load it as a Dataset, or set it False")
         if not {"prompt_ids", "chosen_ids", "rejected_ids"} <= set(first_row(dataset, "DPOTrainer")): dataset_type(dataset, among=("preference",), who="DPOTrainer")
 
-    def before_preparing(self):
-        if (token := self.args.pad_token) and token not in self.processing_class.get_vocab(): raise ValueError(f"pad_token={token!r} is not in the vocabulary of {type(self.processing_class).__name__}; choose a token that is")
-        if token: self.processing_class.pad_token = token
+    def before_preparing(self): self.adopt_tokens("pad_token")
 
     def prepare(self, dataset, name, training):
         return prepare_pairs(dataset, self.processing_class, max_length=self.args.max_length, truncation_mode=self.args.truncation_mode, num_proc=self.args.dataset_num_proc, name=name)

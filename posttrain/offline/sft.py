@@ -3,10 +3,9 @@
 # %% auto #0
 __all__ = ['TOKEN_LOSSES', 'nll', 'SFTConfig', 'SFTTrainer']
 
-# %% ../../nbs/offline/01_sft.ipynb #c5a792e8
+# %% ../../nbs/offline/01_sft.ipynb #b1f767aa
 from dataclasses import dataclass, field
 
-from datasets import Dataset, IterableDataset
 from torch import Tensor
 
 from .dft import dft
@@ -21,7 +20,7 @@ def nll(
 
 TOKEN_LOSSES = {"nll": nll, "dft": dft}  # loss_type -> each token's loss, from its log-prob
 
-# %% ../../nbs/offline/01_sft.ipynb #72ef7b87
+# %% ../../nbs/offline/01_sft.ipynb #e6c75a11
 from ..data.collate import collate_sft
 from ..data.formats import column_names, dataset_type, first_row
 from ..data.packing import PACKING_STRATEGIES, pack_dataset
@@ -54,7 +53,6 @@ class SFTConfig(PostConfig):
     pad_token: str | None = field(default=None, metadata={"help": "Padding token; None: the tokenizer's."})
     padding_free: bool = field(default=False, metadata={"help": "Accepted for TRL's configs: rows are laid out without padding wherever the model can."})
     pad_to_multiple_of: int | str | None = field(default="auto", metadata={"help": "Accepted for TRL's configs: there is hardly any padding to align."})
-    router_aux_loss_coef: float | None = field(default=None, metadata={"help": "Not supported: must be None."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -64,7 +62,6 @@ class SFTConfig(PostConfig):
         self.one_of("packing", (True, False))
         self.at_least("max_length", 2)  # one token to read, one to predict
         if self.packing and self.max_length is None: raise ValueError("packing=True fills rows of max_length tokens, but max_length is None; set it")
-        if self.router_aux_loss_coef is not None: raise ValueError("router_aux_loss_coef is not supported: the load-balancing loss of mixture-of-experts models is not computed here; leave it None")
         if unknown := set(self.dataset_kwargs or {}) - {"skip_prepare_dataset"}: raise ValueError(f"dataset_kwargs knows only 'skip_prepare_dataset', got {sorted(unknown)}")
 
 
@@ -88,18 +85,12 @@ class SFTTrainer(PostTrainer):
 
     def check(self, dataset, name):
         if self._skips_preparing(): return
-        if not isinstance(dataset, (Dataset, IterableDataset)):
-            raise TypeError(f"the {name} dataset is a {type(dataset).__name__}; SFTTrainer needs a datasets.Dataset or IterableDataset (Dataset.from_list(rows) makes one of a list of dicts)")
+        self.needs_dataset(dataset, name)
         row = first_row(dataset, "SFTTrainer")
         if self.formatting_func is None and not {"input_ids", "conversations", self.args.dataset_text_field} & set(row):
             dataset_type(dataset, among=("prompt_completion", "language_modeling"), who="SFTTrainer")
 
-    def before_preparing(self):
-        tokenizer = self.processing_class
-        for which in ("eos_token", "pad_token"):
-            if token := getattr(self.args, which):
-                if token not in tokenizer.get_vocab(): raise ValueError(f"{which}={token!r} is not in the vocabulary of {type(tokenizer).__name__}; choose a token that is, or add it with tokenizer.add_tokens and resize the model's embeddings")
-                setattr(tokenizer, which, token)
+    def before_preparing(self): self.adopt_tokens("eos_token", "pad_token")
 
     def prepare(self, dataset, name, training):
         args = self.args

@@ -5,7 +5,7 @@ __all__ = ['BASE_CHANGING', 'ModelReference', 'AdapterReference', 'PrecomputedRe
            'freeze_adapter', 'copy_adapter', 'make_reference', 'fingerprint', 'precompute_ref_logps', 'sync_weights',
            'SyncRefModelCallback']
 
-# %% ../../nbs/training/06_references.ipynb #4f2d593d
+# %% ../../nbs/training/06_references.ipynb #70be7d25
 import copy
 import hashlib
 import json
@@ -23,20 +23,9 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from .heads import attach_head, completion_logps
+from .heads import attach_head, completion_logps, scoring
 
-# %% ../../nbs/training/06_references.ipynb #4a8ba3d4
-@contextmanager
-def _scoring(model: nn.Module):
-    "Dropout off and no gradients while a model gives its opinion; the mode of each part is as before afterwards."
-    modules = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
-        with torch.no_grad(): yield
-    finally:
-        for m in modules: m.training = True
-
-
+# %% ../../nbs/training/06_references.ipynb #40c213ac
 def _settings(model) -> str:
     "The configs of a model and of its adapters, without the names of places and versions."
     known = [model.config.to_dict(), *(c.to_dict() for c in getattr(model, "peft_config", {}).values())]
@@ -54,7 +43,7 @@ class ModelReference:
         batch: dict,  # as from `make_batch`
     ) -> Tensor:  # (B, T), 0 where `mask` is 0, without gradient
         "What the reference thinks of each counted token."
-        with _scoring(self.model): return completion_logps(self.model, batch)["logps"]
+        with scoring(self.model): return completion_logps(self.model, batch)["logps"]
 
     def weights(self) -> Iterable[tuple[str, Tensor]]:
         "The tensors that its opinion depends on."
@@ -77,7 +66,7 @@ class AdapterReference:
         batch: dict,  # as from `make_batch`
     ) -> Tensor:  # (B, T), 0 where `mask` is 0, without gradient
         "What the model thinks of each counted token when it leaves its adapter out of account."
-        with _scoring(self.model), self._switched(): return completion_logps(self.model, batch)["logps"]
+        with scoring(self.model), self._switched(): return completion_logps(self.model, batch)["logps"]
 
     @contextmanager
     def _switched(self):

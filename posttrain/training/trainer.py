@@ -3,12 +3,13 @@
 # %% auto #0
 __all__ = ['PostConfig', 'load_tokenizer', 'load_model', 'add_adapter', 'PostTrainer']
 
-# %% ../../nbs/training/04_trainer.ipynb #9e23557b
+# %% ../../nbs/training/04_trainer.ipynb #dbd359cd
 import inspect
 import warnings
 from dataclasses import dataclass, field, fields
 
 import torch
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
@@ -19,7 +20,7 @@ from .heads import attach_head, causal_lm
 from .metrics import Ledger, Mean
 from .progress import Progress
 
-# %% ../../nbs/training/04_trainer.ipynb #4eaf5fc9
+# %% ../../nbs/training/04_trainer.ipynb #d0f8281e
 @dataclass
 class PostConfig(TrainingArguments):
     """What all methods share. All of `TrainingArguments`, with TRL's defaults where they differ from transformers'.
@@ -37,6 +38,7 @@ class PostConfig(TrainingArguments):
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that a hub model brings with it, when the model is given by name."})
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that prepare the dataset."})
     activation_offloading: bool = field(default=False, metadata={"help": "Keep activations in host memory until the backward pass needs them."})
+    router_aux_loss_coef: float | None = field(default=None, metadata={"help": "Not supported: must be None."})
     chat_template_path: str | None = field(default=None, metadata={"help": "A folder or hub id of a tokenizer, or a .jinja file, whose chat template is used."})
 
     def __post_init__(self):
@@ -48,6 +50,7 @@ class PostConfig(TrainingArguments):
         super().__post_init__()
         if self.label_smoothing_factor:
             raise ValueError(f"label_smoothing_factor={self.label_smoothing_factor} is not supported: the losses here are those of the papers, without smoothing; leave it 0")
+        if self.router_aux_loss_coef is not None: raise ValueError("router_aux_loss_coef is not supported: the load-balancing loss of mixture-of-experts models is not computed here; leave it None")
         if self.n_gpu > 1:
             raise ValueError(f"one process sees {self.n_gpu} GPUs, which would train with DataParallel. Start with `accelerate launch` or `torchrun` to use all, or set CUDA_VISIBLE_DEVICES=0 to use one")
 
@@ -145,7 +148,7 @@ def add_adapter(
         raise ValueError("peft_config was given for a model that already has an adapter; merge it first (model.merge_and_unload()) or leave peft_config out")
     return get_peft_model(model, peft_config)
 
-# %% ../../nbs/training/04_trainer.ipynb #ede80c64
+# %% ../../nbs/training/04_trainer.ipynb #b668af6b
 class PostTrainer(Trainer):
     """transformers' Trainer with one rule of normalisation. Subclasses say what a row must have, how it is prepared, and what the loss is.
 
@@ -159,6 +162,19 @@ class PostTrainer(Trainer):
     # ------------------------------------------------ what a method says
     def check(self, dataset, name: str) -> None:
         "Raise ValueError or TypeError if this dataset cannot be trained on. Called before anything is loaded."
+
+    def needs_dataset(self, dataset, name: str) -> None:
+        "Raise TypeError for anything but a Dataset or a stream."
+        if not isinstance(dataset, (Dataset, IterableDataset)):
+            raise TypeError(f"the {name} dataset is a {type(dataset).__name__}; {type(self).__name__} needs a datasets.Dataset or IterableDataset (Dataset.from_list(rows) makes one of a list of dicts)")
+
+    def adopt_tokens(self, *fields: str) -> None:
+        "Give the tokenizer the special tokens that the config names. Raises ValueError for one that its vocabulary lacks."
+        tokenizer = self.processing_class
+        for which in fields:
+            if token := getattr(self.args, which):
+                if token not in tokenizer.get_vocab(): raise ValueError(f"{which}={token!r} is not in the vocabulary of {type(tokenizer).__name__}; choose a token that is, or add it with tokenizer.add_tokens and resize the model's embeddings")
+                setattr(tokenizer, which, token)
 
     def prepare(self, dataset, name: str, training: bool):
         "Rows as users write them -> rows of token ids that the collator understands."
