@@ -13,7 +13,7 @@ from .divergences import k3
 from .masks import AVERAGES, Totals, masked_mean
 from .masks import average as average_tokens
 
-# %% ../../nbs/foundations/06_policy_gradient.ipynb #6b4f218b
+# %% ../../nbs/foundations/06_policy_gradient.ipynb #9b86292f
 RATIOS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # log(pi / pi_old) with 0 where masked, mask -> log of the ratio
     "none": lambda change, mask: change - change.detach(),                          # step 2
     "token": lambda change, mask: change,                                           # step 4
@@ -49,18 +49,20 @@ def policy_gradient_loss(
     mask: Tensor,  # (B, T) of 0/1
     *,
     ratio: str = "token",  # a key of `RATIOS`; TRL's `importance_sampling_level`
-    trust_region: str = "clip",  # a key of `TRUST_REGIONS`
+    trust_region: str | Callable = "clip",  # a key of `TRUST_REGIONS`, or a function with their signature
     average: str = "token",  # a key of `AVERAGES`
     epsilon: float = 0.2,  # the ratio's lower limit is 1 - epsilon; PPO's
     epsilon_high: float | None = None,  # its upper limit is 1 + epsilon_high; None: epsilon. DAPO's is 0.28
     delta: float | None = None,  # the cap of "two_sided", above 1 + epsilon_high; INTELLECT-2's is 4
+    weights: Tensor | None = None,  # (B, T) or (B, 1), a factor of each token's term, taken as a number: importance weights of a foreign sampler, masks of tokens that give no gradient
     totals: Totals | None = None,  # counts of the whole optimizer step; None: this batch is the whole step
     max_length: float | None = None,  # tokens, the longest completion allowed; only the average "constant" needs it
 ) -> tuple[Tensor, dict[str, Tensor]]:  # the loss () and detached stats
     """
     The clipped surrogate of policy-gradient methods, along its three axes; `RECIPES` says which setting is which paper.
 
-    Stats: `clip_ratio/{low,high,region}_mean`, the share of ratios that left the limits in the direction of their advantage, and
+    Stats: `clip_ratio/{low,high,region}_mean`, the share of ratios that left the limits in the direction of their advantage,
+    `clip_ratio/{low_min,high_max}`, the least and greatest such share of a row, and
     `ratio/{mean,min,max}`: one value per token, or one per sequence for the ratios "sequence" and "sequence_sum"; `approx_kl`,
     KL(old || now) by k3. TRL's `cispo_clip_ratio` is not computed here. Raises ValueError for an unknown name, for "two_sided"
     without a `delta` above the upper limit and for advantages that are neither one per row nor one per token. PPO 1707.06347, DAPO 2503.14476, GSPO 2507.18071, CISPO 2506.13585, INTELLECT-2 2505.07291.
@@ -72,14 +74,16 @@ def policy_gradient_loss(
     change = (logps - old_logps).masked_fill(mask == 0, 0)  # before any sum or exp: padding may hold anything
     advantages = _per_token(advantages.detach(), change).masked_fill(mask == 0, 0)  # 0 * NaN would reach a ratio shared by the row
     rho = RATIOS[ratio](change, mask).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
-    terms = TRUST_REGIONS[trust_region](rho, advantages, logps, low, high, delta)
+    trust = trust_region if callable(trust_region) else TRUST_REGIONS[trust_region]
+    terms = trust(rho, advantages, logps, low, high, delta)
+    if weights is not None: terms = terms * weights.detach().masked_fill(mask == 0, 0)
     loss = average_tokens(-terms, mask, average, totals=totals, max_length=max_length)  # step 11
     return loss, _stats(rho.detach(), change.detach(), advantages, mask, low, high)
 
-# %% ../../nbs/foundations/06_policy_gradient.ipynb #3a50162f
+# %% ../../nbs/foundations/06_policy_gradient.ipynb #2184aa82
 def _check_names(ratio, trust_region, average, high, delta):
     for axis, name, known in (("ratio", ratio, RATIOS), ("trust_region", trust_region, TRUST_REGIONS), ("average", average, AVERAGES)):
-        if name not in known:
+        if not (callable(name) and axis == "trust_region") and name not in known:
             raise ValueError(f"unknown {axis} {name!r}; choose one of {', '.join(map(repr, known))}")
     if trust_region == "two_sided" and (delta is None or delta <= high):
         raise ValueError(f"trust region 'two_sided' needs delta above the upper limit 1 + epsilon_high = {high:g}, got delta={delta}")
@@ -105,10 +109,13 @@ def _stats(rho, change, advantages, mask, low, high) -> dict[str, Tensor]:
         return masked_mean(masked_mean(x, mask, dim=1, keepdim=True) if per_row else x, count)
 
     too_low, too_high = (rho < low) & (advantages < 0), (rho > high) & (advantages > 0)
+    rows = mask.any(1)  # an empty row is no extreme either
+    share = lambda x, extreme: extreme(masked_mean(x.to(rho.dtype).expand_as(mask), mask, dim=1)[rows]) if rows.any() else rho.new_zeros(())
     ratio_mean = mean(rho)
     inside = torch.where(count == 0, ratio_mean, rho)  # the mean is never an extreme, so padding is none either
     return {
         "clip_ratio/low_mean": mean(too_low), "clip_ratio/high_mean": mean(too_high), "clip_ratio/region_mean": mean(too_low | too_high),
+        "clip_ratio/low_min": share(too_low, torch.min), "clip_ratio/high_max": share(too_high, torch.max),
         "approx_kl": masked_mean(k3(-change), mask),  # samples are the old policy's, so old minus now
         "ratio/mean": ratio_mean, "ratio/min": inside.min(), "ratio/max": inside.max(),
     }

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['DPOConfig', 'DPOTrainer']
 
-# %% ../../nbs/offline/09_dpo_trainer.ipynb #213c4d4a
+# %% ../../nbs/offline/09_dpo_trainer.ipynb #e4899022
 import math
 import warnings
 from dataclasses import dataclass, field
@@ -11,8 +11,7 @@ from functools import partial
 
 import torch
 from accelerate.utils import gather_object
-from datasets import Dataset, IterableDataset
-from transformers import TrainingArguments
+from datasets import IterableDataset
 
 from ..data.collate import collate_pairs
 from ..data.formats import column_names, dataset_type, first_row
@@ -22,8 +21,8 @@ from ..foundations.masks import Totals
 from .preference_zoo import OF_THE_BATCH, OF_THE_CHOSEN, OF_THE_MARGIN, PAIR_LOSSES, SORTED, on_policy_weights, rank_mates, verbosity_weights
 from ..training.heads import completion_logps
 from ..training.pairs import make_pairs, pair_metrics
-from ..training.references import ModelReference, PrecomputedReference, SyncRefModelCallback, disable_dropout, fingerprint, freeze_adapter, make_reference, place, precompute_ref_logps
-from ..training.trainer import PostConfig, PostTrainer, load_model
+from ..training.references import ModelReference, PrecomputedReference, WithReference, disable_dropout, fingerprint, precompute_ref_logps
+from ..training.trainer import PostConfig, PostTrainer
 
 
 @dataclass
@@ -80,8 +79,8 @@ class DPOConfig(PostConfig):
         if self.use_weighting and (other := [t for t in self.loss_type if t in OF_THE_BATCH]): raise ValueError(f"use_weighting=True weighs pairs, but {other} take pairs apart to sort them: choose one or the other")
         if self.sync_ref_model and self.precompute_ref_log_probs: raise ValueError("sync_ref_model=True moves the reference, precompute_ref_log_probs=True asks it only once: choose one or the other")
 
-# %% ../../nbs/offline/09_dpo_trainer.ipynb #bdc4cd11
-class DPOTrainer(PostTrainer):
+# %% ../../nbs/offline/09_dpo_trainer.ipynb #2684d87d
+class DPOTrainer(WithReference, PostTrainer):
     """Direct preference optimisation (https://arxiv.org/abs/2305.18290) and its family. Call it as TRL's.
 
     Datasets: `chosen` and `rejected`, with `prompt` or the prompt at their beginning; strings or messages; or `prompt_ids`, `chosen_ids`, `rejected_ids`.
@@ -93,12 +92,8 @@ class DPOTrainer(PostTrainer):
 
     def __init__(self, model, ref_model=None, args=None, data_collator=None, train_dataset=None, eval_dataset=None, processing_class=None, compute_metrics=None,
                  callbacks=None, optimizers=(None, None), optimizer_cls_and_kwargs=None, preprocess_logits_for_metrics=None, peft_config=None):
-        if ref_model is not None and ref_model is model: raise ValueError("model and ref_model are the same object: a reference that is trained along is none. Leave ref_model out, and a copy is made")
-        if ref_model is not None and not isinstance(ref_model, (str, torch.nn.Module)): raise TypeError(f"ref_model must be a model, a path or None, got {type(ref_model).__name__}" + ("; the config is the third parameter, args=" if isinstance(ref_model, TrainingArguments) else ""))
-        self.ref_model, self.fresh_adapter = ref_model, peft_config is not None
         args = self.config_class.adopt(args)
-        if args.sync_ref_model and (peft_config is not None or hasattr(model, "peft_config")):
-            raise ValueError("sync_ref_model=True moves the weights of a reference model, but with PEFT there is none, only the policy without its adapter: train all weights, or leave it False")
+        self.take_reference(model, ref_model, args, peft_config)
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics, callbacks, optimizers,
                          optimizer_cls_and_kwargs, preprocess_logits_for_metrics, peft_config)
         if args.precompute_ref_log_probs and isinstance(self.scorer, ModelReference): self.scorer = self.ref_model = None  # it has said all it will be asked
@@ -118,15 +113,10 @@ class DPOTrainer(PostTrainer):
 
     # ------------------------------------------------ the reference
     def after_building(self):
-        args = self.args
-        if isinstance(self.ref_model, str): self.ref_model = load_model(self.ref_model, args)
-        if args.precompute_ref_log_probs and self.ref_model is None and not hasattr(self.model, "peft_config"): self.scorer = ModelReference(self.model)  # as it is now
-        else: self.scorer = make_reference(self.model, self.ref_model, self.fresh_adapter)
-        if args.disable_dropout: disable_dropout(self.model)
-        if isinstance(self.scorer, ModelReference) and self.scorer.model is not self.model: self.ref_model = self.scorer.model = place(self.scorer.model, self.accelerator)
-        self.reference = PrecomputedReference() if args.precompute_ref_log_probs else self.scorer
-        self.follower = SyncRefModelCallback(self.ref_model, self.accelerator) if args.sync_ref_model else None
-        if self.follower: self.add_callback(self.follower)
+        as_it_is = self.args.precompute_ref_log_probs and self.ref_model is None and not hasattr(self.model, "peft_config")  # asked only now: no copy
+        self.add_reference(ModelReference(self.model) if as_it_is else None)
+        if self.args.disable_dropout: disable_dropout(self.model)
+        self.reference = PrecomputedReference() if self.args.precompute_ref_log_probs else self.scorer
 
     def with_model(self, dataset, name):
         args, columns = self.args, ("ref_chosen_logps", "ref_rejected_logps")
@@ -137,15 +127,6 @@ class DPOTrainer(PostTrainer):
             return precompute_ref_logps(dataset, self.scorer.ref_logps, self.data_collator, columns, key=key, device=args.device, name=name,
                                         batch_size=args.precompute_ref_batch_size or (args.per_device_train_batch_size if name == "train" else args.per_device_eval_batch_size),
                                         share=(args.process_index, args.world_size), gather=gather_object)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        "Also what transformers does not know of: a reference that had moved, and the trained adapter where a frozen one lies beside it (it would find only that one)."
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.follower: self.follower.load(resume_from_checkpoint)
-        if getattr(self.scorer, "adapter", None) and (own := self.model.active_adapter) == "default":
-            self.model.load_adapter(resume_from_checkpoint, own, is_trainable=True)
-            self.model.set_adapter(own)
-            freeze_adapter(self.model, self.scorer.adapter)
 
     # ------------------------------------------------ one step
     def totals_of(self, batch): return Totals.of(batch["mask"][0::2])  # pairs, and the tokens of their chosen answers

@@ -3,9 +3,9 @@
 # %% auto #0
 __all__ = ['BASE_CHANGING', 'ModelReference', 'AdapterReference', 'PrecomputedReference', 'freeze', 'disable_dropout', 'place',
            'freeze_adapter', 'copy_adapter', 'make_reference', 'fingerprint', 'precompute_ref_logps', 'sync_weights',
-           'SyncRefModelCallback']
+           'SyncRefModelCallback', 'WithReference']
 
-# %% ../../nbs/training/06_references.ipynb #70be7d25
+# %% ../../nbs/training/06_references.ipynb #98a5ce85
 import copy
 import hashlib
 import json
@@ -21,11 +21,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from .heads import attach_head, completion_logps, scoring
+from .trainer import load_model
 
-# %% ../../nbs/training/06_references.ipynb #40c213ac
+# %% ../../nbs/training/06_references.ipynb #e0dbe3c2
 def _settings(model) -> str:
     "The configs of a model and of its adapters, without the names of places and versions."
     known = [model.config.to_dict(), *(c.to_dict() for c in getattr(model, "peft_config", {}).values())]
@@ -41,9 +42,10 @@ class ModelReference:
     def ref_logps(
         self,
         batch: dict,  # as from `make_batch`
+        temperature: float = 1.0,  # at which its completions were sampled
     ) -> Tensor:  # (B, T), 0 where `mask` is 0, without gradient
         "What the reference thinks of each counted token."
-        with scoring(self.model): return completion_logps(self.model, batch)["logps"]
+        with scoring(self.model): return completion_logps(self.model, batch, temperature=temperature)["logps"]
 
     def weights(self) -> Iterable[tuple[str, Tensor]]:
         "The tensors that its opinion depends on."
@@ -64,9 +66,10 @@ class AdapterReference:
     def ref_logps(
         self,
         batch: dict,  # as from `make_batch`
+        temperature: float = 1.0,  # at which its completions were sampled
     ) -> Tensor:  # (B, T), 0 where `mask` is 0, without gradient
         "What the model thinks of each counted token when it leaves its adapter out of account."
-        with scoring(self.model), self._switched(): return completion_logps(self.model, batch)["logps"]
+        with scoring(self.model), self._switched(): return completion_logps(self.model, batch, temperature=temperature)["logps"]
 
     @contextmanager
     def _switched(self):
@@ -271,7 +274,7 @@ def precompute_ref_logps(
     arrow = {c: pa.ListArray.from_arrays(pa.array(np.concatenate([[0], lengths.cumsum()]).astype(np.int32)), pa.array(values.astype(np.float32))) for c, (values, lengths) in found.items()}
     return concatenate_datasets([dataset, Dataset(InMemoryTable(pa.table(arrow)), fingerprint=key or os.urandom(8).hex())], axis=1)
 
-# %% ../../nbs/training/06_references.ipynb #43155a16
+# %% ../../nbs/training/06_references.ipynb #0bd2f897
 @torch.no_grad()
 def sync_weights(
     ref_model: nn.Module,  # moves
@@ -328,3 +331,46 @@ class SyncRefModelCallback(TrainerCallback):
                     from torch.distributed.tensor import distribute_tensor
                     p.copy_(distribute_tensor(saved[n].to(p.device), p.device_mesh, p.placements))
                 else: p.copy_(saved[n])
+
+
+class WithReference:
+    """For trainers that ask a reference: name it before PostTrainer among the bases, and call `take_reference` and `add_reference`.
+
+    `scorer` is then the reference, or None; `ref_model` its model where it has one of its own; `follower` the callback that moves it."""
+
+    scorer = follower = ref_model = None
+    fresh_adapter = False
+
+    def take_reference(
+        self,
+        model,             # the policy, as the user gave it
+        ref_model,         # the same for the reference: a model, its path or None
+        args,              # the config; its `sync_ref_model` is used
+        peft_config=None,  # an adapter that the trainer will make
+    ) -> None:
+        "Note the reference before anything is loaded. Raises ValueError and TypeError for what can be none."
+        if ref_model is not None and ref_model is model: raise ValueError("model and ref_model are the same object: a reference that is trained along is none. Leave ref_model out, and a copy is made")
+        if ref_model is not None and not isinstance(ref_model, (str, nn.Module)): raise TypeError(f"ref_model must be a model, a path or None, got {type(ref_model).__name__}" + ("; the config is the third parameter, args=" if isinstance(ref_model, TrainingArguments) else ""))
+        if args.sync_ref_model and (peft_config is not None or hasattr(model, "peft_config")):
+            raise ValueError("sync_ref_model=True moves the weights of a reference model, but with PEFT there is none, only the policy without its adapter: train all weights, or leave it False")
+        self.ref_model, self.fresh_adapter = ref_model, peft_config is not None
+
+    def add_reference(
+        self,
+        scorer=None,  # the reference, if it is already made
+    ) -> None:
+        "Make the reference (step by step as `make_reference`), put its model where the policy is, and let it follow if the config says so. For `after_building`."
+        if isinstance(self.ref_model, str): self.ref_model = load_model(self.ref_model, self.args)
+        self.scorer = scorer or make_reference(self.model, self.ref_model, self.fresh_adapter)
+        if isinstance(self.scorer, ModelReference) and self.scorer.model is not self.model: self.ref_model = self.scorer.model = place(self.scorer.model, self.accelerator)
+        self.follower = SyncRefModelCallback(self.ref_model, self.accelerator) if self.args.sync_ref_model else None
+        if self.follower: self.add_callback(self.follower)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        "Also what transformers does not know of: a reference that had moved, and the trained adapter where a frozen one lies beside it (it would find only that one)."
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.follower: self.follower.load(resume_from_checkpoint)
+        if getattr(self.scorer, "adapter", None) and (own := self.model.active_adapter) == "default":
+            self.model.load_adapter(resume_from_checkpoint, own, is_trainable=True)
+            self.model.set_adapter(own)
+            freeze_adapter(self.model, self.scorer.adapter)
