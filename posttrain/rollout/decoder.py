@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..training.heads import causal_lm, scoring
 
-# %% ../../nbs/rollout/00_decoder.ipynb #02a6683d
+# %% ../../nbs/rollout/00_decoder.ipynb #e6972bd9
 def _whole(p: Tensor) -> Tensor: return (p.full_tensor() if hasattr(p, "full_tensor") else p).detach()  # FSDP2 holds shards
 
 
@@ -29,6 +29,7 @@ def _merged(layer) -> Iterator[tuple[str, Tensor]]:
         yield name, _whole(p + sum(layer.get_delta_weight(a) for a in active if a in layer.lora_A) if name == "weight" and active else p)
 
 
+@torch.no_grad()
 def dense_weights(
     model: nn.Module,  # a causal LM, however wrapped
 ) -> Iterator[tuple[str, Tensor]]:  # (name, tensor), under the names that transformers gives the model without its wrappers
@@ -45,7 +46,7 @@ def dense_weights(
                 seen.add(id(p))
                 yield prefix + n, _whole(p)
         for n, child in module.named_children(): yield from walk(child, f"{prefix}{n}.")
-    with torch.no_grad(): yield from walk(causal_lm(model), "")
+    yield from walk(causal_lm(model), "")
 
 # %% ../../nbs/rollout/00_decoder.ipynb #24bf8234
 @dataclass(frozen=True)

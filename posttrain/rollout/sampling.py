@@ -175,7 +175,7 @@ class GenerateSampler:
             logps = [row[:n] for row, n in zip(torch.cat(picked, 1).tolist(), lengths)]
         return Samples(rows, logps, [row[-1] in self.eos or (bool(stops) and e <= s.max_tokens) for row, e in zip(rows, ends.tolist())])
 
-# %% ../../nbs/rollout/01_sampling.ipynb #2fc4a931
+# %% ../../nbs/rollout/01_sampling.ipynb #99c86183
 def _arrange(prompts: list) -> tuple[list, list, Tensor]:
     "Distinct neighbours; which of them each row of the grid continues; (U, g) completion numbers, B in slots that stay empty."
     B, starts = len(prompts), [i for i in range(len(prompts)) if not i or prompts[i] != prompts[i - 1]]
@@ -206,7 +206,7 @@ class Sampler:
         model: nn.Module,  # the trainer's
     ) -> None:
         "Copy the weights as they are now, adapters merged."
-        with torch.inference_mode(): self.w = pack(model, self.dtype)
+        with torch.no_grad(): self.w = pack(model, self.dtype)
 
     @torch.inference_mode()
     def sample(
