@@ -3,15 +3,16 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/api.ipynb #bda358a4
+# %% ../nbs/api.ipynb #ff551602
 from importlib import import_module as _import_module
 
 # Where each public name lives. A new trainer adds its names here and nowhere else.
 _HOMES = {
     "SFTTrainer": "offline.sft", "SFTConfig": "offline.sft",
     "DPOTrainer": "offline.dpo_trainer", "DPOConfig": "offline.dpo_trainer",
+    "GRPOTrainer": "online.grpo_trainer", "GRPOConfig": "online.grpo_trainer",
 }
-_ROOMS = ("foundations", "data", "pocket", "training", "offline", "explore", "cli")
+_ROOMS = ("foundations", "data", "pocket", "training", "rollout", "offline", "online", "explore", "cli")
 __all__ = [*_HOMES, *_ROOMS, "__version__"]
 
 

@@ -13,7 +13,7 @@ from .divergences import k3
 from .masks import AVERAGES, Totals, masked_mean
 from .masks import average as average_tokens
 
-# %% ../../nbs/foundations/06_policy_gradient.ipynb #9b86292f
+# %% ../../nbs/foundations/06_policy_gradient.ipynb #451bff1c
 RATIOS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # log(pi / pi_old) with 0 where masked, mask -> log of the ratio
     "none": lambda change, mask: change - change.detach(),                          # step 2
     "token": lambda change, mask: change,                                           # step 4
@@ -49,7 +49,7 @@ def policy_gradient_loss(
     mask: Tensor,  # (B, T) of 0/1
     *,
     ratio: str = "token",  # a key of `RATIOS`; TRL's `importance_sampling_level`
-    trust_region: str | Callable = "clip",  # a key of `TRUST_REGIONS`, or a function with their signature
+    trust_region: str | Callable = "clip",  # a key of `TRUST_REGIONS`, or a function with their signature, which may return (terms, stats)
     average: str = "token",  # a key of `AVERAGES`
     epsilon: float = 0.2,  # the ratio's lower limit is 1 - epsilon; PPO's
     epsilon_high: float | None = None,  # its upper limit is 1 + epsilon_high; None: epsilon. DAPO's is 0.28
@@ -76,9 +76,10 @@ def policy_gradient_loss(
     rho = RATIOS[ratio](change, mask).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
     trust = trust_region if callable(trust_region) else TRUST_REGIONS[trust_region]
     terms = trust(rho, advantages, logps, low, high, delta)
+    terms, own = terms if isinstance(terms, tuple) else (terms, {})
     if weights is not None: terms = terms * weights.detach().masked_fill(mask == 0, 0)
     loss = average_tokens(-terms, mask, average, totals=totals, max_length=max_length)  # step 11
-    return loss, _stats(rho.detach(), change.detach(), advantages, mask, low, high)
+    return loss, _stats(rho.detach(), change.detach(), advantages, mask, low, high) | own
 
 # %% ../../nbs/foundations/06_policy_gradient.ipynb #2184aa82
 def _check_names(ratio, trust_region, average, high, delta):

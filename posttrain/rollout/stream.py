@@ -15,7 +15,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSample
 
 from ..foundations.layouts import make_batch
 
-# %% ../../nbs/rollout/04_stream.ipynb #64a836d9
+# %% ../../nbs/rollout/04_stream.ipynb #aa900934
 @dataclass
 class Generation:
     "B completions that were sampled at one go, those of a prompt beside each other. Every field has B entries."
@@ -29,8 +29,13 @@ class Generation:
     rewards: Tensor                   # (B, F), one column per reward function; NaN: not applicable
     masks: list[list[int]] | None = None  # which tokens count; None: all. Tokens that a tool wrote do not
     columns: dict[str, Tensor] = field(default_factory=dict)  # what the method adds: name -> (B, ...)
+    extra: dict[str, list] = field(default_factory=dict)      # what reward functions want to see beside the completions: name -> B values
 
     def __len__(self): return len(self.rows)
+
+    def token_count(self) -> int:
+        "Tokens that count."
+        return sum(map(sum, self.masks)) if self.masks is not None else sum(map(len, self.completion_ids))
 
     def pick(
         self,
@@ -51,7 +56,7 @@ class Generation:
         "Several into one, in this order. What one of them lacks, the whole lacks."
         def of(values):
             if any(v is None for v in values): return None
-            if isinstance(values[0], dict): return {k: of([v[k] for v in values]) for k in values[0]}
+            if isinstance(values[0], dict): return {k: of([v[k] for v in values]) for k in values[0] if all(k in v for v in values)}
             return torch.cat(values) if isinstance(values[0], Tensor) else [x for v in values for x in v]
         return cls(**{f.name: of([getattr(p, f.name) for p in parts]) for f in fields(cls)})
 
