@@ -53,7 +53,7 @@ def eos_ids(
     ids = [getattr(tokenizer, "eos_token_id", None), *(said if isinstance(said, (list, tuple)) else [said])]
     return sorted({int(i) for i in ids if i is not None})
 
-# %% ../../nbs/rollout/01_sampling.ipynb #b97a3f3e
+# %% ../../nbs/rollout/01_sampling.ipynb #71439025
 def uniforms(
     seeds: list,  # B ints, any
     n: int,       # numbers per seed
@@ -64,12 +64,12 @@ def uniforms(
 
 def draw(
     probs: Tensor,    # (N, V), of any positive sum
-    uniform: Tensor,  # (N,) in [0, 1)
+    uniform: Tensor,  # (N,) in [0, 1), float32 as `uniforms` gives
 ) -> Tensor:  # (N,) tokens
     "Inverse of the cumulative distribution: the first token at which the running sum exceeds `uniform` of the whole. A token of probability 0 is never drawn."
     sums = probs.cumsum(-1)
-    total = sums[:, -1]
-    return torch.searchsorted(sums, torch.minimum(uniform * total, total.nextafter(torch.zeros_like(total)))[:, None], right=True)[:, 0]
+    # a uniform float32 is at most 1 - 2**-24, so the product is below the whole sum even when rounded, and some token exceeds it
+    return torch.searchsorted(sums, uniform[:, None] * sums[:, -1:], right=True)[:, 0]
 
 
 def filtered(
