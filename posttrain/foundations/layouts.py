@@ -44,7 +44,7 @@ def make_batch(
                 completion_ids=_pad(completions), completion_lengths=torch.tensor([len(c) for c in completions], dtype=torch.long),
                 prompt_index=torch.tensor(index, dtype=torch.long), mask=mask)
 
-# %% ../../nbs/foundations/02_layouts.ipynb #7bd901dc
+# %% ../../nbs/foundations/02_layouts.ipynb #016733be
 @dataclass
 class Layout:
     "What the model reads, and which of its states bet on which counted token."
@@ -90,7 +90,9 @@ def _plan(lengths: np.ndarray, hidden_size: int, own_row: bool) -> tuple[float, 
     plans = [(price(len(lengths), longest, hidden_size), np.arange(len(lengths)), longest)]
     least = price(lengths.sum() / longest, longest, hidden_size)  # no padding at all, rows as short as can be
     for multiple in () if own_row else (1, 1.5, 2, 3, 4, 8):
-        if min(p[0] for p in plans) < 1.02 * least: break  # as good as done
+        best, capacity = min(p[0] for p in plans), multiple * longest
+        if best < 1.02 * least: break  # as good as done
+        if price(lengths.sum() / capacity, .9 * capacity, hidden_size) > best: continue  # attention over so long rows costs more than it saves
         rows = _fill_rows(lengths, int(multiple * longest))
         used = np.bincount(rows, weights=lengths).astype(np.int64)
         plans.append((price(len(used), int(used.max()), hidden_size), rows, int(used.max())))
