@@ -81,7 +81,7 @@ def policy_gradient_loss(
     loss = average_tokens(-terms, mask, average, totals=totals, max_length=max_length)  # step 11
     return loss, _stats(rho.detach(), change.detach(), advantages, mask, low, high) | own
 
-# %% ../../nbs/foundations/06_policy_gradient.ipynb #2184aa82
+# %% ../../nbs/foundations/06_policy_gradient.ipynb #51b637af
 def _check_names(ratio, trust_region, average, high, delta):
     for axis, name, known in (("ratio", ratio, RATIOS), ("trust_region", trust_region, TRUST_REGIONS), ("average", average, AVERAGES)):
         if not (callable(name) and axis == "trust_region") and name not in known:
@@ -112,7 +112,7 @@ def _stats(rho, change, advantages, mask, low, high) -> dict[str, Tensor]:
     too_low, too_high = (rho < low) & (advantages < 0), (rho > high) & (advantages > 0)
     rows = mask.any(1)  # an empty row is no extreme either
     share = lambda x, extreme: extreme(masked_mean(x.to(rho.dtype).expand_as(mask), mask, dim=1)[rows]) if rows.any() else rho.new_zeros(())
-    ratio_mean = mean(rho)
+    ratio_mean = torch.where(count.any(), mean(rho), 1.0)  # where nothing counts nothing has moved
     inside = torch.where(count == 0, ratio_mean, rho)  # the mean is never an extreme, so padding is none either
     return {
         "clip_ratio/low_mean": mean(too_low), "clip_ratio/high_mean": mean(too_high), "clip_ratio/region_mean": mean(too_low | too_high),

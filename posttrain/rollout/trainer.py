@@ -140,7 +140,7 @@ def reward_metrics(
     logs |= {"reward": whole.nanmean().item(), "reward_std": spread(whole), "frac_reward_zero_std": (group_std(whole, num_generations) == 0).float().mean().item()}
     return {k: v for k, v in logs.items() if v == v}
 
-# %% ../../nbs/rollout/05_trainer.ipynb #9541c349
+# %% ../../nbs/rollout/05_trainer.ipynb #ffba3f5e
 class OnlineTrainer(WithReference, PostTrainer):
     """A trainer of methods that sample. Call it as TRL's GRPOTrainer.
 
@@ -169,7 +169,7 @@ class OnlineTrainer(WithReference, PostTrainer):
         who = type(self).__name__
         self.needs_dataset(dataset, name)
         require(dataset, "prompt", who=who)
-        if self.rewards: self.rewards.check(column_names(dataset))
+        if self.rewards and not self.rollout_func: self.rewards.check(column_names(dataset))  # a rollout_func may add columns
         if isinstance(dataset, IterableDataset):
             if name == "train" and self.args.max_steps <= 0: raise ValueError(f"the train dataset is a stream, whose length nobody knows: set max_steps in {type(self.args).__name__}")
         else: check_rows({"prompt": dataset["prompt"]}, ["prompt"], who=who)
