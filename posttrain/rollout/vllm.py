@@ -274,7 +274,7 @@ class VLLMColocated(_Engine):
         self._folder.cleanup()
         torch.cuda.empty_cache()
 
-# %% ../../nbs/rollout/02_vllm.ipynb #1554f00f
+# %% ../../nbs/rollout/02_vllm.ipynb #37df53b3
 RESUME = "Nothing is lost but this step: mend the server, then trainer.train(resume_from_checkpoint=True) goes on from the last checkpoint"
 START = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --host {host} --port {port} --logprobs-mode processed_logprobs --generation-config vllm"
 
@@ -305,19 +305,20 @@ class VLLMServer(_Engine):
 
     def __repr__(self): return f"the vLLM server at {self.url}"
 
-    # One exchange. `open_` holds the connection, so that another thread can cut it.
+    # One exchange. `open_` holds its socket, so that another thread can cut it.
     def _ask(self, method, path, body=None, timeout=None, open_=None):
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout or self.timeout)
+        connection, line = http.client.HTTPConnection(self.host, self.port, timeout=timeout or self.timeout), None
         try:
             connection.connect()
             if open_ is not None:
-                open_.add(connection)
-                connection.sock.settimeout(None)  # who holds `open_` keeps the time
+                line = connection.sock  # the connection forgets it once the answer begins
+                open_.add(line)
+                line.settimeout(None)  # who holds `open_` keeps the time
             connection.request(method, self.prefix + path, None if body is None else json.dumps(body), {"Content-Type": "application/json"})
             answer = connection.getresponse()
             text = answer.read().decode(errors="replace")
         finally:
-            if open_ is not None: open_.discard(connection)
+            if line is not None: open_.discard(line)
             connection.close()
         if answer.status != 200: raise RuntimeError(f"it answered {answer.status} {answer.reason}: {text[:500]}")
         return json.loads(text) if text.strip() else None
@@ -334,10 +335,13 @@ class VLLMServer(_Engine):
     def _do(self, what, method, path, body=None):
         "One request outside of sampling; whatever goes wrong says what was asked."
         open_, start = set(), time.monotonic()
-        cut = threading.Timer(self.timeout, lambda: [_cut(c) for c in list(open_)])  # a server that sends a byte now and then has to end, too
+        cut = threading.Timer(self.timeout, lambda: [_cut(line) for line in list(open_)])  # a server that sends a byte now and then has to end, too
         cut.daemon = True
         cut.start()
-        try: return self._ask(method, path, body, open_=open_)
+        try:
+            answer = self._ask(method, path, body, open_=open_)
+            if time.monotonic() - start >= self.timeout: raise TimeoutError  # what was cut off may look like an end
+            return answer
         except (OSError, http.client.HTTPException, RuntimeError, ValueError) as e: raise self._failed(what, e, start) from e
         finally: cut.cancel()
 
@@ -422,12 +426,12 @@ class VLLMServer(_Engine):
         except (OSError, http.client.HTTPException, RuntimeError, ValueError, KeyError, TypeError, IndexError) as e: raise self._failed(what, e, last) from e
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            for connection in list(open_): _cut(connection)
+            for line in list(open_): _cut(line)
 
 
-def _cut(connection) -> None:
-    "End a connection that another thread waits on."
-    with contextlib.suppress(OSError, AttributeError): connection.sock.shutdown(socket.SHUT_RDWR)
+def _cut(line) -> None:
+    "End an exchange that another thread waits on."
+    with contextlib.suppress(OSError): line.shutdown(socket.SHUT_RDWR)
 
 # %% ../../nbs/rollout/02_vllm.ipynb #40fb5ffc
 @dataclass
