@@ -180,6 +180,41 @@ def test_no_prompts(engine):
 
 
 @needs_vllm
+@pytest.mark.distributed
+def test_each_process_has_an_engine(tmp_path):
+    "Two processes train together; each samples its own prompts, from weights that are the same."
+    script = tmp_path / "two.py"
+    script.write_text("""
+import torch
+from accelerate import PartialState
+state = PartialState(cpu=True)
+from posttrain import pocket
+from posttrain.foundations.layouts import make_batch
+from posttrain.rollout.sampling import Sampling
+from posttrain.rollout.vllm import VLLMColocated
+from posttrain.training.heads import completion_logps
+model = pocket.model()
+rank, trained = torch.distributed.get_rank(), torch.nn.parallel.DistributedDataParallel(model)
+engine = VLLMColocated(trained, pocket.tokenizer(), max_model_len=64)
+with torch.no_grad():
+    for p in model.parameters(): p.add_(.02)
+engine.sync(trained)
+prompts = [[9, 10, 11 + rank]] * (2 + rank)
+got = engine.sample(prompts, list(range(2 + rank)), Sampling(max_tokens=4 + rank))
+batch = make_batch(prompts, got.completion_ids)
+own, flat = completion_logps(model, batch)["logps"][batch["mask"].bool()], torch.tensor([x for row in got.sampled_logps for x in row])
+assert (own - flat).abs().max() < 1e-4
+torch.distributed.barrier()
+engine.close()
+assert torch.distributed.is_initialized()  # it was there before vLLM
+print("agreed", rank)
+""")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    assert done.returncode == 0 and "agreed 0" in done.stdout and "agreed 1" in done.stdout, done.stderr[-3000:]
+
+
+@needs_vllm
 def test_filters_at_temperature_one_have_raw_log_probs(model, start, prompts):
     """In a process of its own, an untied model in bfloat16 with an engine started for filtered sampling; its random numbers stay the trainer's."""
     code = """
@@ -322,6 +357,22 @@ def test_nobody_there(start):
     error, seconds = connect(start, "http://127.0.0.1:9", timeout=.5)
     assert type(error) is TimeoutError and "127.0.0.1:9" in str(error) and seconds < 2
     with pytest.raises(ValueError, match="base_url='https"): VLLMServer(*start, base_url="https://127.0.0.1:1")
+
+
+@needs_vllm
+def test_an_adapter_on_the_tied_output_layer(model, start, served, prompts):
+    "Embedding and output layer become two matrices: an engine of our own knows, a server that has one cannot."
+    from peft import LoraConfig, get_peft_model
+    lora = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "lm_head"], lora_alpha=16))
+    with pytest.raises(RuntimeError, match="tie_word_embeddings=False"): VLLMServer(lora, start[1], base_url=served.url, timeout=20)
+    engine = VLLMColocated(lora, start[1], max_model_len=256)
+    try:
+        with torch.no_grad():
+            for name, p in lora.named_parameters():
+                if "lora_B" in name: p.normal_(0, .1)
+        engine.sync(lora)
+        assert worst(lora, prompts, engine.sample(prompts, list(range(24)), SAMPLING)) < 1e-4
+    finally: engine.close()
 
 
 @needs_vllm

@@ -64,7 +64,7 @@ def request(
     return dict(max_tokens=s.max_tokens, temperature=s.temperature, top_p=s.top_p, top_k=s.top_k, min_p=s.min_p or 0.0, repetition_penalty=s.repetition_penalty, presence_penalty=0.0, frequency_penalty=0.0,
                 stop=list(s.stop), include_stop_str_in_output=True, stop_token_ids=list(eos), skip_special_tokens=False, seed=seed % 2 ** 63, logprobs=0)  # logprobs=0: of the chosen token alone
 
-# %% ../../nbs/rollout/02_vllm.ipynb #1000208d
+# %% ../../nbs/rollout/02_vllm.ipynb #92e0c718
 def engine_weights(
     model: nn.Module,  # a causal LM, however wrapped
 ) -> Iterator[tuple[str, Tensor]]:  # (name, tensor)
@@ -81,11 +81,10 @@ def engine_weights(
 
 
 def _unties(model: nn.Module) -> bool:
-    "Has training given the output layer weights of its own in a model whose config says that they are tied? An adapter on one of the two does."
+    "Does an adapter sit on the embedding or on the output layer of a model whose config says that they are one? Then they are two."
     lm = causal_lm(model)
-    names = {name for name, _ in dense_weights(model)}
-    output = next(n for n, m in lm.named_modules() if m is lm.get_output_embeddings())
-    return bool(getattr(lm.config.get_text_config(), "tie_word_embeddings", False)) and f"{output}.weight" in names
+    adapted = any(hasattr(layer, name) for layer in (lm.get_input_embeddings(), lm.get_output_embeddings()) for name in ("base_layer", "modules_to_save"))
+    return adapted and bool(getattr(lm.config.get_text_config(), "tie_word_embeddings", False))
 
 # %% ../../nbs/rollout/02_vllm.ipynb #cd1d704d
 MISSING = ("vLLM is not installed. On a machine with an NVIDIA GPU: pip install posttrain[vllm]. On a CPU: `python tools/vllm_cpu.py` in a clone of posttrain, "
@@ -134,7 +133,7 @@ class _Engine:
                                "Does it serve the model that is trained, and did it load every weight? Its log has lines such as 'Failed to load weights'")
         self.verified = True
 
-# %% ../../nbs/rollout/02_vllm.ipynb #6d2e557c
+# %% ../../nbs/rollout/02_vllm.ipynb #86e64770
 def widen_heads() -> None:
     "Let vLLM's CPU build serve models whose heads are smaller than its kernels know: they are filled up with zeros inside the attention layer. vLLM calls it as a plugin; a second call does nothing."
     from vllm.platforms import current_platform
@@ -221,6 +220,8 @@ class VLLMColocated(_Engine):
                 engine = dict(enforce_eager=True) | engine  # what it would compile takes minutes on a CPU
                 if "VLLM_CPU_KVCACHE_SPACE" not in os.environ: engine = dict(kv_cache_memory_bytes=2 ** 30) | engine
             self.sleeps = enable_sleep_mode and current_platform.is_sleep_mode_available() and not self.cpu
+            if not self.alone and torch.distributed.get_world_size() > 1:  # each process its own engine, on the device that its LOCAL_RANK names
+                engine = dict(distributed_executor_backend="external_launcher") | engine
             self.llm = LLM(self._folder.name, load_format="dummy", dtype=self.dtype, max_model_len=self.max_model_len, gpu_memory_utilization=gpu_memory_utilization, enable_sleep_mode=self.sleeps,
                            logprobs_mode=logprobs_mode, generation_config="vllm", skip_tokenizer_init=tokenizer is None, seed=seed, **engine)
         if enable_sleep_mode and not self.sleeps: warnings.warn(f"vLLM has no sleep mode on {current_platform.device_name}: its memory stays taken during training", stacklevel=2)
@@ -274,7 +275,7 @@ class VLLMColocated(_Engine):
         self._folder.cleanup()
         torch.cuda.empty_cache()
 
-# %% ../../nbs/rollout/02_vllm.ipynb #37df53b3
+# %% ../../nbs/rollout/02_vllm.ipynb #8e0a50bd
 RESUME = "Nothing is lost but this step: mend the server, then trainer.train(resume_from_checkpoint=True) goes on from the last checkpoint"
 START = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --host {host} --port {port} --logprobs-mode processed_logprobs --generation-config vllm"
 
@@ -366,6 +367,8 @@ class VLLMServer(_Engine):
         ours = causal_lm(model).config.get_text_config().to_dict()
         other = {k: (ours[k], theirs[k]) for k in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size") if k in ours and k in theirs and ours[k] != theirs[k]}
         if other: raise RuntimeError(f"{self} serves {self.name}, another model than the one that is trained: " + ", ".join(f"{k} is {a} here and {b} there" for k, (a, b) in other.items()))
+        if theirs.get("tie_word_embeddings") and _unties(model):
+            raise RuntimeError(f"{self} serves {self.name} with one matrix for embedding and output layer, but an adapter sits on one of the two here: take it off, or save the model with tie_word_embeddings=False and serve that")
         if self.tokenizer is not None:
             probe = "".join(self.tokenizer.convert_ids_to_tokens([i for i in self.eos])) + "Ab 1+1=2, é"
             here = self.tokenizer(probe, add_special_tokens=False)["input_ids"]
