@@ -3,7 +3,8 @@
 # %% auto #0
 __all__ = ['GRPOConfig', 'GRPOTrainer']
 
-# %% ../../nbs/online/09_grpo_trainer.ipynb #5883c5fb
+# %% ../../nbs/online/09_grpo_trainer.ipynb #fc8f2c5f
+import math
 import warnings
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,7 +23,7 @@ from ..rollout.trainer import OnlineConfig, OnlineTrainer
 from ..training.heads import completion_logps, scoring
 from ..training.metrics import Mean
 
-# %% ../../nbs/online/09_grpo_trainer.ipynb #8888e8c0
+# %% ../../nbs/online/09_grpo_trainer.ipynb #dcd818a5
 @dataclass
 class GRPOConfig(OnlineConfig):
     """GRPO's fields beside those of `OnlineConfig` and `TrainingArguments`. Names and defaults are TRL's."""
@@ -83,14 +84,13 @@ class GRPOConfig(OnlineConfig):
         high = 1 + (self.epsilon if self.epsilon_high is None else self.epsilon_high)
         if self.delta is not None and not self.delta > high: raise ValueError(f"delta={self.delta} caps the ratio beyond the clip and must be above 1 + epsilon_high = {high:g}")
         if self.loss_type == "cispo" and self.epsilon_high is None: warnings.warn(f"loss_type='cispo' takes epsilon_high as the cap of the ratio itself; left out it is epsilon={self.epsilon}, far below 1: set it, e.g. to 5.0 (ScaleRL)", stacklevel=3)
-        if self.loss_type == "vespo" and self.importance_sampling_level != "token": raise ValueError("loss_type='vespo' makes its own ratio of sequences out of those of tokens: leave importance_sampling_level='token'")
         if self.loss_type == "vespo" and self.vllm_importance_sampling_correction and self.use_vllm and not self.vllm_importance_sampling_mode.startswith("token"):
             raise ValueError(f"loss_type='vespo' takes the sampler's correction into its own weight, token by token: set vllm_importance_sampling_mode to 'token_truncate' or 'token_mask', not {self.vllm_importance_sampling_mode!r}")
         if self.sync_ref_model and self.beta == 0: raise ValueError("sync_ref_model=True moves a reference, but with beta=0 there is none: set beta above 0, or leave it False")
         low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
         if low is not None and high is not None and low >= high: raise ValueError(f"vllm_importance_sampling_clip_min={low} must be below vllm_importance_sampling_clip_max={high}")
 
-# %% ../../nbs/online/09_grpo_trainer.ipynb #79954f81
+# %% ../../nbs/online/09_grpo_trainer.ipynb #0c79149b
 class GRPOTrainer(OnlineTrainer):
     """Group relative policy optimisation (https://arxiv.org/abs/2402.03300) and its family. Call it as TRL's.
 
@@ -134,10 +134,7 @@ class GRPOTrainer(OnlineTrainer):
         return Totals(batch["token_share"], totals.sequences) if over_generation else totals
 
     def before_step(self, batches):
-        "Steer the entropy bonus by the last step's entropy. And which tokens are the most uncertain is known only when all of the step have been asked."
-        if self.entropy.adaptive and self._entropy_of_step.count:
-            summed, count = self.accelerator.gather(torch.stack([torch.as_tensor(x, device=self.args.device, dtype=torch.float32) for x in self._entropy_of_step])[None]).sum(0).tolist()
-            if count: self.entropy.update(summed / count)
+        "Which tokens are the most uncertain is known only when all of the step have been asked; and a bonus is a mean over all of them."
         self._entropy_of_step = Mean(0.0, 0.0)
         if self.args.top_entropy_quantile < 1:
             with scoring(self.model), self.compute_loss_context_manager():
@@ -156,14 +153,16 @@ class GRPOTrainer(OnlineTrainer):
         args, mask, parts, options, stats = self.args, batch["mask"], [], {}, {}
         sampled = batch.get("sampled_logps", old_logps)
         if "sampled_logps" in batch and not self.exact:
-            gap = (old_logps - sampled).abs().nan_to_num(nan=0.0).masked_fill(mask == 0, 0)
-            stats = {"sampling/sampling_logp_difference/mean": Mean.of(gap, mask), "sampling/sampling_logp_difference/max": gap.max()}
+            known = mask * ~sampled.isnan()  # an engine may not be able to say
+            gap = (old_logps - sampled).abs().masked_fill(known == 0, 0)
+            stats = {"sampling/sampling_logp_difference/mean": Mean.of(gap, known), "sampling/sampling_logp_difference/max": gap.max()}
             if args.vllm_importance_sampling_correction:
                 w = importance_weights(old_logps, sampled, mask, mode=args.vllm_importance_sampling_mode, clip_max=args.vllm_importance_sampling_clip_max, clip_min=args.vllm_importance_sampling_clip_min)
                 counted = w.flatten() if w.shape[1] == 1 else w[mask != 0]
                 if len(counted): stats |= {f"sampling/importance_sampling_ratio/{k}": v for k, v in (("min", counted.min()), ("mean", Mean.of(counted)), ("max", counted.max()))}
-                if args.loss_type == "vespo": options["log_importance"] = w.log().clamp(-18.42, 20).masked_fill(mask == 0, 0).sum(1, keepdim=True)
+                if args.loss_type == "vespo": options["log_importance"] = w.log().clamp(math.log(1e-8), 20).masked_fill(mask == 0, 0).sum(1, keepdim=True)
                 else: parts.append(w)
+        if args.loss_type == "vespo": options["tokens"] = mask.sum(1, keepdim=True)
         if args.off_policy_mask_threshold is not None: parts.append(off_policy_mask(out["logps"], sampled, batch["advantages"], mask, args.off_policy_mask_threshold))
         if "entropy_threshold" in batch: parts.append(top_entropy_mask(out["entropy"], mask, batch["entropy_threshold"]))
         weights = None
@@ -174,6 +173,8 @@ class GRPOTrainer(OnlineTrainer):
         args, mask, kind = self.args, batch["mask"], LOSS_TYPES[self.args.loss_type]
         out = completion_logps(model, batch, want=("entropy",), temperature=args.temperature)
         logps, old_logps = out["logps"], batch.get("old_logps", out["logps"].detach())
+        if args.top_entropy_quantile < 1 and "entropy_threshold" not in batch:  # an evaluation's batch is a step of its own
+            batch = {**batch, "entropy_threshold": entropy_threshold(out["entropy"].detach()[mask != 0], args.top_entropy_quantile)}
         weights, options, stats = self.factors(batch, out, old_logps)
         trust_region = partial(kind.trust_region, **args.options_of(kind.shape), **options) if kind.shape else kind.trust_region
         epsilon_high = (args.epsilon if args.epsilon_high is None else args.epsilon_high) - 1 if args.loss_type == "cispo" else args.epsilon_high  # TRL's is the cap itself
@@ -191,10 +192,19 @@ class GRPOTrainer(OnlineTrainer):
         "A mean over the tokens that learn, of the whole step, whatever the loss averages over."
         learns = top_entropy_mask(entropy, batch["mask"], batch["entropy_threshold"]) if "entropy_threshold" in batch else batch["mask"]
         tokens = learns.sum()
-        summed = average(entropy, learns, "token", totals=Totals(batch.get("bonus_tokens", tokens), 1))
-        if self.model.training: self._entropy_of_step = Mean(self._entropy_of_step.total + (entropy.detach() * learns).sum(), self._entropy_of_step.count + tokens)
-        stats |= {"policy_loss": loss.detach() * (self.args.gradient_accumulation_steps if self.model.training else 1), "entropy_coef": self.entropy.coef}
-        return loss - self.entropy.applied * summed
+        bonus = self.entropy.applied * average(entropy, learns, "token", totals=Totals(batch.get("bonus_tokens", tokens), 1))
+        stats["policy_loss"] = loss.detach() * (self.args.gradient_accumulation_steps if self.model.training else 1)
+        if self.model.training:
+            self._entropy_of_step = Mean(self._entropy_of_step.total + (entropy.detach() * learns).sum(), self._entropy_of_step.count + tokens)
+            if self.accelerator.sync_gradients: stats["entropy_coef"] = self._steer()  # the step's last micro-batch
+        return loss - bonus
+
+    def _steer(self):
+        "The step's entropy, over all processes, sets the coefficient of the next one."
+        if self.entropy.adaptive:
+            summed, count = self.accelerator.reduce(torch.stack([x.to(torch.float32) for x in self._entropy_of_step]), "sum").tolist()
+            if count: self.entropy.update(summed / count)
+        return self.entropy.coef
 
     def _show_tokens(self, batch, **tokens):
         for callback in self.callback_handler.callbacks:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# %% ../../nbs/online/06_policy_zoo.ipynb #9fa8aadd
+# %% ../../nbs/online/06_policy_zoo.ipynb #67b6ed94
 def sapo(
     ratio: Tensor,       # (B, T) or (B, 1), with gradient
     advantages: Tensor,  # (B, T)
@@ -42,16 +42,18 @@ def gamma_weight(
 
 
 def vespo(
-    ratio: Tensor,       # (B, T) ratios of tokens
+    ratio: Tensor,       # (B, T) ratios of tokens, or (B, 1) of sequences
     advantages: Tensor,  # (B, T)
     logps: Tensor,       # (B, T), with gradient
     low: float, high: float, delta: float | None,  # not used
     *,
     log_importance: Tensor | None = None,  # (B, 1) log importance weight of each sequence, for a sampler that is not the trainer
+    tokens: Tensor | None = None,          # (B, 1) how many count in each sequence; needed for a ratio of sequences, which is a mean over these
     **shape,             # of `gamma_weight`
 ) -> tuple[Tensor, dict]:  # (B, T), and the mean weight of a sequence
     "REINFORCE with a weight per sequence that fades as it leaves the policy that sampled it (VESPO, 2602.10693)."
     log_w = ratio.detach().log().sum(1, keepdim=True)
+    if ratio.shape[1] == 1 and tokens is not None: log_w = log_w * tokens  # from a mean back to a sum
     weight = gamma_weight(log_w if log_importance is None else log_w + log_importance, advantages, **shape)
     return weight * advantages * logps, {"vespo/phi_seq_mean": weight[:, 0].mean()}
 

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['OnlineConfig', 'completion_metrics', 'reward_metrics', 'OnlineTrainer']
 
-# %% ../../nbs/rollout/05_trainer.ipynb #d17bfbd4
+# %% ../../nbs/rollout/05_trainer.ipynb #8ca7afff
 import os
 import time
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from ..data.formats import check_rows, column_names, is_conversational, require
 from ..data.tokens import check_tokenizer, encode_prompts
 from ..foundations.advantages import group_std
 from .rewards import Rewards, text_of, total
-from .sampling import Sampler, Sampling, make_sampler
+from .sampling import Sampler, Sampling, eos_ids, make_sampler
 from .stream import Generation, Prompts, RolloutStream, completion_seeds
 from ..training.metrics import Mean
 from ..training.references import WithReference, disable_dropout
@@ -114,12 +114,13 @@ class OnlineConfig(PostConfig):
         "Does a generation serve more than one optimizer step? Then later steps are off policy."
         return self.gradient_accumulation_steps % (self.steps_per_generation * self.num_iterations) != 0
 
-# %% ../../nbs/rollout/05_trainer.ipynb #90bbec97
+# %% ../../nbs/rollout/05_trainer.ipynb #e12d02e4
 def completion_metrics(
     generation: Generation,
 ) -> dict[str, float]:  # lengths in tokens
     "How long completions are and how many were cut."
-    length = torch.tensor([len(ids) for ids in generation.completion_ids], dtype=torch.float)
+    own = generation.completion_ids if generation.masks is None else [[t for t in m if t] for m in generation.masks]  # what a tool wrote is not the model's
+    length = torch.tensor([len(ids) for ids in own], dtype=torch.float)
     ended = length[torch.tensor(generation.finished, dtype=torch.bool)]
     of = lambda x: (x.mean(), x.min(), x.max()) if len(x) else (torch.zeros(()),) * 3
     numbers = {f"completions/{k}_length": v for k, v in zip(("mean", "min", "max"), of(length))} | {f"completions/{k}_terminated_length": v for k, v in zip(("mean", "min", "max"), of(ended))}
@@ -140,7 +141,7 @@ def reward_metrics(
     logs |= {"reward": whole.nanmean().item(), "reward_std": spread(whole), "frac_reward_zero_std": (group_std(whole, num_generations) == 0).float().mean().item()}
     return {k: v for k, v in logs.items() if v == v}
 
-# %% ../../nbs/rollout/05_trainer.ipynb #ffba3f5e
+# %% ../../nbs/rollout/05_trainer.ipynb #998253b5
 class OnlineTrainer(WithReference, PostTrainer):
     """A trainer of methods that sample. Call it as TRL's GRPOTrainer.
 
@@ -234,7 +235,7 @@ class OnlineTrainer(WithReference, PostTrainer):
         for name, value in out.items():
             if value is not None and len(value) != len(rows): raise ValueError(f"rollout_func returned {len(value)} values of {name!r} for {len(rows)} prompts: expected one per completion")
         ids, masks = [list(x) for x in out.pop("completion_ids")], out.pop("env_mask", None)
-        ends = {self.processing_class.eos_token_id, self.processing_class.pad_token_id}
+        ends = {*eos_ids(self.model, self.processing_class), self.processing_class.pad_token_id}
         return dict(prompt_ids=[list(x) for x in out.pop("prompt_ids")], completion_ids=ids, sampled_logps=out.pop("logprobs"), finished=[bool(x) and x[-1] in ends for x in ids], masks=masks, fields=out)
 
     def generate(self, rows: list[dict], seeds: list[int]) -> tuple[Generation, dict]:
@@ -307,9 +308,9 @@ class OnlineTrainer(WithReference, PostTrainer):
         generation, metrics = self.generate([row for row in rows for _ in range(G)], seeds)
         training, self.args.num_generations = self.args.num_generations, G
         try:
-            self.advantages(generation)
             logs = completion_metrics(generation) | {k: sum(v) / len(v) for k, v in metrics.items()}
             if self.rewards: logs |= reward_metrics(generation.rewards, self.rewards.weights, self.rewards.names, G)
+            self.advantages(generation)  # may leave tokens out, whose lengths are logged all the same
         finally: self.args.num_generations = training
         self.ledgers[False].add({k: Mean(v * len(rows), len(rows)) for k, v in logs.items()})
         batch = self._prepare_inputs(generation.batch(list(range(len(generation))), G))

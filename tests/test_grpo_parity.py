@@ -1,0 +1,390 @@
+"""GRPO and its family against TRL 1.16: given the same completions, rewards and old log-probs, the same loss, gradient and metrics.
+
+Two kinds of tests. Whole runs: both trainers get the same rollouts from one `rollout_func`; a step of plain gradient descent changes the weights by the
+gradient times the learning rate. And the loss alone, in float64, on log-probs made by hand, where every combination of options can be asked in a millisecond."""
+import copy
+import functools
+import gc
+import hashlib
+import itertools
+import math
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from posttrain import GRPOConfig, GRPOTrainer, pocket
+from posttrain.foundations.layouts import make_batch
+from posttrain.online.policy_zoo import LOSS_TYPES
+
+pytestmark = pytest.mark.parity
+G, P, LONGEST = 4, 3, 12  # completions of a prompt, prompts of a generation, tokens of a completion
+EOS = pocket.tokenizer().eos_token_id
+
+
+@pytest.fixture(scope="module")
+def trl():
+    import trl
+    import trl.trainer.grpo_trainer as module
+    assert trl.__version__ == "1.16.0", "the reference is TRL 1.16.0; install the dev extra with -c constraints.txt"
+    gc.collect()
+    gc.freeze()  # each run ends with a full collection, which would look at every imported module again
+    shuffle, module.shuffle_sequence_dict = module.shuffle_sequence_dict, lambda batch: batch  # TRL shuffles a generation before it cuts it: which completion is in which step must not differ here
+    yield trl
+    module.shuffle_sequence_dict = shuffle
+    gc.unfreeze()
+
+
+def moved(model, seed, by):
+    """A model near another one, so that log-ratios are not all 0."""
+    model, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters(): p.add_(by * torch.randn(p.shape, generator=generator) * p.std())
+    return model
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A policy and its reference, in float64: rounding of the weights is then not what is measured. TRL loads the reference from where the policy's config says that it came from."""
+    reference, _ = pocket.start("reverse")
+    path = str(tmp_path_factory.mktemp("reference"))
+    reference.save_pretrained(path)
+    policy = moved(reference, 1, .2).double()
+    policy.config._name_or_path = path
+    return policy, reference.double()
+
+
+# ------------------------------------------------ the same rollouts for both
+def dice(*about): return random.Random(hashlib.blake2b(repr(about).encode()).hexdigest())
+
+
+class Rollouts:
+    """Completions of unequal length, some cut, which depend on the prompt and on how often it was asked; with `engine`, also the log-probs of a sampler that is not the policy."""
+
+    def __init__(self, engine=None, masks=False, unknown=False): self.engine, self.masks, self.unknown, self.asked = engine, masks, unknown, {}
+
+    def __call__(self, prompts, trainer):
+        tokenizer, out = pocket.tokenizer(), {"prompt_ids": [], "completion_ids": [], "logprobs": None}
+        for prompt in prompts:
+            k = self.asked[prompt] = self.asked.get(prompt, -1) + 1
+            d = dice(prompt, k)
+            n = d.randint(1, LONGEST)
+            out["prompt_ids"].append(tokenizer(prompt, add_special_tokens=False).input_ids)
+            out["completion_ids"].append([d.randrange(4, len(tokenizer)) for _ in range(n - 1)] + [EOS if d.random() < .7 else d.randrange(4, len(tokenizer))])
+        if self.masks: out["env_mask"] = [[int(dice(i, t, len(ids)).random() < .7) for t in range(len(ids))] for i, ids in enumerate(out["completion_ids"])]
+        if self.engine is not None: out["logprobs"] = [self.believed(p, c, trainer.args.temperature) for p, c in zip(out["prompt_ids"], out["completion_ids"])]
+        return out
+
+    @torch.no_grad()
+    def believed(self, prompt, completion, temperature):
+        logits = self.engine(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1:-1].float() / temperature
+        logps = logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0].tolist()
+        if self.unknown and len(logps) > 2: logps[1] = float("nan")  # what an engine could not say
+        return logps
+
+
+def length_reward(completion_ids, **kwargs): return [len(ids) / 4 for ids in completion_ids]
+def noise(prompts, completion_ids, **kwargs): return [dice(p, c).randrange(5) / 2 for p, c in zip(prompts, completion_ids)]
+def parity(completion_ids, **kwargs): return [float(sum(ids) % 2) for ids in completion_ids]
+def sometimes(completion_ids, **kwargs): return [None if sum(ids) % 3 == 0 else float(sum(ids) % 5) for ids in completion_ids]
+def also_sometimes(completion_ids, **kwargs): return [None if sum(ids) % 2 else 1.5 * (ids[0] % 2) for ids in completion_ids]
+def never(completions, **kwargs): return [None] * len(completions)
+def by_column(completions, weight, log_metric, **kwargs):
+    log_metric("my/weight", sum(weight) / len(weight))
+    return [float(w) for w in weight]
+
+
+@functools.cache
+def prompts(n=24):
+    rows = pocket.dataset("reverse", "prompt_only", n=n, seed=5)
+    return Dataset.from_list([{"prompt": p, "weight": dice(p).randrange(3)} for p in dict.fromkeys(rows["prompt"])])
+
+
+class Weights(TrainerCallback):
+    """The trained weights before the first step and after each."""
+
+    def __init__(self): self.seen = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs): self.seen.append(torch.cat([p.detach().flatten().clone() for p in model.parameters() if p.requires_grad]))
+
+    on_train_begin = on_step_end
+
+
+def run(which, trl, config, models, *, steps=1, rewards=noise, engine=None, masks=False, unknown=False, peft=None, evaluate=False, skip_prompts=0, **options):
+    """Train with this implementation: the change of the weights in each step, and what was logged in each."""
+    policy, reference = copy.deepcopy(models[0]), copy.deepcopy(models[1])
+    options = {"learning_rate": .02, "per_device_train_batch_size": G * P, "num_generations": G, "max_completion_length": LONGEST, **options}
+    args = config(**{"optim": "sgd", "max_grad_norm": 1e9, "max_steps": steps, "lr_scheduler_type": "constant", "shuffle_dataset": False, **options})
+    args.pop("train_sampling_strategy")
+    by_vllm = args.pop("use_vllm", False)
+    weights, rollouts = Weights(), Rollouts(engine, masks, unknown)
+    if peft is not None: policy = peft(policy)
+    common = dict(model=policy, reward_funcs=rewards, train_dataset=prompts().skip(skip_prompts), eval_dataset=prompts(4) if evaluate else None, processing_class=pocket.tokenizer(), callbacks=[weights], rollout_func=rollouts)
+    if which == "ours": trainer = GRPOTrainer(args=GRPOConfig(**args, use_vllm=by_vllm), ref_model=reference if peft is None and args.get("beta") else None, **common)
+    else:
+        trainer = trl.GRPOTrainer(args=trl.GRPOConfig(**args), **common)
+        if by_vllm: trainer.use_vllm, trainer._last_loaded_step, trainer.vllm_generation = True, -1, SimpleNamespace(sync_weights=lambda: None)  # the rollouts say what vLLM would say
+    trainer.train()
+    if evaluate:
+        rollouts.asked = {}
+        trainer.evaluate()
+    changes = [(a - b) / trainer.args.learning_rate for a, b in zip(weights.seen, weights.seen[1:])]
+    return SimpleNamespace(gradients=changes, logs=[r for r in trainer.state.log_history if "loss" in r], eval=next((r for r in trainer.state.log_history if "eval_loss" in r), None), trainer=trainer)
+
+
+ALWAYS = ("loss", "grad_norm", "entropy", "num_tokens", "reward", "reward_std", "frac_reward_zero_std", "completions/mean_length", "completions/min_length", "completions/max_length", "completions/clipped_ratio",
+          "completions/mean_terminated_length", "completions/min_terminated_length", "completions/max_terminated_length")
+NOT_OURS = {"step_time", "epoch", "learning_rate", "step"}  # of the machine, or of transformers
+
+
+def close(a, b, tolerance=1e-5): return abs(a - b) <= tolerance * max(1, abs(b))
+
+
+def same(ours, theirs, skip=(), tolerance=1e-5):
+    """Gradients and everything that TRL logs."""
+    assert len(ours.gradients) == len(theirs.gradients) == len(ours.logs) == len(theirs.logs)
+    for step, (a, b, mine, their) in enumerate(zip(ours.gradients, theirs.gradients, ours.logs, theirs.logs), 1):
+        assert b.norm() > 1e-3, "nothing was learned"
+        assert (a - b).norm() <= tolerance * b.norm(), f"step {step}: gradients differ by {(a - b).norm():.2e} of {b.norm():.2e}"
+        for key in set(their) - NOT_OURS - set(skip):
+            if key.startswith("profiling/") or their[key] is None: continue
+            assert key in mine, f"step {step}: {key} is not logged; {sorted(mine)}"
+            assert close(mine[key], their[key], tolerance), f"step {step}, {key}: {mine[key]} against TRL's {their[key]}"
+        for key in set(ALWAYS) - set(skip): assert key in mine and key in their, key
+
+
+def both(trl, config, models, **options): return [run(which, trl, config, models, **options) for which in ("ours", "trl")]
+
+
+# ------------------------------------------------ one step, on policy
+SEVERAL = [noise, parity, sometimes]
+CISPO = dict(loss_type="cispo", epsilon_high=5.0)
+ONE_STEP = {
+    **{f"{name}, {level}": dict(loss_type=name, importance_sampling_level=level, **({"epsilon_high": 5.0} if name == "cispo" else {})) for name in LOSS_TYPES for level in ("token", "sequence")},
+    **{f"{name}, KL": dict(loss_type=name, beta=.1, **({"epsilon_high": 5.0} if name == "cispo" else {})) for name in LOSS_TYPES},
+    "KL, plain": dict(beta=.1, use_bias_correction_kl=False), "KL, sequence": dict(beta=.1, importance_sampling_level="sequence", loss_type="grpo"),
+    "scaled by the batch": dict(scale_rewards="batch"), "not scaled": dict(scale_rewards="none"), "scaled, True": dict(scale_rewards=True), "scaled, False": dict(scale_rewards=False),
+    "several rewards": dict(rewards=SEVERAL, reward_weights=[1.0, .5, -.3]), "several rewards, batch": dict(rewards=SEVERAL, scale_rewards="batch"), "a column and a metric": dict(rewards=[by_column, noise]),
+    "GDPO": dict(rewards=SEVERAL, reward_weights=[1.0, .5, 2.0], multi_objective_aggregation="normalize_then_sum"), "GDPO, one reward": dict(multi_objective_aggregation="normalize_then_sum"),
+    "rewards that do not apply": dict(rewards=[sometimes]), "nor these": dict(rewards=[sometimes, also_sometimes], reward_weights=[1.0, .25]), "one never applies": dict(rewards=[noise, never]),
+    "GDPO, not applicable": dict(rewards=[sometimes, also_sometimes], multi_objective_aggregation="normalize_then_sum"), "batch, not applicable": dict(rewards=[sometimes], scale_rewards="batch"),
+    **{f"truncated, {name}": dict(loss_type=name, mask_truncated_completions=True, **({"epsilon_high": 5.0} if name == "cispo" else {})) for name in LOSS_TYPES}, "truncated, KL": dict(beta=.1, mask_truncated_completions=True),
+    "tokens of an environment": dict(masks=True), "tokens of an environment, grpo": dict(masks=True, loss_type="grpo", beta=.1), "tokens of an environment, truncated": dict(masks=True, mask_truncated_completions=True),
+    **{f"top entropy, {q}": dict(top_entropy_quantile=q) for q in (.5, .2, .05)}, "top entropy, KL": dict(top_entropy_quantile=.3, beta=.1, loss_type="grpo"),
+    "entropy bonus": dict(entropy_coef=.05), "entropy bonus, bnpo": dict(entropy_coef=.05, loss_type="bnpo", beta=.1), "entropy bonus, top entropy": dict(entropy_coef=.05, top_entropy_quantile=.4), "entropy malus": dict(entropy_coef=-.01),
+    "temperature .7": dict(temperature=.7, beta=.1), "temperature 1.4": dict(temperature=1.4, entropy_coef=.01, loss_type="grpo"),
+    "dr_grpo, longer": dict(loss_type="dr_grpo", max_completion_length=40), "clipped gradient": dict(max_grad_norm=.1),
+}
+
+
+READ = ("num_tokens",)  # with an environment: here what the model has read counts, in TRL what it wrote, and the prompts
+
+
+@pytest.mark.parametrize("case", ONE_STEP)
+def test_one_step(case, trl, config, models):
+    ours, theirs = both(trl, config, models, **ONE_STEP[case])
+    same(ours, theirs, skip=READ if ONE_STEP[case].get("masks") else ())
+    if ONE_STEP[case].get("masks"): assert ours.logs[0]["num_tokens"] > theirs.logs[0]["num_tokens"]
+
+
+# ------------------------------------------------ several steps on one generation: the old log-probs really differ
+REUSED = {
+    **{f"{name}, {level}": dict(loss_type=name, importance_sampling_level=level, **({"epsilon_high": 1.2} if name == "cispo" else {})) for name in LOSS_TYPES for level in ("token", "sequence")},
+    **{f"{name}, KL, {'un' * (not b)}corrected": dict(loss_type=name, beta=.1, use_bias_correction_kl=b, **({"epsilon_high": 1.2} if name == "cispo" else {})) for name in LOSS_TYPES for b in (True, False)},
+    "GSPO": dict(loss_type="grpo", importance_sampling_level="sequence", epsilon=3e-4, epsilon_high=4e-4), "GSPO, KL": dict(loss_type="grpo", importance_sampling_level="sequence", beta=.1),
+    "clip higher": dict(epsilon_high=.28), "two-sided": dict(delta=1.5), "two-sided, sequence": dict(delta=1.3, loss_type="grpo", importance_sampling_level="sequence"), "narrow": dict(epsilon=.01),
+    "off-policy mask": dict(off_policy_mask_threshold=.02), "off-policy mask, grpo": dict(off_policy_mask_threshold=.05, loss_type="grpo", beta=.1), "off-policy mask, vespo": dict(off_policy_mask_threshold=.02, loss_type="vespo"),
+    "SAPO, other temperatures": dict(loss_type="sapo", sapo_temperature_neg=2.0, sapo_temperature_pos=.5), "VESPO, other weights": dict(loss_type="vespo", vespo_k_pos=1.0, vespo_lambda_pos=1.5, vespo_k_neg=2.0, vespo_lambda_neg=1.0),
+    "truncated": dict(mask_truncated_completions=True, beta=.1), "tokens of an environment": dict(masks=True, loss_type="grpo"),
+    "top entropy": dict(top_entropy_quantile=.4), "temperature": dict(temperature=.8, beta=.1), "adaptive entropy": dict(use_adaptive_entropy=True, entropy_coef=.05, entropy_target=1.6, entropy_coef_delta=.02),
+    "GDPO": dict(rewards=SEVERAL, multi_objective_aggregation="normalize_then_sum"),
+}
+
+
+@pytest.mark.parametrize("case", REUSED)
+def test_steps_that_share_a_generation(case, trl, config, models):
+    """Twice over each generation; the third step has a new one."""
+    ours, theirs = both(trl, config, models, steps=3, num_iterations=2, **{"learning_rate": .004, **REUSED[case]})
+    same(ours, theirs, skip=("num_tokens", "reward", "reward_std", "frac_reward_zero_std", *(k for k in ALWAYS if k.startswith("completions"))))
+    for key in ("reward", "reward_std", "completions/mean_length"):  # logged when there is something new
+        assert key in ours.logs[0] and key not in ours.logs[1] and close(ours.logs[2][key], theirs.logs[2][key])
+    assert abs(ours.logs[1]["ratio/max"] - 1) > .01 and ours.logs[0]["ratio/max"] == 1
+
+
+HALF = dict(per_device_train_batch_size=G * P // 2)
+LATER = {
+    **{name: dict(loss_type=name, beta=.1, **({"epsilon_high": 1.2} if name == "cispo" else {})) for name in LOSS_TYPES}, "GSPO": dict(loss_type="grpo", importance_sampling_level="sequence"),
+    "twice": dict(num_iterations=2), "twice, grpo": dict(num_iterations=2, loss_type="grpo", beta=.1, importance_sampling_level="sequence"), "by its size": dict(steps_per_generation=None, generation_batch_size=G * P),
+    "off-policy mask": dict(off_policy_mask_threshold=.02, num_iterations=2), "entropy bonus": dict(entropy_coef=.05), "adaptive entropy": dict(use_adaptive_entropy=True, entropy_coef=.05, entropy_target=1.6, entropy_coef_delta=.02),
+    "truncated": dict(mask_truncated_completions=True),
+}
+
+
+@pytest.mark.parametrize("case", LATER)
+def test_a_generation_that_serves_two_steps(case, trl, config, models):
+    """The second half of it is learned from by a policy that has moved."""
+    options = {**HALF, "steps_per_generation": 2, "learning_rate": .004, **LATER[case]}
+    ours, theirs = both(trl, config, models, steps=4, **options)
+    same(ours, theirs, skip=("num_tokens", "reward", "reward_std", "frac_reward_zero_std", *(k for k in ALWAYS if k.startswith("completions"))))
+    assert abs(ours.logs[1]["ratio/max"] - 1) > .01
+
+
+ACCUMULATED = {**{name: dict(loss_type=name, beta=.1, **({"epsilon_high": 1.2} if name == "cispo" else {})) for name in LOSS_TYPES if name != "bnpo"}, "GSPO": dict(loss_type="grpo", importance_sampling_level="sequence"),
+               "twice": dict(num_iterations=2), "truncated": dict(mask_truncated_completions=True), "adaptive": dict(use_adaptive_entropy=True, entropy_target=1.6)}
+PER_MICRO_BATCH = ("entropy", "kl", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "cispo_clip_ratio", "vespo/phi_seq_mean")
+
+
+@pytest.mark.parametrize("case", ACCUMULATED)
+def test_a_step_of_two_micro_batches(case, trl, config, models):
+    """TRL logs the mean of the micro-batches' means; here each token (or sequence) counts the same, so these numbers do not depend on how a step is cut. All else is equal."""
+    ours, theirs = both(trl, config, models, steps=2, **HALF, gradient_accumulation_steps=2, **{"learning_rate": .004, **ACCUMULATED[case]})
+    if case == "adaptive":  # TRL's `policy_loss` is the mean over micro-batches, of losses that dapo divides by the tokens of all of them: half the loss. Ours is the loss without the bonus
+        for mine, their in zip(ours.logs, theirs.logs): assert close(mine["policy_loss"], 2 * their["policy_loss"])
+    same(ours, theirs, skip=(*PER_MICRO_BATCH, "policy_loss", *(("num_tokens", *(k for k in ALWAYS if k.startswith(("completions", "reward", "frac")))) if case == "twice" else ())))
+
+
+# ------------------------------------------------ a sampler that is not the policy
+MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+SAMPLER = {
+    **{f"{mode}, {name}": dict(vllm_importance_sampling_mode=mode, vllm_importance_sampling_clip_max=hi, vllm_importance_sampling_clip_min=lo) for mode in MODES
+       for name, lo, hi in (("from above", None, 1.3), ("from below", .8, None), ("between", .7, 1.2))},
+    "mask, no limits": dict(vllm_importance_sampling_mode="sequence_mask", vllm_importance_sampling_clip_max=None), "the default": {},
+    **{f"{name}, {mode}": dict(loss_type=name, vllm_importance_sampling_mode=mode, vllm_importance_sampling_clip_max=1.3, beta=.1, **({"epsilon_high": 5.0} if name == "cispo" else {}))
+       for name in LOSS_TYPES for mode in ("token_truncate", "token_mask", "sequence_truncate") if name != "vespo" or mode.startswith("token")},
+    "GSPO": dict(loss_type="grpo", importance_sampling_level="sequence"), "luspo, sequence": dict(loss_type="luspo", importance_sampling_level="sequence"),
+    "no correction": dict(vllm_importance_sampling_correction=False), "off-policy mask": dict(off_policy_mask_threshold=.02), "off-policy mask, no correction": dict(off_policy_mask_threshold=.02, vllm_importance_sampling_correction=False),
+    "truncated": dict(mask_truncated_completions=True), "tokens of an environment": dict(masks=True, vllm_importance_sampling_mode="token_truncate"), "log-probs that are unknown": dict(unknown=True, vllm_importance_sampling_mode="token_truncate"),
+    "unknown, sequence": dict(unknown=True, off_policy_mask_threshold=.02), "unknown, vespo": dict(unknown=True, loss_type="vespo", vllm_importance_sampling_mode="token_mask"),
+    "temperature": dict(temperature=.8), "top entropy, bonus": dict(top_entropy_quantile=.4, entropy_coef=.05),
+    "twice": dict(steps=3, num_iterations=2, learning_rate=.004), "twice, token": dict(steps=3, num_iterations=2, learning_rate=.004, vllm_importance_sampling_mode="token_mask", off_policy_mask_threshold=.05, beta=.1),
+    "half": dict(steps=4, **HALF, steps_per_generation=2, learning_rate=.004),
+}
+
+
+@pytest.mark.parametrize("case", SAMPLER)
+def test_log_probs_of_another_sampler(case, trl, config, models):
+    """Made by a third model. TRL believes that they came from vLLM."""
+    ours, theirs = both(trl, config, models, engine=moved(models[0], 2, .03), use_vllm=True, **SAMPLER[case])
+    # TRL logs what it knows of a generation once, when it is made; here the sampler is compared with each micro-batch
+    once = ("num_tokens", *(k for k in theirs.logs[0] if k.startswith(("reward", "frac", "completions", "sampling")))) if SAMPLER[case].get("steps") else ()
+    same(ours, theirs, skip=READ if SAMPLER[case].get("masks") else once)
+    if SAMPLER[case].get("vllm_importance_sampling_correction", True): assert ours.logs[0]["sampling/sampling_logp_difference/max"] > .05
+
+
+# ------------------------------------------------ adapters, evaluation, single precision
+def lora(model):
+    from peft import LoraConfig, get_peft_model
+    torch.manual_seed(0)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"]))
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if "lora_B" in n: p.normal_(std=.2)
+    return model.double()
+
+
+def test_an_adapter_and_the_model_without_it(trl, config, models):
+    same(*both(trl, config, models, peft=lora, beta=.1, loss_type="grpo"))
+    same(*both(trl, config, models, peft=lora, beta=.1, steps=2, num_iterations=2, learning_rate=.002), skip=("num_tokens", *(k for k in ALWAYS if k.startswith(("reward", "frac", "completions")))))
+
+
+@pytest.mark.parametrize("options", [{}, dict(loss_type="grpo", beta=.1), dict(loss_type="bnpo", entropy_coef=.05), dict(loss_type="dr_grpo", num_generations_eval=2), dict(scale_rewards="none", mask_truncated_completions=True), dict(top_entropy_quantile=.4)],
+                         ids=["dapo", "grpo, KL", "bnpo, bonus", "other size of groups", "truncated", "top entropy"])
+def test_evaluation(options, trl, config, models):
+    g = options.get("num_generations_eval", G)
+    # TRL counts completions in an evaluation batch, here prompts are counted
+    ours, theirs = run("ours", trl, config, models, evaluate=True, per_device_eval_batch_size=4, **options), run("trl", trl, config, models, evaluate=True, per_device_eval_batch_size=4 * g, **options)
+    for key in set(theirs.eval) - {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_num_tokens", "epoch", "step"}:
+        if not key.startswith("eval_profiling"): assert close(ours.eval[key], theirs.eval[key]), f"{key}: {ours.eval[key]} against TRL's {theirs.eval[key]}"
+    assert "eval_reward" in theirs.eval and "eval_rewards/noise/mean" in ours.eval
+
+
+@pytest.mark.parametrize("options", [{}, dict(loss_type="grpo", importance_sampling_level="sequence", beta=.1), dict(loss_type="vespo"), dict(top_entropy_quantile=.3, entropy_coef=.05)], ids=["dapo", "GSPO", "vespo", "entropy"])
+def test_single_precision(options, trl, config, models):
+    """Learning rate 1, so that the rounding of the weights is small beside the gradient."""
+    same(*both(trl, config, (copy.deepcopy(models[0]).float(), copy.deepcopy(models[1]).float()), learning_rate=1.0, **options))
+
+
+# ------------------------------------------------ where the two differ on purpose
+def test_an_empty_completion_has_no_ratio(trl, config, models):
+    """Sequence level and truncated completions left out: TRL counts their ratio of 1 among those that were not clipped, here it is none. Everything else is equal."""
+    clipping = ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "clip_ratio/low_min")
+    ours, theirs = both(trl, config, models, steps=2, num_iterations=2, learning_rate=.004, mask_truncated_completions=True, loss_type="grpo", importance_sampling_level="sequence")
+    same(ours, theirs, skip=(*clipping, "num_tokens", *(k for k in ALWAYS if k.startswith(("reward", "frac", "completions")))))
+    kept = 1 - ours.logs[0]["completions/clipped_ratio"]
+    assert 0 < kept < 1 and ours.logs[1]["clip_ratio/region_mean"] > 0
+    for key in clipping[:3]: assert close(ours.logs[1][key] * kept, theirs.logs[1][key])
+
+
+def cut(trl, config, models, **options):
+    """The same completions as one micro-batch and as two: ours, TRL's, each (whole, in halves)."""
+    return [[run(which, trl, config, models, **options, **parts) for parts in ({}, {**HALF, "gradient_accumulation_steps": 2})] for which in ("ours", "trl")]
+
+
+@pytest.mark.parametrize("options", [dict(loss_type="bnpo"), dict(entropy_coef=.5, loss_type="grpo"), dict(top_entropy_quantile=.3)], ids=["bnpo", "entropy bonus", "top entropy"])
+def test_a_mean_over_the_step_does_not_depend_on_how_it_is_cut(options, trl, config, models):
+    """TRL takes these means, and the quantile, over a micro-batch: its gradient depends on the cut. Uncut the two agree."""
+    ours, theirs = cut(trl, config, models, **options)
+    same(ours[0], theirs[0])
+    whole, mine, their = ours[0].gradients[0], ours[1].gradients[0], theirs[1].gradients[0]
+    assert (mine - whole).norm() <= 1e-6 * whole.norm() and (their - whole).norm() > 1e-3 * whole.norm()
+    assert close(ours[1].logs[0]["entropy"], ours[0].logs[0]["entropy"]) and not close(theirs[1].logs[0]["entropy"], theirs[0].logs[0]["entropy"])
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "cispo", "vespo"])
+def test_a_step_of_two_generations(loss_type, trl, config, models):
+    """gradient_accumulation_steps=2, steps_per_generation=1. TRL divides each generation by its own tokens, so that a token of a short generation counts more; here all tokens of the step count the same."""
+    options = dict(loss_type=loss_type, gradient_accumulation_steps=2, steps_per_generation=1, **({"epsilon_high": 5.0} if loss_type == "cispo" else {}))
+    ours, theirs = both(trl, config, models, **options)
+    lengths, rollouts = [], Rollouts()
+    for g in range(2): lengths.append(sum(map(len, rollouts([p for p in prompts()["prompt"][g * P:(g + 1) * P] for _ in range(G)], None)["completion_ids"])))
+    assert lengths[0] != lengths[1]
+    alone = [run("ours", trl, config, models, **{**options, "gradient_accumulation_steps": 1}, skip_prompts=g * P).gradients[0] for g in range(2)]  # each generation's own mean over tokens
+    for run_, shares in ((ours, [n / sum(lengths) for n in lengths]), (theirs, [.5, .5])):
+        expected = sum(share * gradient for share, gradient in zip(shares, alone))
+        assert (run_.gradients[0] - expected).norm() <= 1e-5 * expected.norm()
+    assert (ours.gradients[0] - theirs.gradients[0]).norm() > 1e-3 * theirs.gradients[0].norm()
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "luspo", "sapo"])
+def test_two_generations_where_completions_are_counted(loss_type, trl, config, models):
+    """Losses that divide by a number of completions agree."""
+    ours, theirs = both(trl, config, models, loss_type=loss_type, gradient_accumulation_steps=2, steps_per_generation=1, beta=.1)
+    same(ours, theirs, skip=(*PER_MICRO_BATCH, "num_tokens"))
+
+
+def one_group_lives(prompts, completion_ids, **kwargs): return [float(len(c) % 2) if prompts[0] == p else 1.0 for p, c in zip(prompts, completion_ids)]
+
+
+@pytest.mark.parametrize("options", [dict(scale_rewards="batch"), dict(multi_objective_aggregation="normalize_then_sum")], ids=["batch", "GDPO"])
+def test_dead_groups_are_groups(options, trl, config, models):
+    """Two of three groups have equal rewards. Where advantages are scaled by the batch, TRL's `frac_reward_zero_std` is 1 or 0, whether the *batch* has a standard deviation; ours says how many groups teach nothing, for every setting."""
+    ours, theirs = both(trl, config, models, rewards=one_group_lives, **options)
+    same(ours, theirs, skip=("frac_reward_zero_std",))
+    assert close(ours.logs[0]["frac_reward_zero_std"], 2 / 3) and theirs.logs[0]["frac_reward_zero_std"] == 0
+    ours, theirs = both(trl, config, models, rewards=one_group_lives)
+    assert close(ours.logs[0]["frac_reward_zero_std"], 2 / 3) and close(theirs.logs[0]["frac_reward_zero_std"], 2 / 3)
+
+
+def test_tokens_are_counted_when_they_are_read(trl, config, models):
+    """Two steps on one generation: TRL counts what is generated, once and at once; ours, as all trainers here, what went through the model to learn from."""
+    ours, theirs = both(trl, config, models, steps=2, num_iterations=2, learning_rate=1e-3)
+    assert ours.logs[0]["num_tokens"] == theirs.logs[0]["num_tokens"] and ours.logs[1]["num_tokens"] == 2 * ours.logs[0]["num_tokens"] and "num_tokens" not in theirs.logs[1]
+
+
+def test_a_foreign_sampler_without_vllm(trl, config, models):
+    """A `rollout_func` that returns log-probs: TRL corrects for them only with use_vllm=True; here whenever there are any."""
+    engine = moved(models[0], 2, .03)
+    ours, theirs = both(trl, config, models, engine=engine)
+    same(run("ours", trl, config, models, engine=engine, vllm_importance_sampling_correction=False), theirs)
+    corrected = run("trl", trl, config, models, engine=engine, use_vllm=True)
+    same(ours, corrected)
+    assert (ours.gradients[0] - theirs.gradients[0]).norm() > 1e-3 * theirs.gradients[0].norm()
+
+
+def test_far_away_a_ratio_stays_finite(trl, config, models):
+    """A learning rate that throws the policy out of the window: TRL's ratio overflows and the weights are NaN from the next step on; ours are held below e^20."""
+    ours, theirs = both(trl, config, models, steps=3, num_iterations=3, beta=.1, learning_rate=1.0)
+    assert theirs.gradients[2].isnan().any() and not ours.gradients[2].isnan().any()
