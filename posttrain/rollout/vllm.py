@@ -133,7 +133,7 @@ class _Engine:
                                "Does it serve the model that is trained, and did it load every weight? Its log has lines such as 'Failed to load weights'")
         self.verified = True
 
-# %% ../../nbs/rollout/02_vllm.ipynb #86e64770
+# %% ../../nbs/rollout/02_vllm.ipynb #b8f91e41
 def widen_heads() -> None:
     "Let vLLM's CPU build serve models whose heads are smaller than its kernels know: they are filled up with zeros inside the attention layer. vLLM calls it as a plugin; a second call does nothing."
     from vllm.platforms import current_platform
@@ -268,9 +268,13 @@ class VLLMColocated(_Engine):
         "Shut the engine down and free its memory."
         if self.llm is None: return
         from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
-        self.llm.llm_engine.engine_core.shutdown()
-        destroy_model_parallel()
-        if self.alone: destroy_distributed_environment()  # vLLM's own process group
+        destroy = torch.distributed.destroy_process_group
+        if not self.alone: torch.distributed.destroy_process_group = lambda group=None: group is not None and destroy(group)  # vLLM would end the trainer's process group with its own
+        try:
+            self.llm.llm_engine.engine_core.shutdown()
+            destroy_model_parallel()
+            destroy_distributed_environment()
+        finally: torch.distributed.destroy_process_group = destroy
         self.llm = None
         self._folder.cleanup()
         torch.cuda.empty_cache()
