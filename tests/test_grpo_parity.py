@@ -388,3 +388,123 @@ def test_far_away_a_ratio_stays_finite(trl, config, models):
     """A learning rate that throws the policy out of the window: TRL's ratio overflows and the weights are NaN from the next step on; ours are held below e^20."""
     ours, theirs = both(trl, config, models, steps=3, num_iterations=3, beta=.1, learning_rate=1.0)
     assert theirs.gradients[2].isnan().any() and not ours.gradients[2].isnan().any()
+
+
+# ------------------------------------------------ the loss alone, in float64, on log-probs made by hand
+def by_hand(seed, empty_row):
+    """(B, T) log-probs and their kin, masks with holes and padding that holds nonsense."""
+    g = torch.Generator().manual_seed(seed)
+    B, T = 6, 7
+    draw = lambda scale, *shape: scale * torch.randn(*shape, generator=g, dtype=torch.float64)
+    logps = -draw(1.5, B, T).abs()
+    mask = (torch.rand(B, T, generator=g) < .75).long()
+    mask[:, 0] = 1
+    if empty_row: mask[2] = 0
+    x = dict(logps=logps, entropies=draw(1.0, B, T).abs(), old=logps + draw(.4, B, T), ref=logps + draw(.5, B, T), advantages=draw(1.0, B), ratio_token=draw(.3, B, T).exp(), ratio_sequence=draw(.3, B, 1).exp())
+    x["advantages"][1] = 0
+    x["old"][0, 0], x["old"][3, 0] = logps[0, 0] - 3, logps[3, 0] + 3
+    for name in ("logps", "old", "ref"): x[name] = torch.where(mask == 1, x[name], draw(3.0, B, T))
+    return x, mask
+
+
+@pytest.fixture(scope="module")
+def accelerator():
+    from accelerate import Accelerator
+    return Accelerator(cpu=True)
+
+
+def their_loss(trl, accelerator, args, x, mask, sampler):
+    """TRL's `_compute_loss` on these tensors: the second of two micro-batches like it."""
+    self = object.__new__(trl.GRPOTrainer)
+    logps, entropies = (x[k].clone().requires_grad_() for k in ("logps", "entropies"))
+    self._get_per_token_logps_and_entropies = lambda *a, **k: (logps, entropies, None)
+    self.args = SimpleNamespace(**{k: args[k] for k in ("use_bias_correction_kl", "delta", "sapo_temperature_pos", "sapo_temperature_neg", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")}, steps_per_generation=4)
+    for name in ("loss_type", "importance_sampling_level", "beta", "top_entropy_quantile", "off_policy_mask_threshold", "max_completion_length", "entropy_coef"): setattr(self, name, args[name])
+    self.epsilon_low, self.epsilon_high = args["epsilon"], args["epsilon"] if args["epsilon_high"] is None else args["epsilon_high"]
+    self.accelerator, self.model, self._metrics = accelerator, SimpleNamespace(training=True), {"train": {}}
+    class Lists(dict):
+        def __missing__(self, key): return self.setdefault(key, [])
+    self._metrics = {"train": Lists()}
+    self.current_gradient_accumulation_steps, self._entropy_bonus_enabled, self.use_adaptive_entropy, self.aux_loss_enabled = 2, args["entropy_coef"] != 0, False, False
+    self.use_vllm = self.vllm_importance_sampling_correction = sampler is not None
+    zeros = torch.zeros(len(mask), 1, dtype=torch.long)
+    inputs = dict(prompt_ids=zeros, prompt_mask=zeros, completion_ids=mask, completion_mask=torch.ones_like(mask), tool_mask=mask, advantages=x["advantages"], old_per_token_logps=x["old"], ref_per_token_logps=x["ref"], num_items_in_batch=torch.tensor(61))
+    if sampler is not None: inputs |= {"importance_sampling_ratio": sampler[1], "sampling_per_token_logps": sampler[0]}
+    loss = self._compute_loss(None, inputs)
+    return loss, torch.autograd.grad(loss, (logps, entropies), allow_unused=True), {k: v[0] for k, v in self._metrics["train"].items()}
+
+
+def our_loss(monkeypatch, accelerator, args, x, mask, sampler):
+    self = object.__new__(GRPOTrainer)
+    logps, entropies = (x[k].clone().requires_grad_() for k in ("logps", "entropies"))
+    monkeypatch.setattr("posttrain.online.grpo_trainer.completion_logps", lambda *a, **k: {"logps": logps, "entropy": entropies})
+    self.args = SimpleNamespace(**args, gradient_accumulation_steps=2, options_of=lambda f: {k: v for k, v in args.items() if k.split("_")[0] == args["loss_type"]})
+    self.model, self.accelerator, self.callback_handler, self.exact = SimpleNamespace(training=True), accelerator, SimpleNamespace(callbacks=[]), False
+    from posttrain.online.corrections import EntropyController
+    from posttrain.training.metrics import Mean
+    self.entropy, self._entropy_of_step = EntropyController(args["entropy_coef"]), Mean(0., 0.)
+    batch = dict(mask=mask, advantages=x["advantages"], old_logps=x["old"], ref_logps=x["ref"], token_share=torch.tensor(61 / 4))
+    if args["beta"] == 0: del batch["ref_logps"]
+    if sampler is not None: batch["sampled_logps"] = sampler[0]
+    learns = mask.sum()
+    if args["top_entropy_quantile"] < 1: learns = (x["entropies"][mask == 1] >= x["entropies"][mask == 1].float().quantile(1 - args["top_entropy_quantile"]).double()).sum()
+    batch["bonus_tokens"] = 2 * learns
+    totals = self.totals_of(batch) + self.totals_of(batch)
+    loss, stats = self.loss(None, batch, totals)
+    return loss, torch.autograd.grad(loss, (logps, entropies), allow_unused=True), {k: (v.total / v.count if isinstance(v, Mean) else v) for k, v in stats.items()}
+
+
+DEFAULTS = dict(loss_type="dapo", importance_sampling_level="token", beta=0.0, use_bias_correction_kl=True, epsilon=.2, epsilon_high=None, delta=None, top_entropy_quantile=1.0, off_policy_mask_threshold=None, entropy_coef=0.0, max_completion_length=20,
+                temperature=1.0, sapo_temperature_pos=1.0, sapo_temperature_neg=1.05, vespo_k_pos=2.0, vespo_lambda_pos=3.0, vespo_k_neg=3.0, vespo_lambda_neg=2.0,
+                vllm_importance_sampling_correction=True, vllm_importance_sampling_mode="token_truncate", vllm_importance_sampling_clip_max=None, vllm_importance_sampling_clip_min=None)
+KL = [{}, dict(beta=.1), dict(beta=.1, use_bias_correction_kl=False)]
+CLIP = [{}, dict(epsilon_high=.28), dict(epsilon=.1, epsilon_high=.5, delta=2.0), dict(delta=1.21)]
+TOKENS = [{}, dict(off_policy_mask_threshold=.05), dict(top_entropy_quantile=.35), dict(entropy_coef=.03), dict(off_policy_mask_threshold=.05, top_entropy_quantile=.35, entropy_coef=.03)]
+ALL_LEVELS = ("token", "sequence")
+
+
+@pytest.mark.parametrize("level", ALL_LEVELS)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_every_combination_of_options(loss_type, level, trl, accelerator, monkeypatch):
+    """360 combinations: KL, clipping, tokens that are left out, sampler; with and without a row that does not count at all."""
+    cases = 0
+    for kl, clip, tokens, sampler, empty in itertools.product(KL, CLIP, TOKENS, (None, "token", "sequence"), (False, True)):
+        if loss_type == "vespo" and sampler == "sequence": continue  # refused by both
+        if loss_type == "cispo": clip = {"epsilon_high": {None: None, .28: 1.3, .5: 5.0}[clip.get("epsilon_high")]}
+        x, mask = by_hand(cases, empty)
+        args = {**DEFAULTS, "loss_type": loss_type, "importance_sampling_level": level, **kl, **clip, **tokens, "vllm_importance_sampling_mode": f"{sampler}_truncate"}
+        said = None
+        if sampler:  # log-probs of a sampler from which the ratio follows; TRL is told both
+            sampled = x["old"] - torch.randn(mask.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(cases)) * .2
+            change = ((x["old"] - sampled) * mask)
+            said = sampled, (change.sum(1, keepdim=True) if sampler == "sequence" else change).exp()
+        (a, da, mine), (b, db, their) = our_loss(monkeypatch, accelerator, args, x, mask, said), their_loss(trl, accelerator, args, x, mask, said)
+        about = f"{args} {sampler} empty={empty}"
+        assert close(a.item(), b.item(), 1e-6), f"{a} {b} {about}"
+        for p, q in zip(da, db): assert (p is None or not p.any() if q is None else torch.allclose(torch.zeros_like(q) if p is None else p, q, rtol=1e-6, atol=1e-9)), about
+        for key in their:
+            if empty and level == "sequence" and key.startswith(("clip_ratio", "cispo")): continue  # see test_an_empty_completion_has_no_ratio
+            if key == "policy_loss" and LOSS_TYPES[loss_type].whole_generation: their[key] *= 2  # see test_a_step_of_two_micro_batches
+            assert close(float(mine[key]), their[key], 1e-5), f"{key}: {mine[key]} against {their[key]}; {about}"
+        cases += 1
+    assert cases >= 240
+
+
+def test_functions_equal_trls(trl):
+    """Weights and masks one by one, at the ends of their range too."""
+    from posttrain.online.corrections import entropy_threshold, off_policy_mask, top_entropy_mask
+    from posttrain.online.policy_zoo import gamma_weight, vespo
+    x, mask = by_hand(5, True)
+    for threshold in (-.1, 0.0, .05, 3.0):
+        theirs = trl.GRPOTrainer.get_off_policy_mask(x["advantages"][:, None], x["logps"], x["old"], mask, threshold)
+        assert torch.equal(off_policy_mask(x["logps"], x["old"], x["advantages"], mask, threshold).long(), theirs)
+    for scale in (.1, 1.0, 30.0):
+        change = scale * (x["logps"] - x["old"]) * mask
+        for correction in (None, x["ratio_token"], torch.where(x["ratio_token"] < .8, 0.0, x["ratio_token"])):
+            theirs = trl.GRPOTrainer.get_gamma_weights(x["advantages"][:, None], change, mask, correction)
+            log_w = change.clamp(-20, 20).sum(1, keepdim=True) + (0 if correction is None else correction.log().clamp(math.log(1e-8), 20).sum(1, keepdim=True))
+            assert torch.allclose(gamma_weight(log_w, x["advantages"][:, None]), theirs, rtol=1e-9, atol=1e-30)
+    self = object.__new__(trl.GRPOTrainer)
+    self.accelerator = SimpleNamespace(pad_across_processes=lambda t, **k: t, gather=lambda t: t)
+    for q in (.01, .2, .5, .99):
+        assert torch.equal(top_entropy_mask(x["entropies"], mask, entropy_threshold(x["entropies"][mask == 1], q)) == 1, self.get_high_entropy_mask(x["entropies"], mask, 1 - q))
