@@ -44,7 +44,7 @@ def make_batch(
                 completion_ids=_pad(completions), completion_lengths=torch.tensor([len(c) for c in completions], dtype=torch.long),
                 prompt_index=torch.tensor(index, dtype=torch.long), mask=mask)
 
-# %% ../../nbs/foundations/02_layouts.ipynb #016733be
+# %% ../../nbs/foundations/02_layouts.ipynb #eab1ffba
 @dataclass
 class Layout:
     "What the model reads, and which of its states bet on which counted token."
@@ -84,11 +84,17 @@ def price(
     return rows * length * (1 + length / (6 * hidden_size))
 
 
+def _least(lengths: np.ndarray, hidden_size: int) -> float:
+    "The price without any padding, in rows as short as can be."
+    longest = max(int(lengths.max(initial=0)), 1)
+    return price(lengths.sum() / longest, longest, hidden_size)
+
+
 def _plan(lengths: np.ndarray, hidden_size: int, own_row: bool) -> tuple[float, np.ndarray, int]:
     "The cheapest of a few ways to bin blocks into rows: its price, the row of each block, the row length."
     longest = max(int(lengths.max(initial=0)), 1)
     plans = [(price(len(lengths), longest, hidden_size), np.arange(len(lengths)), longest)]
-    least = price(lengths.sum() / longest, longest, hidden_size)  # no padding at all, rows as short as can be
+    least = _least(lengths, hidden_size)
     for multiple in () if own_row else (1, 1.5, 2, 3, 4, 8):
         best, capacity = min(p[0] for p in plans), multiple * longest
         if best < 1.02 * least: break  # as good as done
@@ -121,9 +127,11 @@ def lay_out(
         lengths = prompt_len[heads] + np.bincount(block_of, weights=comp_len, minlength=len(heads)).astype(np.int64)
         return heads, block_of, lengths
 
-    kinds = {"auto": (False, True) if len(np.unique(owner)) < B else (False,)}.get(layout, (layout == "shared",))
-    plans = [(*_plan(lengths, hidden_size, layout == "padded"), heads, block_of, lengths)
-             for heads, block_of, lengths in map(blocks, kinds)]
+    kinds = {"auto": (True, False) if len(np.unique(owner)) < B else (False,)}.get(layout, (layout == "shared",))
+    plans = []
+    for heads, block_of, lengths in map(blocks, kinds):
+        if plans and _least(lengths, hidden_size) >= plans[0][0]: break  # no plan of this kind can be cheaper
+        plans.append((*_plan(lengths, hidden_size, layout == "padded"), heads, block_of, lengths))
     _, row_of, L, heads, block_of, lengths = min(plans, key=lambda p: p[0])
     R = int(row_of.max(initial=-1)) + 1
 

@@ -3,9 +3,10 @@
 # %% auto #0
 __all__ = ['Generation', 'Prompts', 'completion_seeds', 'RolloutStream']
 
-# %% ../../nbs/rollout/04_stream.ipynb #93cce6c6
+# %% ../../nbs/rollout/04_stream.ipynb #301018af
 import hashlib
 import random
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 
@@ -127,7 +128,7 @@ def completion_seeds(
     "A seed for each completion of a run."
     return [int.from_bytes(hashlib.blake2b(f"{seed} {k}".encode(), digest_size=8).digest(), "big") >> 1 for k in range(first, first + n)]
 
-# %% ../../nbs/rollout/04_stream.ipynb #e353921a
+# %% ../../nbs/rollout/04_stream.ipynb #6bbab0d2
 class RolloutStream(Dataset):
     "Micro-batches of completions, made when they are needed. Item i is the next one, whatever i is. A number of items is given, so that a loop can count; it never ends by itself."
 
@@ -147,7 +148,7 @@ class RolloutStream(Dataset):
     ):
         self.prompts, self.rollout, self.batches_of, self.length = prompts, rollout, batches, length
         self.P, self.G, self.num_iterations, self.seed, self.keep, self.max_rounds = prompts_per_generation, num_generations, num_iterations, seed, keep, max_rounds
-        self.sampled, self.generations, self.place, self.batches, self.rounds = 0, 0, 0, [], []
+        self.sampled, self.generations, self.place, self.batches, self.rounds, self.warned = 0, 0, 0, [], [], False
 
     def __len__(self): return self.length
 
@@ -176,10 +177,10 @@ class RolloutStream(Dataset):
             self.rounds.append((len(good), sum(good)))
             for g, yes in enumerate(good): (alive if yes else dead).append(part.pick(list(range(g * self.G, (g + 1) * self.G))))
             missing = max(self.P - len(alive), 0)
-        if missing:
-            import warnings
+        if missing and not self.warned:
+            self.warned = True  # near the end of a run that goes well most groups are all right
             warnings.warn(f"dynamic sampling: after {len(self.rounds)} rounds and {sum(a for a, _ in self.rounds)} prompts only {len(alive)} of {self.P} groups have rewards that differ; "
-                          "the step goes on with groups that teach nothing. The prompts may be too hard or too easy for this model, or num_generations too small")
+                          "the step goes on with groups that teach nothing. Said once. The prompts may be too hard or too easy for this model, or num_generations too small; frac_reward_zero_std and dynamic_sampling/kept tell", stacklevel=2)
         return Generation.join((alive + dead)[:self.P])
 
     # ------------------------------------------------ stopping and going on
