@@ -11,7 +11,7 @@ from torch import Tensor
 from ..foundations.advantages import group_advantages
 from ..foundations.masks import masked_mean
 
-# %% ../../nbs/online/07_corrections.ipynb #cc038fa0
+# %% ../../nbs/online/07_corrections.ipynb #60150f10
 IMPORTANCE_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
 
@@ -69,7 +69,8 @@ def top_entropy_mask(
     threshold: Tensor,  # () as from `entropy_threshold`
 ) -> Tensor:  # (B, T) of 0/1
     "The tokens at which the policy hesitated: only these get a policy gradient (Beyond the 80/20 rule, 2506.01939)."
-    return ((entropies.detach().float() >= threshold) & (mask != 0)).long()
+    near = 1e-5  # completions of a prompt begin alike: equal entropies but for rounding, which must not tell them apart
+    return ((entropies.detach().float() >= threshold - near) & (mask != 0)).long()
 
 
 class EntropyController:

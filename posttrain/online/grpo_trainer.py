@@ -23,7 +23,7 @@ from ..rollout.trainer import OnlineConfig, OnlineTrainer
 from ..training.heads import completion_logps, scoring
 from ..training.metrics import Mean
 
-# %% ../../nbs/online/09_grpo_trainer.ipynb #dcd818a5
+# %% ../../nbs/online/09_grpo_trainer.ipynb #77170774
 @dataclass
 class GRPOConfig(OnlineConfig):
     """GRPO's fields beside those of `OnlineConfig` and `TrainingArguments`. Names and defaults are TRL's."""
@@ -61,6 +61,7 @@ class GRPOConfig(OnlineConfig):
     vllm_importance_sampling_mode: str = field(default="sequence_mask", metadata={"help": "'token_truncate', 'token_mask', 'sequence_truncate' or 'sequence_mask'."})
     vllm_importance_sampling_clip_max: float | None = field(default=3.0, metadata={"help": "Greatest ratio."})
     vllm_importance_sampling_clip_min: float | None = field(default=None, metadata={"help": "Least ratio."})
+    vllm_importance_sampling_cap: float | None = field(default=None, metadata={"help": "TRL's old name of vllm_importance_sampling_clip_max."})
     # the reference
     sync_ref_model: bool = field(default=False, metadata={"help": "Let the reference follow the policy."})
     ref_model_mixup_alpha: float = field(default=0.6, metadata={"help": "The policy's share in the new reference."})
@@ -68,6 +69,9 @@ class GRPOConfig(OnlineConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.vllm_importance_sampling_cap is not None:
+            warnings.warn("vllm_importance_sampling_cap is now called vllm_importance_sampling_clip_max", FutureWarning, stacklevel=3)
+            self.vllm_importance_sampling_clip_max = self.vllm_importance_sampling_cap
         self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
         self.one_of("loss_type", LOSS_TYPES)
         self.one_of("importance_sampling_level", RATIOS)
@@ -90,7 +94,7 @@ class GRPOConfig(OnlineConfig):
         low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
         if low is not None and high is not None and low >= high: raise ValueError(f"vllm_importance_sampling_clip_min={low} must be below vllm_importance_sampling_clip_max={high}")
 
-# %% ../../nbs/online/09_grpo_trainer.ipynb #0c79149b
+# %% ../../nbs/online/09_grpo_trainer.ipynb #5e49a0ba
 class GRPOTrainer(OnlineTrainer):
     """Group relative policy optimisation (https://arxiv.org/abs/2402.03300) and its family. Call it as TRL's.
 
@@ -138,12 +142,12 @@ class GRPOTrainer(OnlineTrainer):
         self._entropy_of_step = Mean(0.0, 0.0)
         if self.args.top_entropy_quantile < 1:
             with scoring(self.model), self.compute_loss_context_manager():
-                asked = [completion_logps(self.model, b, want=("entropy",), temperature=self.args.temperature)["entropy"][b["mask"] != 0] for b in map(self._prepare_inputs, batches)]
-            mine = torch.cat(asked).float()
+                asked = [completion_logps(self.model, b, want=("entropy",), temperature=self.args.temperature)["entropy"] for b in map(self._prepare_inputs, batches)]
+            mine = torch.cat([entropy[b["mask"] != 0] for entropy, b in zip(asked, batches)]).float()
             everyone = self.accelerator.gather(self.accelerator.pad_across_processes(mine, pad_index=-1))
             threshold = entropy_threshold(everyone[everyone >= 0], self.args.top_entropy_quantile)
-            kept = (everyone >= threshold).sum()
-            for batch in batches: batch |= {"entropy_threshold": threshold, "bonus_tokens": kept}
+            kept = top_entropy_mask(everyone, everyone >= 0, threshold).sum()
+            for batch, entropy in zip(batches, asked): batch |= {"top_entropy": top_entropy_mask(entropy, batch["mask"], threshold), "bonus_tokens": kept}  # asked again, a token at the threshold might fall below it
         elif self.entropy.enabled:
             tokens = self.accelerator.gather(sum(b["mask"].sum() for b in batches).to(self.args.device)[None]).sum()
             for batch in batches: batch["bonus_tokens"] = tokens
@@ -164,7 +168,7 @@ class GRPOTrainer(OnlineTrainer):
                 else: parts.append(w)
         if args.loss_type == "vespo": options["tokens"] = mask.sum(1, keepdim=True)
         if args.off_policy_mask_threshold is not None: parts.append(off_policy_mask(out["logps"], sampled, batch["advantages"], mask, args.off_policy_mask_threshold))
-        if "entropy_threshold" in batch: parts.append(top_entropy_mask(out["entropy"], mask, batch["entropy_threshold"]))
+        if "top_entropy" in batch: parts.append(batch["top_entropy"])
         weights = None
         for part in parts: weights = part if weights is None else weights * part
         return weights, options, stats
@@ -173,8 +177,8 @@ class GRPOTrainer(OnlineTrainer):
         args, mask, kind = self.args, batch["mask"], LOSS_TYPES[self.args.loss_type]
         out = completion_logps(model, batch, want=("entropy",), temperature=args.temperature)
         logps, old_logps = out["logps"], batch.get("old_logps", out["logps"].detach())
-        if args.top_entropy_quantile < 1 and "entropy_threshold" not in batch:  # an evaluation's batch is a step of its own
-            batch = {**batch, "entropy_threshold": entropy_threshold(out["entropy"].detach()[mask != 0], args.top_entropy_quantile)}
+        if args.top_entropy_quantile < 1 and "top_entropy" not in batch:  # an evaluation's batch is a step of its own
+            batch = {**batch, "top_entropy": top_entropy_mask(out["entropy"], mask, entropy_threshold(out["entropy"].detach()[mask != 0], args.top_entropy_quantile))}
         weights, options, stats = self.factors(batch, out, old_logps)
         trust_region = partial(kind.trust_region, **args.options_of(kind.shape), **options) if kind.shape else kind.trust_region
         epsilon_high = (args.epsilon if args.epsilon_high is None else args.epsilon_high) - 1 if args.loss_type == "cispo" else args.epsilon_high  # TRL's is the cap itself
@@ -190,10 +194,10 @@ class GRPOTrainer(OnlineTrainer):
 
     def _with_bonus(self, loss, stats, batch, entropy):
         "A mean over the tokens that learn, of the whole step, whatever the loss averages over."
-        learns = top_entropy_mask(entropy, batch["mask"], batch["entropy_threshold"]) if "entropy_threshold" in batch else batch["mask"]
+        learns = batch.get("top_entropy", batch["mask"])
         tokens = learns.sum()
         bonus = self.entropy.applied * average(entropy, learns, "token", totals=Totals(batch.get("bonus_tokens", tokens), 1))
-        stats["policy_loss"] = loss.detach() * (self.args.gradient_accumulation_steps if self.model.training else 1)
+        stats["policy_loss"] = loss.detach() * (self.args.gradient_accumulation_steps * self.accelerator.num_processes if self.model.training else 1)  # logged is the mean of these shares
         if self.model.training:
             self._entropy_of_step = Mean(self._entropy_of_step.total + (entropy.detach() * learns).sum(), self._entropy_of_step.count + tokens)
             if self.accelerator.sync_gradients: stats["entropy_coef"] = self._steer()  # the step's last micro-batch

@@ -24,8 +24,18 @@ from ..training.metrics import Mean
 from ..training.references import WithReference, disable_dropout
 from ..training.trainer import PostConfig, PostTrainer
 
-# %% ../../nbs/rollout/05_trainer.ipynb #22c58e57
+# %% ../../nbs/rollout/05_trainer.ipynb #715e6f33
 _STOPS = ("stop", "stop_strings")  # vLLM's name and transformers'
+_BATCHING = "the own sampler (sampler='own') lets finished completions go and shares prompts by itself, or choose use_vllm=True"
+_NOT_HERE = {  # TRL's fields that cannot be honoured: the only value they may have, and what to do instead
+    "cast_lm_head_to_fp32": (False, "log-probs are summed in float32 anyway; load the model in float32 for a head in float32"),
+    "ds3_gather_for_generation": (True, "the sampler reads whole weights; use FSDP or vLLM for models beyond one GPU"),
+    "log_completions_hub_repo": (None, "completions are written to output_dir/completions (log_completions=True); upload that folder"),
+    "max_tool_calling_iterations": (None, "tools are called by a rollout_func, which can count its turns itself"),
+    "use_transformers_continuous_batching": (False, _BATCHING), "use_transformers_paged": (False, _BATCHING), "transformers_continuous_batching_config": (None, _BATCHING),
+    "vllm_model_impl": ("vllm", "vLLM runs its own implementation of the model"),
+    "vllm_structured_outputs_regex": (None, "write a reward function for the format, or a rollout_func that asks vLLM with a grammar"),
+}
 
 
 @dataclass
@@ -73,10 +83,26 @@ class OnlineConfig(PostConfig):
     log_completions: bool = field(default=False, metadata={"help": "Print some completions with every log, and keep all as output_dir/completions/*.parquet."})
     num_completions_to_print: int | None = field(default=4, metadata={"help": "How many are printed; None: all (TRL's default)."})
     log_unique_prompts: bool = field(default=False, metadata={"help": "Print one completion per prompt."})
+    # TRL's fields that change nothing here
     pad_to_multiple_of: int | str | None = field(default="auto", metadata={"help": "Accepted for TRL's configs: there is hardly any padding to align."})
+    cache_implementation: str | None = field(default=None, metadata={"help": "Accepted for TRL's configs: the samplers bring their own cache."})
+    vllm_group_port: int = field(default=51216, metadata={"help": "Accepted for TRL's configs: weights reach vLLM without a process group."})
+    log_multimodal: bool = field(default=True, metadata={"help": "Accepted for TRL's configs: prompts are text."})
+    # and those that must be left as they are, see _NOT_HERE
+    cast_lm_head_to_fp32: bool = field(default=False, metadata={"help": "Not supported: must be False."})
+    ds3_gather_for_generation: bool = field(default=True, metadata={"help": "Not supported otherwise: must be True."})
+    log_completions_hub_repo: str | None = field(default=None, metadata={"help": "Not supported: must be None."})
+    max_tool_calling_iterations: int | None = field(default=None, metadata={"help": "Not supported: must be None."})
+    use_transformers_continuous_batching: bool = field(default=False, metadata={"help": "Not supported: must be False."})
+    use_transformers_paged: bool = field(default=False, metadata={"help": "Not supported: must be False."})
+    transformers_continuous_batching_config: dict | str | None = field(default=None, metadata={"help": "Not supported: must be None."})
+    vllm_model_impl: str = field(default="vllm", metadata={"help": "Not supported otherwise: must be 'vllm'."})
+    vllm_structured_outputs_regex: str | None = field(default=None, metadata={"help": "Not supported: must be None."})
 
     def __post_init__(self):
         super().__post_init__()
+        for name, (only, instead) in _NOT_HERE.items():
+            if getattr(self, name) != only: raise ValueError(f"{name}={getattr(self, name)!r} is not supported by {type(self).__name__}, leave it {only!r}: {instead}")
         self.one_of("sampler", ("auto", "own", "transformers"))
         self.one_of("vllm_mode", ("colocate", "server"))
         for name in ("num_generations", "num_generations_eval", "max_completion_length", "num_iterations", "steps_per_generation", "generation_batch_size", "dynamic_sampling_rounds"): self.at_least(name, 1)
