@@ -11,7 +11,7 @@ from torch import Tensor
 from ..foundations.advantages import group_advantages
 from ..foundations.masks import masked_mean
 
-# %% ../../nbs/online/07_corrections.ipynb #60150f10
+# %% ../../nbs/online/07_corrections.ipynb #7c04904e
 IMPORTANCE_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
 
@@ -30,7 +30,7 @@ def importance_weights(
     if mode not in IMPORTANCE_MODES: raise ValueError(f"unknown mode {mode!r}; choose one of {', '.join(map(repr, IMPORTANCE_MODES))}")
     difference = (old_logps - sampled_logps).detach().masked_fill(mask == 0, 0).nan_to_num(nan=0.0)
     level, action = mode.split("_")
-    ratio = (difference.sum(1, keepdim=True) if level == "sequence" else difference).exp()
+    ratio = (difference.sum(1, keepdim=True) if level == "sequence" else difference).exp()  # steps 1 and 2
     if action == "truncate": return ratio.clamp(clip_min, clip_max) if (clip_min, clip_max) != (None, None) else ratio
     outside = torch.zeros_like(ratio, dtype=torch.bool)
     if clip_max is not None: outside = outside | (ratio > clip_max)
