@@ -78,6 +78,15 @@ def test_one_gradient_for_every_cut(case, config):
                 if not key.startswith("time"): assert abs(a[key] - b[key]) <= 2e-5 * max(1, abs(a[key])), (key, a[key], b[key])
 
 
+def test_tokens_that_tie_learn_together():
+    """Completions of a prompt begin alike: the same entropy, but for rounding, which differs with the cut."""
+    from posttrain.online.corrections import entropy_threshold, top_entropy_mask
+    mask = torch.ones(1, 6, dtype=torch.long)
+    for noise in ((0, 0, 0), (0, 1e-6, -1e-6), (-1e-6, 1e-6, 0)):
+        entropies = torch.tensor([[2.0, 1.0 + noise[0], 1.0 + noise[1], 1.0 + noise[2], .5, .1]])
+        assert top_entropy_mask(entropies, mask, entropy_threshold(entropies[0], .5)).tolist() == [[1, 1, 1, 1, 0, 0]]
+
+
 # ---------------------------------------------------------------- the sampler's log-probs are the trainer's
 @pytest.mark.parametrize("options", [{}, dict(temperature=.6, top_p=.9), dict(temperature=1.3, loss_type="grpo", importance_sampling_level="sequence")], ids=["plain", "top-p", "sequence"])
 @pytest.mark.parametrize("family", ["pocket", "llama", "gpt2"])
