@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# %% ../../nbs/online/06_policy_zoo.ipynb #67b6ed94
+# %% ../../nbs/online/06_policy_zoo.ipynb #5c418a2a
 def sapo(
     ratio: Tensor,       # (B, T) or (B, 1), with gradient
     advantages: Tensor,  # (B, T)
@@ -23,7 +23,7 @@ def sapo(
 ) -> Tensor:  # (B, T)
     "A soft gate instead of a clip: steepest at ratio 1, flat far away on both sides (SAPO, 2511.20347)."
     tau = torch.where(advantages > 0, sapo_temperature_pos, sapo_temperature_neg)
-    return 4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantages
+    return 4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantages  # step 4
 
 
 def gamma_weight(
@@ -38,7 +38,7 @@ def gamma_weight(
     "w^k exp(lambda (1 - w)) for w = exp(log_w): 1 for w = 1, vanishing at both ends (VESPO, 2602.10693)."
     log_w = log_w.detach().clamp(math.log(1e-8), 20.0)
     k, lam = torch.where(advantages >= 0, vespo_k_pos, vespo_k_neg), torch.where(advantages >= 0, vespo_lambda_pos, vespo_lambda_neg).clamp(min=1e-4)
-    return torch.exp(lam + k * log_w - lam * log_w.exp()).nan_to_num(nan=0.0, posinf=0.0)
+    return torch.exp(lam + k * log_w - lam * log_w.exp()).nan_to_num(nan=0.0, posinf=0.0)  # step 6
 
 
 def vespo(
@@ -57,7 +57,7 @@ def vespo(
     weight = gamma_weight(log_w if log_importance is None else log_w + log_importance, advantages, **shape)
     return weight * advantages * logps, {"vespo/phi_seq_mean": weight[:, 0].mean()}
 
-
+# %% ../../nbs/online/06_policy_zoo.ipynb #22ce8831
 class LossType(NamedTuple):
     "A loss of the family: `grpo_loss` with these settings."
     trust_region: str | Callable     # a key of `TRUST_REGIONS` or a function like them
