@@ -13,18 +13,18 @@ from ..foundations.masks import Totals, masked_mean
 from ..foundations.masks import average as average_tokens
 from ..foundations.policy_gradient import RATIOS, policy_gradient_loss
 
-# %% ../../nbs/online/01_grpo.ipynb #8f72d789
+# %% ../../nbs/online/01_grpo.ipynb #7b4a85b6
 def kl_penalty(
     logps: Tensor,      # (B, T) under the policy now, with gradient
     old_logps: Tensor,  # (B, T) under the policy that sampled
     ref_logps: Tensor,  # (B, T) under the reference
     mask: Tensor,       # (B, T) of 0/1
     *,
-    use_bias_correction_kl: bool = False,  # weigh each estimate with the ratio, which gives it the gradient of the reverse KL (DeepSeek-V3.2); TRL's default is True
+    use_bias_correction_kl: bool = False,  # weigh each estimate with the ratio, which gives it the gradient of the reverse KL (step 14; DeepSeek-V3.2, 2512.02556); TRL's default is True
     importance_sampling_level: str = "token",  # of that ratio, a key of `RATIOS`
-) -> Tensor:  # (B, T), 0 where the mask is 0
-    "k3 of each token against the reference: what straying from it costs."
-    logratio = (logps - ref_logps.detach()).masked_fill(mask == 0, 0)
+) -> Tensor:  # (B, T), nats, 0 where the mask is 0
+    "k3 of each token against the reference, what straying from it costs (steps 12 to 14). Raises KeyError for an unknown level."
+    logratio = (logps - ref_logps.detach()).masked_fill(mask == 0, 0)  # before any exp: padding may hold anything
     if not use_bias_correction_kl: return estimate_kl(logratio, "k3")
     change = (logps - old_logps.detach()).masked_fill(mask == 0, 0)
     return estimate_kl(logratio, "k3", ratio=RATIOS[importance_sampling_level](change, mask).exp())
@@ -33,7 +33,7 @@ def kl_penalty(
 def grpo_loss(
     logps: Tensor,             # (B, T) under the policy now, with gradient
     old_logps: Tensor | None,  # (B, T) under the policy that sampled; None: it is the policy now
-    advantages: Tensor,        # (B,) of each completion among its group, as from `group_advantages`
+    advantages: Tensor,        # (B,) of each completion among its group, as from `group_advantages`; or (B, T)
     mask: Tensor,              # (B, T) of 0/1
     *,
     ref_logps: Tensor | None = None,  # (B, T) under the reference; needed unless beta is 0
@@ -57,8 +57,8 @@ def grpo_loss(
     old_logps = logps.detach() if old_logps is None else old_logps
     if delta is not None and trust_region == "clip": trust_region = "two_sided"
     loss, stats = policy_gradient_loss(logps, old_logps, advantages, mask, ratio=importance_sampling_level, trust_region=trust_region, average=average, epsilon=epsilon,
-                                       epsilon_high=epsilon_high, delta=delta, weights=weights, totals=totals, max_length=max_length)
+                                       epsilon_high=epsilon_high, delta=delta, weights=weights, totals=totals, max_length=max_length)  # steps 9 to 11
     if beta == 0: return loss, stats
     if ref_logps is None: raise ValueError(f"beta={beta} prices the KL to a reference, whose log-probs are missing: pass ref_logps, or beta=0")
     kl = kl_penalty(logps, old_logps, ref_logps, mask, use_bias_correction_kl=use_bias_correction_kl, importance_sampling_level=importance_sampling_level)
-    return loss + beta * average_tokens(kl, mask, average, totals=totals, max_length=max_length), {**stats, "kl": masked_mean(kl.detach(), mask)}
+    return loss + beta * average_tokens(kl, mask, average, totals=totals, max_length=max_length), {**stats, "kl": masked_mean(kl.detach(), mask)}  # step 18
