@@ -23,6 +23,8 @@ pytest: $(VENV)/.ready-dev
 bench: $(VENV)/.ready-dev ## posttrain against TRL, side by side in one run
 	$(BIN)/python benchmarks/sft.py
 	$(BIN)/python benchmarks/dpo.py
+	$(BIN)/python benchmarks/sampling.py
+	$(BIN)/python benchmarks/grpo.py
 
 clean:
 	rm -rf build dist *.egg-info out

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['GRPOConfig', 'GRPOTrainer']
 
-# %% ../../nbs/online/09_grpo_trainer.ipynb #fc8f2c5f
+# %% ../../nbs/online/09_grpo_trainer.ipynb #57b5a33c
 import math
 import warnings
 from dataclasses import dataclass, field
@@ -16,6 +16,7 @@ from ..foundations.advantages import group_advantages
 from ..foundations.masks import Totals, average
 from ..foundations.policy_gradient import RATIOS
 from .corrections import IMPORTANCE_MODES, EntropyController, entropy_threshold, gdpo_advantages, importance_weights, off_policy_mask, top_entropy_mask
+from .dapo import overlong_filter
 from .grpo import grpo_loss
 from .policy_zoo import LOSS_TYPES
 from ..rollout.rewards import total
@@ -23,7 +24,7 @@ from ..rollout.trainer import OnlineConfig, OnlineTrainer
 from ..training.heads import completion_logps, scoring
 from ..training.metrics import Mean
 
-# %% ../../nbs/online/09_grpo_trainer.ipynb #77170774
+# %% ../../nbs/online/09_grpo_trainer.ipynb #2c4fd880
 @dataclass
 class GRPOConfig(OnlineConfig):
     """GRPO's fields beside those of `OnlineConfig` and `TrainingArguments`. Names and defaults are TRL's."""
@@ -43,7 +44,7 @@ class GRPOConfig(OnlineConfig):
     vespo_k_neg: float = field(default=3.0, metadata={"help": "VESPO: rise for negative advantages."})
     vespo_lambda_neg: float = field(default=2.0, metadata={"help": "VESPO: its decay."})
     # advantages
-    scale_rewards: str | bool = field(default="group", metadata={"help": "Divide advantages by the standard deviation of the 'group', of the 'batch', or 'none'."})
+    scale_rewards: str = field(default="group", metadata={"help": "Divide advantages by the standard deviation of the 'group', of the 'batch', or 'none'."})
     multi_objective_aggregation: str = field(default="sum_then_normalize", metadata={"help": "Several rewards: 'sum_then_normalize', or 'normalize_then_sum' (GDPO)."})
     # which tokens learn
     mask_truncated_completions: bool = field(default=False, metadata={"help": "DAPO's overlong filtering: completions that were cut teach nothing."})
@@ -72,7 +73,7 @@ class GRPOConfig(OnlineConfig):
         if self.vllm_importance_sampling_cap is not None:
             warnings.warn("vllm_importance_sampling_cap is now called vllm_importance_sampling_clip_max", FutureWarning, stacklevel=3)
             self.vllm_importance_sampling_clip_max = self.vllm_importance_sampling_cap
-        self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
+        self.scale_rewards = {True: "group", False: "none", "true": "group", "false": "none"}.get(self.scale_rewards if isinstance(self.scale_rewards, bool) else self.scale_rewards.lower(), self.scale_rewards)
         self.one_of("loss_type", LOSS_TYPES)
         self.one_of("importance_sampling_level", RATIOS)
         self.one_of("scale_rewards", ("group", "batch", "none"))
@@ -94,7 +95,7 @@ class GRPOConfig(OnlineConfig):
         low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
         if low is not None and high is not None and low >= high: raise ValueError(f"vllm_importance_sampling_clip_min={low} must be below vllm_importance_sampling_clip_max={high}")
 
-# %% ../../nbs/online/09_grpo_trainer.ipynb #5e49a0ba
+# %% ../../nbs/online/09_grpo_trainer.ipynb #de45829f
 class GRPOTrainer(OnlineTrainer):
     """Group relative policy optimisation (https://arxiv.org/abs/2402.03300) and its family. Call it as TRL's.
 
@@ -119,7 +120,7 @@ class GRPOTrainer(OnlineTrainer):
         generation.columns["advantages"] = a
         if args.mask_truncated_completions:
             whole = generation.masks or [[1] * len(ids) for ids in generation.completion_ids]
-            generation.masks = [m if done else [0] * len(m) for m, done in zip(whole, generation.finished)]
+            generation.masks = overlong_filter(whole, generation.finished)
 
     def enrich(self, batches):
         "Old log-probs, where the policy will have moved before they are needed and the sampler's are not the trainer's; the reference's."
