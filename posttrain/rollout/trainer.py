@@ -167,7 +167,7 @@ def reward_metrics(
     logs |= {"reward": whole.nanmean().item(), "reward_std": spread(whole), "frac_reward_zero_std": (group_std(whole, num_generations) == 0).float().mean().item()}
     return {k: v for k, v in logs.items() if v == v}
 
-# %% ../../nbs/rollout/05_trainer.ipynb #998253b5
+# %% ../../nbs/rollout/05_trainer.ipynb #6283ec80
 class OnlineTrainer(WithReference, PostTrainer):
     """A trainer of methods that sample. Call it as TRL's GRPOTrainer.
 
@@ -233,7 +233,7 @@ class OnlineTrainer(WithReference, PostTrainer):
         if args.vllm_mode == "server":
             return vllm.VLLMServer(self.model, self.processing_class, base_url=args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}", timeout=args.vllm_server_timeout)
         return vllm.VLLMColocated(self.model, self.processing_class, max_model_len=args.vllm_max_model_length, gpu_memory_utilization=args.vllm_gpu_memory_utilization,
-                                  tensor_parallel_size=args.vllm_tensor_parallel_size, enable_sleep_mode=args.vllm_enable_sleep_mode)
+                                  tensor_parallel_size=args.vllm_tensor_parallel_size, enable_sleep_mode=args.vllm_enable_sleep_mode, logprobs_mode=vllm.logprobs_mode_for(args.sampling()))
 
     def get_train_dataloader(self):
         if self.stream is None: raise ValueError(f"{type(self).__name__}: training requires a train_dataset")
