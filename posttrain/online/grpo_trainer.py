@@ -95,7 +95,7 @@ class GRPOConfig(OnlineConfig):
         low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
         if low is not None and high is not None and low >= high: raise ValueError(f"vllm_importance_sampling_clip_min={low} must be below vllm_importance_sampling_clip_max={high}")
 
-# %% ../../nbs/online/09_grpo_trainer.ipynb #de45829f
+# %% ../../nbs/online/09_grpo_trainer.ipynb #167b23ca
 class GRPOTrainer(OnlineTrainer):
     """Group relative policy optimisation (https://arxiv.org/abs/2402.03300) and its family. Call it as TRL's.
 
@@ -170,9 +170,7 @@ class GRPOTrainer(OnlineTrainer):
         if args.loss_type == "vespo": options["tokens"] = mask.sum(1, keepdim=True)
         if args.off_policy_mask_threshold is not None: parts.append(off_policy_mask(out["logps"], sampled, batch["advantages"], mask, args.off_policy_mask_threshold))
         if "top_entropy" in batch: parts.append(batch["top_entropy"])
-        weights = None
-        for part in parts: weights = part if weights is None else weights * part
-        return weights, options, stats
+        return math.prod(parts) if parts else None, options, stats
 
     def loss(self, model, batch, totals):
         args, mask, kind = self.args, batch["mask"], LOSS_TYPES[self.args.loss_type]

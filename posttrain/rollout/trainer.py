@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['OnlineConfig', 'completion_metrics', 'reward_metrics', 'OnlineTrainer']
 
-# %% ../../nbs/rollout/05_trainer.ipynb #8ca7afff
+# %% ../../nbs/rollout/05_trainer.ipynb #edfeec07
 import os
 import time
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from ..data.formats import check_rows, column_names, is_conversational, require
 from ..data.tokens import check_tokenizer, encode_prompts
 from ..foundations.advantages import group_std
 from .rewards import Rewards, text_of, total
-from .sampling import Sampler, Sampling, eos_ids, make_sampler
+from .sampling import Sampling, eos_ids, make_sampler
 from .stream import Generation, Prompts, RolloutStream, completion_seeds
 from ..training.metrics import Mean
 from ..training.references import WithReference, disable_dropout
@@ -167,7 +167,7 @@ def reward_metrics(
     logs |= {"reward": whole.nanmean().item(), "reward_std": spread(whole), "frac_reward_zero_std": (group_std(whole, num_generations) == 0).float().mean().item()}
     return {k: v for k, v in logs.items() if v == v}
 
-# %% ../../nbs/rollout/05_trainer.ipynb #6283ec80
+# %% ../../nbs/rollout/05_trainer.ipynb #5e3a7806
 class OnlineTrainer(WithReference, PostTrainer):
     """A trainer of methods that sample. Call it as TRL's GRPOTrainer.
 
@@ -292,8 +292,7 @@ class OnlineTrainer(WithReference, PostTrainer):
         return generation
 
     def _take_weights(self):
-        if hasattr(self.engine, "wake"): self.engine.wake()
-        if self.engine is not None: self.engine.sync(self.model)
+        if self.engine is not None: self.engine.sync(self.model)  # an engine that sleeps wakes for it
 
     def keep(self, generation: Generation) -> Tensor:
         "Dynamic sampling: (P,) whether a group teaches something."
