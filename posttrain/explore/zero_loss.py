@@ -90,9 +90,9 @@ def look_inside(
     of = lambda name: torch.stack([s[name] for s in stats])
     return Moment(advantages, torch.stack(losses).detach(), gradients.flatten(1).norm(dim=1), whole.norm().item(), of("ratio/mean"), of("clip_ratio/region_mean"), chance(logits), chance(logits - rate * whole))
 
-# %% ../../nbs/explore/10_zero_loss.ipynb #9ab04e07
+# %% ../../nbs/explore/10_zero_loss.ipynb #ac0c1171
 _TOP, _ROW, _BOTTOM, _WIDTH = 46, 26, 46 + 8 * 26, 672
-_COLUMNS = {"advantage": (198, 46, 2.6), "part of the loss": (306, 46, 0.5), "its gradient": (368, 66, 0.3), "probability": (524, 104, 0.4)}  # where its 0 is and how long its scale, px; the value at its end
+_COLUMNS = {"advantage": (198, 46, 2.6), "part of the loss": (306, 46, 0.6), "its gradient": (368, 66, 0.4), "probability": (524, 104, 0.4)}  # where its 0 is and how long its scale, px; the value at its end
 _FINE, _BAD, _NOT = "#e3f4ec", "#fbe6d8", "#777777"  # grounds of the box; ground of a reward of 0
 
 
@@ -178,4 +178,4 @@ def eight_checkboxes():
     "The same with a checkbox for every completion and a slider for the step size, as an ipywidgets box: it needs a kernel, for there are too many settings to save. Raises ImportError without ipywidgets."
     def draw(average, step, rate, **right): return draw_zero_loss(tuple(map(int, right.values())), average, step, rate)
     boxes = {f"right_{i + 1}": toggle(i == 0, label=f"{n} tokens, cut" if i == 7 else f"{n} token{'s' if n > 1 else ''}") for i, n in enumerate(LENGTHS)}
-    return Explorer(draw, title="Which completions are right?", max_frames=10**6, **boxes, average=choice(*SHOWN), step=slider(1, STEPS, value=1, steps=STEPS), rate=slider(0.25, 4.0, value=RATE, steps=5, log=True, label="step size")).widget()
+    return Explorer(draw, title="Which completions are right?", max_frames=10**6, **boxes, average=choice(*SHOWN), step=slider(1, STEPS, value=1, steps=STEPS), rate=slider(0.25, 2.0, value=RATE, steps=4, log=True, label="step size")).widget()
