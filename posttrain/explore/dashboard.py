@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['PANELS', 'UNITS', 'FILE', 'panels_of', 'frame', 'Dashboard', 'read_rows', 'replay']
 
-# %% ../../nbs/explore/09_dashboard.ipynb #43af3fd5
+# %% ../../nbs/explore/09_dashboard.ipynb #7818dd74
 import json
 import math
 import re
@@ -11,26 +11,26 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-import torch
-from transformers import GenerationConfig
-
 from . import svg
 from .core import Explorer, slider
 from ..foundations.divergences import estimate_kl
 from ..foundations.layouts import make_batch
 from ..pocket.checkpoint import prompt_ids
+from ..rollout.rewards import text_of
+from ..rollout.sampling import GenerateSampler, Sampling
 from ..training.heads import completion_logps, scoring
 from ..training.progress import Progress, curve
 
-# What stands together in one panel, in this order; a run shows the first six of which it logged anything.
-PANELS = (("reward",), ("rewards/margins",), ("rewards/accuracies",), ("rewards/chosen", "rewards/rejected"), ("loss", "eval_loss"), ("kl",), ("entropy",), ("mean_token_accuracy",), ("completions/mean_length",), ("grad_norm",))
-UNITS = {"kl": "kl (nats per answer)", "entropy": "entropy (nats per token)"}
+# What stands together in one panel, in this order; a run shows the first nine of which it logged anything.
+PANELS = (("reward", "reward_std"), ("rewards/margins",), ("rewards/accuracies",), ("rewards/chosen", "rewards/rejected"), ("kl",), ("answer_kl",), ("entropy",), ("clip_ratio/region_mean", "cispo_clip_ratio"),
+          ("completions/mean_length", "completions/mean_terminated_length"), ("frac_reward_zero_std",), ("loss", "eval_loss"), ("mean_token_accuracy",), ("grad_norm",))
+UNITS = {"kl": "kl (nats per token)", "answer_kl": "KL (nats per answer)", "entropy": "entropy (nats per token)", "frac_reward_zero_std": "frac_reward_zero_std (dead groups)"}
 FILE = "dashboard.jsonl"
 
 
 def panels_of(
     rows: list[dict],  # as in `trainer.state.log_history`
-    most: int = 6,     # panels
+    most: int = 9,     # panels
 ) -> list[tuple]:
     "The panels for which a run logged something."
     logged = {k for row in rows for k in row}
@@ -38,11 +38,11 @@ def panels_of(
 
 
 def frame(
-    rows: list[dict],  # log rows, and rows with "samples": a list of {"prompt", "completion"}
+    rows: list[dict],  # log rows, and rows with "samples", a list of {"prompt", "completion"}, or "group", a prompt's completions and their scores
     step: float = math.inf,  # what was known after this step; the axes are those of the whole run
     panels: list | None = None,  # tuples of metrics; None: those of PANELS that the run logged
 ) -> str:
-    "The dashboard as one SVG: up to three panels beside each other, and the answers below."
+    "The dashboard as one SVG: up to three panels beside each other, and the answers and a group of completions below."
     panels = panels_of(rows) if panels is None else panels
     until, pictures = [row for row in rows if row.get("step", 0) <= step], []
     last = max([1] + [row["step"] for row in rows if "step" in row])
@@ -55,21 +55,48 @@ def frame(
         lines = {m: np.interp(at, *zip(*line), left=math.nan, right=math.nan) if line else [math.nan] * len(at) for m, line in lines.items()}  # what is logged at other steps is joined by straight lines
         pictures.append(svg.line_plot(at, lines, title=UNITS.get(panel[0], panel[0]) if len(panel) == 1 else "", xlabel="step", xlim=(0, last), ylim=(min(values, default=0) - air, max(values, default=1) + air), width=300, height=190))
     grid = [svg.beside(*pictures[i:i + 3]) for i in range(0, len(pictures), 3)]
-    shown = [row for row in until if "samples" in row]
-    return svg.stack(*grid, *([_answers(shown[-1])] if shown else [])) if grid or shown else svg.figure([], 300, 40, "nothing logged yet")
+    tables = [draw(shown[-1]) for what, draw in (("samples", _draw_answers), ("group", _draw_group)) if (shown := [row for row in until if what in row])]
+    return svg.stack(*grid, *tables) if grid or tables else svg.figure([], 300, 40, "nothing logged yet")
 
 
-def _answers(row) -> str:
+_WIDTH = 916  # px, of three panels
+
+
+def _cut(text: str, n: int) -> str: return text if len(text) <= n else text[:n - 1] + "…"
+
+
+def _line(text: str) -> str:
+    "On one line, without what XML cannot hold."
+    return re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff\ud800-\udfff]", "�", text.replace("\n", "⏎"))
+
+
+def _draw_answers(row) -> str:
     "Prompts and answers as a table."
-    cut = lambda t, n: t if len(t) <= n else t[:n - 1] + "…"
-    line = lambda t: re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff\ud800-\udfff]", "�", t.replace("\n", "⏎"))  # what XML cannot hold
     body = []
     for i, sample in enumerate(row["samples"]):
         y = 44 + 20 * i
-        body += [svg.text(14, y, cut(line(sample["prompt"])[-46:], 46), fill=svg.FAINT), svg.text(330, y, cut(line(sample["completion"]), 82))]
-    return svg.figure(body, 916, 36 + 20 * len(row["samples"]), f"greedy answers after step {row['step']}", "; ".join(line(f"{s['prompt']} {s['completion']}") for s in row["samples"]))
+        body += [svg.text(14, y, _cut(_line(sample["prompt"])[-46:], 46), fill=svg.FAINT), svg.text(330, y, _cut(_line(sample["completion"]), 82))]
+    return svg.figure(body, _WIDTH, 36 + 20 * len(row["samples"]), f"greedy answers after step {row['step']}", "; ".join(_line(f"{s['prompt']} {s['completion']}") for s in row["samples"]))
 
-# %% ../../nbs/explore/09_dashboard.ipynb #355d78cf
+
+def _draw_group(row) -> str:
+    "The completions of one prompt with what each of them got: a column per score, the advantage last and in colour, then the text."
+    group, texts = row["group"], [_line(t) for t in row["group"]["completions"]]
+    scores = dict(list(group["scores"].items())[-4:])  # more would leave no room for the texts
+    places = [112 + 110 * k for k in range(len(scores))]
+    left = places[-1] + 40 if places else 14
+    room = int((_WIDTH - left) / 8)
+    body = [svg.text(x, 44, _cut(name.removeprefix("rewards/"), 15), "end", 11, svg.FAINT) for x, name in zip(places, scores)]
+    said = []
+    for i, completion in enumerate(texts):
+        y = 64 + 20 * i
+        values = {name: "–" if v[i] is None else svg.short(v[i]) for name, v in scores.items()}
+        colours = [svg.INK if name != "advantage" or not v[i] else svg.PALETTE[0] if v[i] > 0 else svg.PALETTE[1] for name, v in scores.items()]
+        body += [svg.text(left, y, _cut(completion, room)), *(svg.text(x, y, t, "end", fill=c) for x, t, c in zip(places, values.values(), colours))]
+        said.append(f"{_cut(completion, 60)}: " + ", ".join(f"{name} {t}" for name, t in values.items()))
+    return svg.figure(body, _WIDTH, 56 + 20 * len(texts), f"sampled in step {row['step']}: {_cut(_line(group['prompt'])[-60:], 60)}", "; ".join(said))
+
+# %% ../../nbs/explore/09_dashboard.ipynb #4065b64a
 class Dashboard(Progress):
     """Curves, KL and answers of a run, drawn in place in a notebook, and written to `dashboard.jsonl`, `dashboard.svg` and `dashboard.html` in the output folder.
 
@@ -104,7 +131,9 @@ class Dashboard(Progress):
         if self.prompts is not None: return [prompt_ids(t.processing_class, p) for p in self.prompts]
         sets = [t.eval_dataset if not isinstance(t.eval_dataset, dict) else next(iter(t.eval_dataset.values())), t.train_dataset]
         found = next((d for d in sets if "prompt_ids" in (getattr(d, "column_names", None) or ())), None)
-        return [] if found is None else [row["prompt_ids"] for _, row in zip(range(self.n), found)]
+        if found is not None: return [row["prompt_ids"] for _, row in zip(range(self.n), found)]
+        found = next((d for d in sets if hasattr(t, "encode") and "prompt" in (getattr(d, "column_names", None) or ())), None)  # a trainer that samples encodes when it asks
+        return [] if found is None else t.encode([row for _, row in zip(range(self.n), found)])
 
     def _safely(self, what, *args) -> None:
         "A picture is not worth a run: what goes wrong in here is said once."
@@ -115,35 +144,41 @@ class Dashboard(Progress):
 
     # ------------------------------------------------ looking at answers
     def _look(self, state) -> None:
-        t, tokenizer = self.trainer, self.trainer.processing_class
-        if self.asked is None: self.asked = [ids for ids in self._prompt_ids() if ids]
-        if not self.asked or t.is_fsdp_enabled or t.is_deepspeed_enabled: return  # in shards, one process alone cannot generate
-        model, row = t.accelerator.unwrap_model(t.model), {"step": state.global_step}
-        with scoring(model):
-            answers = [ids for (ids,) in self._generate(model, tokenizer, 1, do_sample=False)]
-            row["samples"] = [{"prompt": tokenizer.decode(p), "completion": tokenizer.decode(a, skip_special_tokens=True)} for p, a in zip(self.asked, answers)]
-            if self.samples and (reference := getattr(t, "scorer", None)) is not None:
-                with torch.random.fork_rng():
-                    torch.manual_seed(0)  # the same draws at each look: less noise between them
-                    groups = self._generate(model, tokenizer, self.samples, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
-                batch = {k: v.to(model.device) for k, v in make_batch(self.asked, [a for group in groups for a in group], [i for i, group in enumerate(groups) for _ in group]).items()}
-                logratio = completion_logps(model, batch)["logps"] - reference.ref_logps(batch)
-                row["kl"] = (estimate_kl(logratio, "k3") * batch["mask"]).sum(1).mean().item()
-        self.known[state.global_step] = row
+        row = self._answers() | self._group()
+        if not row: return
+        self.known[state.global_step] = row = {"step": state.global_step, **row}
         self._write(row)
 
-    def _generate(self, model, tokenizer, n, **how) -> list[list[list[int]]]:
-        "n answers to each prompt, cut after their end of sequence."
-        pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
-        width = max(map(len, self.asked))
-        ids = torch.tensor([[pad] * (width - len(p)) + p for p in self.asked], device=model.device)
-        seen = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in self.asked], device=model.device)
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-        own, model.generation_config = model.generation_config, GenerationConfig()  # no penalties or beams of the model's: the policy itself is looked at
-        try: new = model.generate(ids, attention_mask=seen, num_return_sequences=n, max_new_tokens=int(max(1, min(self.max_new_tokens, limit - width))), pad_token_id=pad, eos_token_id=eos, **how)[:, width:].tolist()
-        finally: model.generation_config = own
-        cut = [a[:a.index(eos) + 1] if eos in a else a for a in new]
-        return [cut[i:i + n] for i in range(0, len(cut), n)]
+    def _answers(self) -> dict:
+        "What the model answers now, and how far these answers are from the reference's, where there is one that the trainer does not log itself."
+        t, tokenizer = self.trainer, self.trainer.processing_class
+        if self.asked is None: self.asked = [ids for ids in self._prompt_ids() if ids]
+        if not self.asked or t.is_fsdp_enabled or t.is_deepspeed_enabled: return {}  # in shards, one process alone cannot generate
+        model = t.accelerator.unwrap_model(t.model)
+        answers = self._sample(model, self.asked, 0.0)
+        row = {"samples": [{"prompt": tokenizer.decode(p), "completion": tokenizer.decode(a, skip_special_tokens=True)} for p, a in zip(self.asked, answers)]}
+        reference = getattr(t, "scorer", None)
+        if not self.samples or reference is None or hasattr(t, "generation"): return row
+        groups = [i for i in range(len(self.asked)) for _ in range(self.samples)]
+        sampled = self._sample(model, [self.asked[i] for i in groups], 1.0)
+        with scoring(model):
+            batch = {k: v.to(model.device) for k, v in make_batch(self.asked, sampled, groups).items()}
+            logratio = completion_logps(model, batch)["logps"] - reference.ref_logps(batch)
+        return row | {"answer_kl": (estimate_kl(logratio, "k3") * batch["mask"]).sum(1).mean().item()}
+
+    def _sample(self, model, prompts, temperature) -> list[list[int]]:
+        "An answer to each prompt, with its end of sequence; the same random numbers at each look: less noise between them."
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        room = int(max(1, min(self.max_new_tokens, longest - max(map(len, prompts)))))
+        return GenerateSampler(model, self.trainer.processing_class).sample(prompts, list(range(len(prompts))), Sampling(max_tokens=room, temperature=temperature)).completion_ids
+
+    def _group(self) -> dict:
+        "Of what the trainer sampled last, the first group whose rewards differ."
+        t = self.trainer
+        if (g := getattr(t, "generation", None)) is None: return {}
+        scores, G = {k: [None if v != v else v for v in values] for k, values in t.scores_of(g).items()}, g.num_generations  # NaN: not applicable, and no JSON
+        first = next((i for i in range(0, len(g), G) if any(len(set(v[i:i + G])) > 1 for v in scores.values())), 0)
+        return {"group": {"prompt": text_of(g.rows[first]["prompt"]), "completions": [text_of(c) for c in g.completions[first:first + G]], "scores": {k: v[first:first + G] for k, v in scores.items()}}}
 
     # ------------------------------------------------ when
     def on_train_begin(self, args, state, control, **kwargs):
@@ -152,7 +187,7 @@ class Dashboard(Progress):
         self.path = Path(args.output_dir) / FILE
         self.path.parent.mkdir(parents=True, exist_ok=True)
         before = [row for row in read_rows(self.path) if row.get("step", 0) <= state.global_step] if state.global_step and self.path.exists() else []
-        self.known = {row["step"]: row for row in before if "samples" in row}
+        self.known = {row["step"]: row for row in before if "samples" in row or "group" in row}
         self.path.write_text("".join(json.dumps(row) + "\n" for row in before), encoding="utf-8")  # a run that goes on keeps what it knew, a new one starts anew
         if not state.global_step: self._safely(self._look, state)
 
@@ -176,7 +211,7 @@ class Dashboard(Progress):
         replay(rows, panels=self.panels).save(self.path.parent / "dashboard.html")
 
     def _write(self, row) -> None:
-        plain = {k: v for k, v in row.items() if isinstance(v, (int, float, str, list))}
+        plain = {k: v for k, v in row.items() if isinstance(v, (int, float, str, list, dict))}
         with self.path.open("a", encoding="utf-8") as f: f.write(json.dumps(plain) + "\n")
 
     def picture(self, state) -> str:

@@ -24,7 +24,7 @@ from ..rollout.trainer import OnlineConfig, OnlineTrainer
 from ..training.heads import completion_logps, scoring
 from ..training.metrics import Mean
 
-# %% ../../nbs/online/09_grpo_trainer.ipynb #2c4fd880
+# %% ../../nbs/online/09_grpo_trainer.ipynb #1693bdf1
 @dataclass
 class GRPOConfig(OnlineConfig):
     """GRPO's fields beside those of `OnlineConfig` and `TrainingArguments`. Names and defaults are TRL's."""
@@ -88,14 +88,15 @@ class GRPOConfig(OnlineConfig):
         if self.num_generations < 2: raise ValueError(f"num_generations={self.num_generations}: {type(self).__name__} compares completions of one prompt and needs at least 2")
         high = 1 + (self.epsilon if self.epsilon_high is None else self.epsilon_high)
         if self.delta is not None and not self.delta > high: raise ValueError(f"delta={self.delta} caps the ratio beyond the clip and must be above 1 + epsilon_high = {high:g}")
-        if self.loss_type == "cispo" and self.epsilon_high is None: warnings.warn(f"loss_type='cispo' takes epsilon_high as the cap of the ratio itself; left out it is epsilon={self.epsilon}, far below 1: set it, e.g. to 5.0 (ScaleRL)", stacklevel=3)
-        if self.loss_type == "vespo" and self.vllm_importance_sampling_correction and self.use_vllm and not self.vllm_importance_sampling_mode.startswith("token"):
-            raise ValueError(f"loss_type='vespo' takes the sampler's correction into its own weight, token by token: set vllm_importance_sampling_mode to 'token_truncate' or 'token_mask', not {self.vllm_importance_sampling_mode!r}")
+        kind = LOSS_TYPES[self.loss_type]
+        if kind.caps_ratio and self.epsilon_high is None: warnings.warn(f"loss_type={self.loss_type!r} takes epsilon_high as the cap of the ratio itself; left out it is epsilon={self.epsilon}, far below 1: set it, e.g. to 5.0 (ScaleRL)", stacklevel=3)
+        if kind.weighs_answers and self.vllm_importance_sampling_correction and self.use_vllm and not self.vllm_importance_sampling_mode.startswith("token"):
+            raise ValueError(f"loss_type={self.loss_type!r} takes the sampler's correction into its own weight, token by token: set vllm_importance_sampling_mode to 'token_truncate' or 'token_mask', not {self.vllm_importance_sampling_mode!r}")
         if self.sync_ref_model and self.beta == 0: raise ValueError("sync_ref_model=True moves a reference, but with beta=0 there is none: set beta above 0, or leave it False")
         low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
         if low is not None and high is not None and low >= high: raise ValueError(f"vllm_importance_sampling_clip_min={low} must be below vllm_importance_sampling_clip_max={high}")
 
-# %% ../../nbs/online/09_grpo_trainer.ipynb #167b23ca
+# %% ../../nbs/online/09_grpo_trainer.ipynb #93ab5be6
 class GRPOTrainer(OnlineTrainer):
     """Group relative policy optimisation (https://arxiv.org/abs/2402.03300) and its family. Call it as TRL's.
 
@@ -115,8 +116,8 @@ class GRPOTrainer(OnlineTrainer):
     # ------------------------------------------------ what rewards mean
     def advantages(self, generation):
         args = self.args
-        if args.multi_objective_aggregation == "normalize_then_sum": a = gdpo_advantages(generation.rewards, self.rewards.weights, args.num_generations)
-        else: a = group_advantages(total(generation.rewards, self.rewards.weights), args.num_generations, scale=args.scale_rewards)
+        if args.multi_objective_aggregation == "normalize_then_sum": a = gdpo_advantages(generation.rewards, self.rewards.weights, generation.num_generations)
+        else: a = group_advantages(total(generation.rewards, self.rewards.weights), generation.num_generations, scale=args.scale_rewards)
         generation.columns["advantages"] = a
         if args.mask_truncated_completions:
             whole = generation.masks or [[1] * len(ids) for ids in generation.completion_ids]
@@ -156,6 +157,7 @@ class GRPOTrainer(OnlineTrainer):
     def factors(self, batch: dict, out: dict, old_logps: Tensor) -> tuple[Tensor | None, dict, dict]:
         "What weighs the terms of the loss: factors (B, T) or (B, 1) or None, options of the trust region, and stats of the sampler."
         args, mask, parts, options, stats = self.args, batch["mask"], [], {}, {}
+        of_answers = LOSS_TYPES[args.loss_type].weighs_answers
         sampled = batch.get("sampled_logps", old_logps)
         if "sampled_logps" in batch and not self.exact:
             known = mask * ~sampled.isnan()  # an engine may not be able to say
@@ -165,9 +167,9 @@ class GRPOTrainer(OnlineTrainer):
                 w = importance_weights(old_logps, sampled, mask, mode=args.vllm_importance_sampling_mode, clip_max=args.vllm_importance_sampling_clip_max, clip_min=args.vllm_importance_sampling_clip_min)
                 counted = w.flatten() if w.shape[1] == 1 else w[mask != 0]
                 if len(counted): stats |= {f"sampling/importance_sampling_ratio/{k}": v for k, v in (("min", counted.min()), ("mean", Mean.of(counted)), ("max", counted.max()))}
-                if args.loss_type == "vespo": options["log_importance"] = w.log().clamp(math.log(1e-8), 20).masked_fill(mask == 0, 0).sum(1, keepdim=True)
+                if of_answers: options["log_importance"] = w.log().clamp(math.log(1e-8), 20).masked_fill(mask == 0, 0).sum(1, keepdim=True)
                 else: parts.append(w)
-        if args.loss_type == "vespo": options["tokens"] = mask.sum(1, keepdim=True)
+        if of_answers: options["tokens"] = mask.sum(1, keepdim=True)
         if args.off_policy_mask_threshold is not None: parts.append(off_policy_mask(out["logps"], sampled, batch["advantages"], mask, args.off_policy_mask_threshold))
         if "top_entropy" in batch: parts.append(batch["top_entropy"])
         return math.prod(parts) if parts else None, options, stats
@@ -180,7 +182,7 @@ class GRPOTrainer(OnlineTrainer):
             batch = {**batch, "top_entropy": top_entropy_mask(out["entropy"], mask, entropy_threshold(out["entropy"].detach()[mask != 0], args.top_entropy_quantile))}
         weights, options, stats = self.factors(batch, out, old_logps)
         trust_region = partial(kind.trust_region, **args.options_of(kind.shape), **options) if kind.shape else kind.trust_region
-        epsilon_high = (args.epsilon if args.epsilon_high is None else args.epsilon_high) - 1 if args.loss_type == "cispo" else args.epsilon_high  # TRL's is the cap itself
+        epsilon_high = (args.epsilon if args.epsilon_high is None else args.epsilon_high) - 1 if kind.caps_ratio else args.epsilon_high  # TRL's is the cap itself
         loss, seen = grpo_loss(logps, old_logps, batch["advantages"], mask, ref_logps=batch.get("ref_logps"), beta=args.beta if "ref_logps" in batch else 0.0, epsilon=args.epsilon, epsilon_high=epsilon_high,
                                delta=args.delta, importance_sampling_level=args.importance_sampling_level, use_bias_correction_kl=args.use_bias_correction_kl, trust_region=trust_region,
                                average=kind.average, weights=weights, totals=totals, max_length=args.max_completion_length)

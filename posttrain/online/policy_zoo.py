@@ -57,7 +57,7 @@ def vespo(
     weight = gamma_weight(log_w if log_importance is None else log_w + log_importance, advantages, **shape)
     return weight * advantages * logps, {"vespo/phi_seq_mean": weight[:, 0].mean()}
 
-# %% ../../nbs/online/06_policy_zoo.ipynb #22ce8831
+# %% ../../nbs/online/06_policy_zoo.ipynb #c93ba04c
 class LossType(NamedTuple):
     "A loss of the family: `grpo_loss` with these settings."
     trust_region: str | Callable     # a key of `TRUST_REGIONS` or a function like them
@@ -65,6 +65,8 @@ class LossType(NamedTuple):
     whole_generation: bool = False   # tokens are counted over the generation, not over the optimizer step (they differ when a generation serves several)
     names: dict = {}                 # metric -> what TRL calls it for this loss
     shape: Callable | None = None    # whose keyword-only parameters are further fields of the config
+    caps_ratio: bool = False         # the config's epsilon_high is the greatest ratio itself, not its distance from 1
+    weighs_answers: bool = False     # one weight per answer, into which a foreign sampler's correction goes: its function takes `log_importance` and `tokens`
     paper: str = ""                  # arXiv number
 
 
@@ -74,7 +76,7 @@ LOSS_TYPES: dict[str, LossType] = {
     "dr_grpo": LossType("clip", "constant", paper="2503.20783"),
     "dapo": LossType("clip", "token", whole_generation=True, paper="2503.14476"),
     "luspo": LossType("clip", "sum", paper="2602.05261"),
-    "cispo": LossType("cispo", "token", whole_generation=True, names={"clip_ratio/high_mean": "cispo_clip_ratio"}, paper="2506.13585"),
+    "cispo": LossType("cispo", "token", whole_generation=True, names={"clip_ratio/high_mean": "cispo_clip_ratio"}, caps_ratio=True, paper="2506.13585"),
     "sapo": LossType(sapo, "sequence", shape=sapo, paper="2511.20347"),
-    "vespo": LossType(vespo, "token", whole_generation=True, shape=gamma_weight, paper="2602.10693"),
+    "vespo": LossType(vespo, "token", whole_generation=True, shape=gamma_weight, weighs_answers=True, paper="2602.10693"),
 }

@@ -3,8 +3,7 @@
 # %% auto #0
 __all__ = ['live_pairs', 'two_grpo_loss']
 
-# %% ../../nbs/online/04_two_grpo.ipynb #5d593c51
-import torch
+# %% ../../nbs/online/04_two_grpo.ipynb #48bfc82d
 from torch import Tensor
 
 from ..foundations.masks import masked_mean

@@ -16,10 +16,10 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSample
 
 from ..foundations.layouts import make_batch
 
-# %% ../../nbs/rollout/04_stream.ipynb #aa900934
+# %% ../../nbs/rollout/04_stream.ipynb #280b0c4d
 @dataclass
 class Generation:
-    "B completions that were sampled at one go, those of a prompt beside each other. Every field has B entries."
+    "B completions that were sampled at one go, those of a prompt beside each other. Every field has B entries, but for `num_generations`."
 
     rows: list[dict]                  # the row of the data set that each answers
     prompt_ids: list[list[int]]
@@ -28,6 +28,7 @@ class Generation:
     finished: list[bool]              # ended by itself, not cut at the longest length allowed
     completions: list                 # as reward functions see them: text, or a list with one assistant message
     rewards: Tensor                   # (B, F), one column per reward function; NaN: not applicable
+    num_generations: int              # G: so many neighbours answer one prompt
     masks: list[list[int]] | None = None  # which tokens count; None: all. Tokens that a tool wrote do not
     columns: dict[str, Tensor] = field(default_factory=dict)  # what the method adds: name -> (B, ...)
     extra: dict[str, list] = field(default_factory=dict)      # what reward functions want to see beside the completions: name -> B values
@@ -44,7 +45,7 @@ class Generation:
     ) -> "Generation":
         "Some of the completions."
         def of(value):
-            if value is None: return None
+            if value is None or isinstance(value, int): return value
             if isinstance(value, dict): return {k: of(v) for k, v in value.items()}
             return value[torch.as_tensor(which, dtype=torch.long)] if isinstance(value, Tensor) else [value[i] for i in which]
         return Generation(**{f.name: of(getattr(self, f.name)) for f in fields(self)})
@@ -57,20 +58,21 @@ class Generation:
         "Several into one, in this order. What one of them lacks, the whole lacks."
         def of(values):
             if any(v is None for v in values): return None
+            if isinstance(values[0], int): return values[0]
             if isinstance(values[0], dict): return {k: of([v[k] for v in values]) for k in values[0] if all(k in v for v in values)}
             return torch.cat(values) if isinstance(values[0], Tensor) else [x for v in values for x in v]
         return cls(**{f.name: of([getattr(p, f.name) for p in parts]) for f in fields(cls)})
 
     def batch(
         self,
-        which: list[int],     # numbers of completions, in order
-        num_generations: int, # G: so many neighbours answer one prompt
+        which: list[int] | None = None,  # numbers of completions, in order; None: all
     ) -> dict[str, Tensor]:
         "Some of the completions as the batch of `foundations.layouts`, each prompt once, with `sampled_logps` (B, T) and the method's columns."
-        groups = [i // num_generations for i in which]
+        which = list(range(len(self))) if which is None else which
+        groups = [i // self.num_generations for i in which]
         heads = sorted(set(groups))
         part = self.pick(which)
-        batch = make_batch([self.prompt_ids[g * num_generations] for g in heads], part.completion_ids, [heads.index(g) for g in groups], part.masks)
+        batch = make_batch([self.prompt_ids[g * self.num_generations] for g in heads], part.completion_ids, [heads.index(g) for g in groups], part.masks)
         if part.sampled_logps is not None:
             batch["sampled_logps"] = torch.zeros(batch["mask"].shape)
             for row, logps in zip(batch["sampled_logps"], part.sampled_logps): row[:len(logps)] = torch.tensor(logps)

@@ -167,7 +167,7 @@ def reward_metrics(
     logs |= {"reward": whole.nanmean().item(), "reward_std": spread(whole), "frac_reward_zero_std": (group_std(whole, num_generations) == 0).float().mean().item()}
     return {k: v for k, v in logs.items() if v == v}
 
-# %% ../../nbs/rollout/05_trainer.ipynb #5e3a7806
+# %% ../../nbs/rollout/05_trainer.ipynb #a86a449b
 class OnlineTrainer(WithReference, PostTrainer):
     """A trainer of methods that sample. Call it as TRL's GRPOTrainer.
 
@@ -264,8 +264,8 @@ class OnlineTrainer(WithReference, PostTrainer):
         ends = {*eos_ids(self.model, self.processing_class), self.processing_class.pad_token_id}
         return dict(prompt_ids=[list(x) for x in out.pop("prompt_ids")], completion_ids=ids, sampled_logps=out.pop("logprobs"), finished=[bool(x) and x[-1] in ends for x in ids], masks=masks, fields=out)
 
-    def generate(self, rows: list[dict], seeds: list[int]) -> tuple[Generation, dict]:
-        "Sample and score these rows, on this process: the generation, and metrics that reward functions logged (name -> list)."
+    def generate(self, rows: list[dict], seeds: list[int], num_generations: int | None = None) -> tuple[Generation, dict]:
+        "Sample and score these rows, on this process, `num_generations` neighbours for a prompt (None: the config's): the generation, and metrics that reward functions logged (name -> list)."
         said = self.sample(rows, seeds)
         fields = said.pop("fields", {})
         texts = self.processing_class.batch_decode(said["completion_ids"], skip_special_tokens=True)
@@ -276,7 +276,7 @@ class OnlineTrainer(WithReference, PostTrainer):
             columns = {k: [row[k] for row in rows] for k in (rows[0] if rows else ()) if k != "prompt"} | fields
             rewards = self.rewards(prompts, completions, said["completion_ids"], columns, self.state, log_extra=lambda name, values: extra.__setitem__(name, list(values)),
                                    log_metric=lambda name, value: metrics.setdefault(name, []).append(float(value))) if rows else torch.zeros(0, len(self.rewards.names))
-        return Generation(rows=rows, completions=completions, rewards=rewards, extra=extra, **said), metrics
+        return Generation(rows=rows, completions=completions, rewards=rewards, num_generations=num_generations or self.args.num_generations, extra=extra, **said), metrics
 
     def rollout(self, rows: list[dict], seeds: list[int]) -> Generation:
         "One generation: each process samples and scores its share, and all of them get the whole."
@@ -296,7 +296,7 @@ class OnlineTrainer(WithReference, PostTrainer):
 
     def keep(self, generation: Generation) -> Tensor:
         "Dynamic sampling: (P,) whether a group teaches something."
-        return group_std(total(generation.rewards, self.rewards.weights), self.args.num_generations) > 0
+        return group_std(total(generation.rewards, self.rewards.weights), generation.num_generations) > 0
 
     def advantages(self, generation: Generation) -> None:
         "What the rewards mean for learning: add it to `generation.columns`, (B,) or (B, ...). And `generation.masks`, if some tokens shall not count."
@@ -317,7 +317,7 @@ class OnlineTrainer(WithReference, PostTrainer):
         batches = []
         for m in range(args.steps_per_generation):
             first = (m * args.world_size + args.process_index) * size
-            batch = generation.batch(list(range(first, first + size)), args.num_generations)
+            batch = generation.batch(list(range(first, first + size)))
             batches.append(self._prepare_inputs({**batch, "token_share": torch.tensor(share)}))
         self.enrich(batches)
         for callback in self.callback_handler.callbacks:
@@ -327,18 +327,16 @@ class OnlineTrainer(WithReference, PostTrainer):
     # ------------------------------------------------ evaluation
     def _eval_batch(self, rows: list[dict]) -> dict:
         "Rows of an evaluation set -> completions of this process, scored: a micro-batch."
-        G = self.args.num_generations_eval or self.args.num_generations
-        seeds = completion_seeds(self.args.seed, self._evaluated, len(rows) * G)
-        self._evaluated += len(seeds)
-        generation, metrics = self.generate([row for row in rows for _ in range(G)], seeds)
-        training, self.args.num_generations = self.args.num_generations, G
-        try:
-            logs = completion_metrics(generation) | {k: sum(v) / len(v) for k, v in metrics.items()}
-            if self.rewards: logs |= reward_metrics(generation.rewards, self.rewards.weights, self.rewards.names, G)
-            self.advantages(generation)  # may leave tokens out, whose lengths are logged all the same
-        finally: self.args.num_generations = training
+        args = self.args
+        G = args.num_generations_eval or args.num_generations
+        before = (self._evaluated * args.world_size + args.process_index) * args.eval_batch_size  # rows: processes take batches in turn, so each row has its seeds however many there are
+        self._evaluated += 1
+        generation, metrics = self.generate([row for row in rows for _ in range(G)], completion_seeds(args.seed, before * G, len(rows) * G), G)
+        logs = completion_metrics(generation) | {k: sum(v) / len(v) for k, v in metrics.items()}
+        if self.rewards: logs |= reward_metrics(generation.rewards, self.rewards.weights, self.rewards.names, G)
+        self.advantages(generation)  # may leave tokens out, whose lengths are logged all the same
         self.ledgers[False].add({k: Mean(v * len(rows), len(rows)) for k, v in logs.items()})
-        batch = self._prepare_inputs(generation.batch(list(range(len(generation))), G))
+        batch = self._prepare_inputs(generation.batch())
         self.enrich([batch])
         return batch
 
@@ -353,14 +351,19 @@ class OnlineTrainer(WithReference, PostTrainer):
         raise NotImplementedError(f"{type(self).__name__}.predict: there are no labels to predict; use evaluate(dataset)")
 
     # ------------------------------------------------ logs
+    def scores_of(self, generation: Generation) -> dict[str, list[float]]:
+        "What each completion got: its rewards by name, and `advantage`, where all its tokens have the same."
+        scores = {name: r.tolist() for name, r in zip(self.rewards.names, generation.rewards.T)} if self.rewards else {}
+        a = generation.columns.get("advantages")
+        return scores | ({"advantage": a.tolist()} if a is not None and a.dim() == 1 else {})
+
     def _keep_completions(self, generation):
         if not (self.args.log_completions and self.is_world_process_zero()): return
         import pyarrow as pa
         import pyarrow.parquet as pq
         folder, step = Path(self.args.output_dir) / "completions", self.state.global_step + 1
         folder.mkdir(parents=True, exist_ok=True)
-        table = {"step": [step] * len(generation), "prompt": [row["prompt"] for row in generation.rows], "completion": generation.completions, **generation.extra,
-                 **({n: r.tolist() for n, r in zip(self.rewards.names, generation.rewards.T)} if self.rewards else {}), **({"advantage": a.tolist()} if (a := generation.columns.get("advantages")) is not None and a.dim() == 1 else {})}
+        table = {"step": [step] * len(generation), "prompt": [row["prompt"] for row in generation.rows], "completion": generation.completions, **generation.extra, **self.scores_of(generation)}
         file = folder / f"completions_{step:05d}.parquet"  # by step: a run that goes on after a stop writes the same file again
         pq.write_table(pa.table(table), file.with_suffix(".part"))
         os.replace(file.with_suffix(".part"), file)
@@ -372,13 +375,9 @@ class OnlineTrainer(WithReference, PostTrainer):
     def completions_table(self) -> str:
         "Some completions of the last generation with their rewards, as text."
         g, n = self.generation, self.args.num_completions_to_print
-        which = range(0, len(g), self.args.num_generations if self.args.log_unique_prompts else 1)
-        lines = []
-        for i in list(which)[:n]:
-            numbers = " ".join(f"{name} {value:.3g}" for name, value in zip(self.rewards.names, g.rewards[i].tolist())) if self.rewards else ""
-            if (a := g.columns.get("advantages")) is not None and a.dim() == 1: numbers += f"  advantage {a[i].item():+.3f}"
-            lines.append(f"  {text_of(g.rows[i]['prompt'])!r} -> {text_of(g.completions[i])!r}   {numbers}")
-        return "\n".join(lines)
+        which = range(0, len(g), g.num_generations if self.args.log_unique_prompts else 1)
+        scores = self.scores_of(g)
+        return "\n".join(f"  {text_of(g.rows[i]['prompt'])!r} -> {text_of(g.completions[i])!r}   " + " ".join(f"{name} {v[i]:{'+' if name == 'advantage' else ''}.3g}" for name, v in scores.items()) for i in list(which)[:n])
 
     # ------------------------------------------------ stopping and going on
     def run_state(self) -> dict:
