@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.explore import beta, dashboard, kl, pair_losses, plane, tokens, weights
+from posttrain.explore import beta, dashboard, groups, kl, pair_losses, plane, tokens, weights, zero_loss
 
 pytestmark = pytest.mark.browser
 
@@ -64,11 +64,11 @@ def has_changed(page, picture, before: str) -> str:
 # ---------------------------------------------------------------- the page without a kernel
 def a_run():
     "A dashboard replayed: made-up numbers, since here only the page is looked at."
-    rows = [{"step": s, "loss": 1 / (1 + s), "rewards/margins": s / 9} for s in range(1, 9)] + [{"step": s, "samples": [{"prompt": "2+2=", "completion": str(s)}], "kl": s / 5} for s in (1, 5, 8)]
+    rows = [{"step": s, "loss": 1 / (1 + s), "reward": s / 9, "reward_std": .5} for s in range(1, 9)] + [{"step": s, "samples": [{"prompt": "2+2=", "completion": str(s)}], "group": {"prompt": "1+1=", "completions": ["2", "11"], "scores": {"exact": [1.0, 0.0], "advantage": [.7, -.7]}}} for s in (1, 5, 8)]
     return dashboard.replay(rows)
 
 
-@pytest.mark.parametrize("make", [tokens.tokens_explorer, kl.kl_explorer, weights.weights_explorer, beta.beta_explorer, plane.dpo_plane, pair_losses.pair_loss_curves, a_run])
+@pytest.mark.parametrize("make", [tokens.tokens_explorer, kl.kl_explorer, weights.weights_explorer, beta.beta_explorer, plane.dpo_plane, pair_losses.pair_loss_curves, zero_loss.zero_loss_explorer, groups.groups_explorer, a_run])
 def test_static_page_moves_by_keyboard(page, tmp_path, make):
     explorer = make()
     page.goto(explorer.save(tmp_path / "page.html").as_uri())

@@ -78,7 +78,7 @@ class Generation:
             for row, logps in zip(batch["sampled_logps"], part.sampled_logps): row[:len(logps)] = torch.tensor(logps)
         return {**batch, **part.columns}
 
-# %% ../../nbs/rollout/04_stream.ipynb #1d619d87
+# %% ../../nbs/rollout/04_stream.ipynb #0a1faacc
 class Prompts:
     "The rows of a data set in the order they are asked, without end. `drawn` says how many have been."
 
@@ -97,19 +97,22 @@ class Prompts:
         n: int,  # rows
     ) -> list[dict]:
         "The next rows. Raises ValueError when there are none."
-        return [self._row() for _ in range(n)]
+        rows = self._rows([self._number(k) for k in range(self.drawn, self.drawn + n)]) if self.sized else [self._streamed_row() for _ in range(n)]
+        self.drawn += n
+        return rows
 
-    def _row(self):
-        row = self._sized_row() if self.sized else self._streamed_row()
-        self.drawn += 1
-        return row
-
-    def _sized_row(self):
-        turn, place = divmod(self.drawn, len(self.dataset))
+    def _number(self, k: int) -> int:
+        "Of the row that is the k-th to be asked."
+        turn, place = divmod(k, len(self.dataset))
         if turn != self._pass:
             self._order, self._pass = list(range(len(self.dataset))), turn
             if self.shuffle: random.Random(f"{self.seed} {turn}").shuffle(self._order)
-        return self.dataset[self._order[place]]
+        return self._order[place]
+
+    def _rows(self, numbers: list[int]) -> list[dict]:
+        if isinstance(self.dataset, list): return [self.dataset[i] for i in numbers]
+        columns = self.dataset[numbers]  # a Dataset reads many rows at the price of one
+        return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
     def _streamed_row(self):
         if self._reader is None: self._reader, skip = iter(self.dataset), self.drawn  # after a stop: read up to where it was
@@ -130,7 +133,7 @@ def completion_seeds(
     "A seed for each completion of a run."
     return [int.from_bytes(hashlib.blake2b(f"{seed} {k}".encode(), digest_size=8).digest(), "big") >> 1 for k in range(first, first + n)]
 
-# %% ../../nbs/rollout/04_stream.ipynb #6bbab0d2
+# %% ../../nbs/rollout/04_stream.ipynb #a7354b5d
 class RolloutStream(Dataset):
     "Micro-batches of completions, made when they are needed. Item i is the next one, whatever i is. A number of items is given, so that a loop can count; it never ends by itself."
 
@@ -147,10 +150,11 @@ class RolloutStream(Dataset):
         length: int,                  # micro-batches that the loop counts as a pass
         keep: Callable[[Generation], Tensor] | None = None,  # -> (P,) bool: groups that teach something; None: all are taken
         max_rounds: int = 10,         # of dynamic sampling
+        prompts_per_round: int | None = None,  # asked at a time, at most; None: P
     ):
         self.prompts, self.rollout, self.batches_of, self.length = prompts, rollout, batches, length
-        self.P, self.G, self.num_iterations, self.seed, self.keep, self.max_rounds = prompts_per_generation, num_generations, num_iterations, seed, keep, max_rounds
-        self.sampled, self.generations, self.place, self.batches, self.rounds, self.warned = 0, 0, 0, [], [], False
+        self.P, self.G, self.num_iterations, self.seed, self.keep, self.max_rounds, self.most = prompts_per_generation, num_generations, num_iterations, seed, keep, max_rounds, prompts_per_round or prompts_per_generation
+        self.sampled, self.generations, self.place, self.batches, self.rounds, self.kept, self.warned = 0, 0, 0, [], [], (1, 1), False
 
     def __len__(self): return self.length
 
@@ -171,25 +175,26 @@ class RolloutStream(Dataset):
     def generate(self) -> Generation:
         "Completions for the next P prompts, or for as many prompts as it takes to have P groups that are kept. `rounds` holds (asked, kept) of each round."
         if self.keep is None: return self._round(self.P)
-        alive, dead, missing, self.rounds = [], [], self.P, []
+        parts, alive, dead, missing, self.rounds = [], [], [], self.P, []
         while missing and len(self.rounds) < self.max_rounds:
-            asked, kept = (sum(c) for c in zip(*self.rounds)) if self.rounds else (1, 1)
-            part = self._round(min(self.P, -(-missing * asked // max(kept, 1))))
-            good = self.keep(part).tolist()
+            asked, kept = self.kept
+            parts.append(self._round(min(self.most, -(-missing * asked // max(kept, 1)))))
+            good, first = self.keep(parts[-1]).tolist(), len(alive) + len(dead)
+            for g, yes in enumerate(good, first): (alive if yes else dead).append(g)
             self.rounds.append((len(good), sum(good)))
-            for g, yes in enumerate(good): (alive if yes else dead).append(part.pick(list(range(g * self.G, (g + 1) * self.G))))
+            self.kept = tuple(map(sum, zip(*self.rounds)))
             missing = max(self.P - len(alive), 0)
         if missing and not self.warned:
             self.warned = True  # near the end of a run that goes well most groups are all right
             warnings.warn(f"dynamic sampling: after {len(self.rounds)} rounds and {sum(a for a, _ in self.rounds)} prompts only {len(alive)} of {self.P} groups have rewards that differ; "
                           "the step goes on with groups that teach nothing. Said once. The prompts may be too hard or too easy for this model, or num_generations too small; frac_reward_zero_std and dynamic_sampling/kept tell", stacklevel=2)
-        return Generation.join((alive + dead)[:self.P])
+        return Generation.join(parts).pick([g * self.G + i for g in (alive + dead)[:self.P] for i in range(self.G)])
 
     # ------------------------------------------------ stopping and going on
     def state_dict(self) -> dict:
         "All that going on needs: numbers, and the micro-batches that are still to be used."
         rest = self.place < len(self.batches) * self.num_iterations
-        return dict(drawn=self.prompts.drawn, sampled=self.sampled, generations=self.generations, place=self.place if rest else 0,
+        return dict(drawn=self.prompts.drawn, sampled=self.sampled, kept=self.kept, generations=self.generations, place=self.place if rest else 0,
                     batches=[{k: v.cpu() if isinstance(v, Tensor) else v for k, v in b.items()} for b in self.batches] if rest else [])
 
     def load_state_dict(
@@ -198,7 +203,7 @@ class RolloutStream(Dataset):
     ) -> None:
         "Go on where a stream was when it said this."
         self.prompts.drawn, self.prompts._reader = state["drawn"], None
-        self.sampled, self.generations, self.place, self.batches = (state[k] for k in ("sampled", "generations", "place", "batches"))
+        self.sampled, self.kept, self.generations, self.place, self.batches = (state[k] for k in ("sampled", "kept", "generations", "place", "batches"))
 
     def loader(self) -> DataLoader:
         "This stream as a DataLoader of ready micro-batches: nothing is fetched ahead, and skipping costs nothing."

@@ -24,7 +24,7 @@ from ..training.metrics import Mean
 from ..training.references import WithReference, disable_dropout
 from ..training.trainer import PostConfig, PostTrainer
 
-# %% ../../nbs/rollout/05_trainer.ipynb #715e6f33
+# %% ../../nbs/rollout/05_trainer.ipynb #04458f4f
 _STOPS = ("stop", "stop_strings")  # vLLM's name and transformers'
 _BATCHING = "the own sampler (sampler='own') lets finished completions go and shares prompts by itself, or choose use_vllm=True"
 _NOT_HERE = {  # TRL's fields that cannot be honoured: the only value they may have, and what to do instead
@@ -64,6 +64,7 @@ class OnlineConfig(PostConfig):
     shuffle_dataset: bool = field(default=True, metadata={"help": "Ask prompts in a random order, a new one each pass."})
     dynamic_sampling: bool = field(default=False, metadata={"help": "DAPO: drop groups of equal rewards and ask other prompts until the step is full."})
     dynamic_sampling_rounds: int = field(default=10, metadata={"help": "Rounds of that before the step goes on with what there is."})
+    dynamic_sampling_prompts: int | None = field(default=None, metadata={"help": "Prompts asked in a round, at most, over all processes; None: those of a generation. More makes fewer rounds (verl's gen_batch_size)."})
     # rewards
     reward_weights: list[float] | None = field(default=None, metadata={"help": "One per reward function; None: 1 each."})
     # the model
@@ -105,7 +106,7 @@ class OnlineConfig(PostConfig):
             if getattr(self, name) != only: raise ValueError(f"{name}={getattr(self, name)!r} is not supported by {type(self).__name__}, leave it {only!r}: {instead}")
         self.one_of("sampler", ("auto", "own", "transformers"))
         self.one_of("vllm_mode", ("colocate", "server"))
-        for name in ("num_generations", "num_generations_eval", "max_completion_length", "num_iterations", "steps_per_generation", "generation_batch_size", "dynamic_sampling_rounds"): self.at_least(name, 1)
+        for name in ("num_generations", "num_generations_eval", "max_completion_length", "num_iterations", "steps_per_generation", "generation_batch_size", "dynamic_sampling_rounds", "dynamic_sampling_prompts"): self.at_least(name, 1)
         self.between("temperature", 0, ends=(False, False))
         if self.auto_find_batch_size: raise ValueError("auto_find_batch_size=True is not supported: a smaller batch would cut groups of completions apart. Lower per_device_train_batch_size and raise gradient_accumulation_steps: the gradient is the same")
         for name in self.generation_kwargs or ():
@@ -167,7 +168,7 @@ def reward_metrics(
     logs |= {"reward": whole.nanmean().item(), "reward_std": spread(whole), "frac_reward_zero_std": (group_std(whole, num_generations) == 0).float().mean().item()}
     return {k: v for k, v in logs.items() if v == v}
 
-# %% ../../nbs/rollout/05_trainer.ipynb #a86a449b
+# %% ../../nbs/rollout/05_trainer.ipynb #0cb9d7b0
 class OnlineTrainer(WithReference, PostTrainer):
     """A trainer of methods that sample. Call it as TRL's GRPOTrainer.
 
@@ -199,7 +200,7 @@ class OnlineTrainer(WithReference, PostTrainer):
         if self.rewards and not self.rollout_func: self.rewards.check(column_names(dataset))  # a rollout_func may add columns
         if isinstance(dataset, IterableDataset):
             if name == "train" and self.args.max_steps <= 0: raise ValueError(f"the train dataset is a stream, whose length nobody knows: set max_steps in {type(self.args).__name__}")
-        else: check_rows({"prompt": dataset["prompt"]}, ["prompt"], who=who)
+        else: check_rows({"prompt": dataset["prompt"][:]}, ["prompt"], who=who)
 
     def before_preparing(self): check_tokenizer(self.processing_class, type(self).__name__)
 
@@ -223,7 +224,7 @@ class OnlineTrainer(WithReference, PostTrainer):
         length = max(1, len(self.train_dataset) // args.prompts_per_generation) * per_pass if not isinstance(self.train_dataset, IterableDataset) else args.max_steps * args.gradient_accumulation_steps
         self.stream = RolloutStream(Prompts(self.train_dataset, args.data_seed if args.data_seed is not None else args.seed, args.shuffle_dataset), self.rollout, self.cut,
                                     prompts_per_generation=args.prompts_per_generation, num_generations=args.num_generations, num_iterations=args.num_iterations, seed=args.seed, length=length,
-                                    keep=self.keep if args.dynamic_sampling else None, max_rounds=args.dynamic_sampling_rounds)
+                                    keep=self.keep if args.dynamic_sampling else None, max_rounds=args.dynamic_sampling_rounds, prompts_per_round=args.dynamic_sampling_prompts)
 
     def make_engine(self):
         "Who samples: an object with `sample` and `sync` (rollout.sampling)."
