@@ -86,7 +86,7 @@ def batch_of(
     rows = [(i, c) for i, p in enumerate(found) for c in p["completions"]]
     return make_batch([p["prompt_ids"] for p in found], [c["ids"] for _, c in rows], [i for i, _ in rows], [[int(v is not None) for v in c["logps"]] for _, c in rows])
 
-# %% ../../nbs/explore/13_microscope.ipynb #f2651a5b
+# %% ../../nbs/explore/13_microscope.ipynb #5d0ac941
 class Microscope(TrainerCallback):
     """Keeps a few of a run's tokens, every so many steps, in `microscope.jsonl` in the output folder; at the end also `microscope.html`.
 
@@ -124,7 +124,8 @@ class Microscope(TrainerCallback):
         path.write_text("".join(json.dumps(look) + "\n" for look in before), encoding="utf-8")  # a run that goes on keeps what it knew, a new one starts anew
         if before: self.first, self.last = before[0]["prompts"], before[-1]["step"]
         self.gap = max(self.every_steps or max(state.max_steps // 20, 1), math.ceil(state.max_steps / self.most))
-        if self.every_steps is None and self.gap % getattr(args, "num_iterations", 1) == 0 and getattr(args, "num_iterations", 1) > 1: self.gap += 1  # else each look would fall on the same pass over a generation
+        served = getattr(args, "steps_per_generation", 1) * getattr(args, "num_iterations", 1) // args.gradient_accumulation_steps  # optimizer steps of a generation
+        if self.every_steps is None and served > 1 and self.gap % served == 0: self.gap += 1  # else each look would fall on the first of them, where all ratios are 1
         self.path = path
 
     def on_generation(self, trainer, generation):
@@ -208,13 +209,16 @@ def spans(
         found[what] = tuple(side * end for side in QUANTITIES[what].sides)
     return found
 
-# %% ../../nbs/explore/13_microscope.ipynb #ce55661b
+# %% ../../nbs/explore/13_microscope.ipynb #084558c1
+_UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffe\uffff\ud800-\udfff]")  # what XML cannot hold, and what no reader could see
+
+
 def visible(
     text: str,  # of a token or a prompt
     most: int = 40,  # characters
 ) -> str:
     "On one line, spaces and line ends as signs, what XML cannot hold as �, cut with a mark."
-    text = re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffe\uffff\ud800-\udfff]", "�", text.replace("\r\n", "\n").replace("\n", "⏎").replace("\r", "⏎").replace("\t", "⇥").replace(" ", "·"))
+    text = _UNFIT.sub("�", text.replace("\r\n", "\n").replace("\n", "⏎").replace("\r", "⏎").replace("\t", "⇥").replace(" ", "·"))
     return text if len(text) <= most else text[:most - 1] + "…"
 
 
@@ -283,7 +287,7 @@ def draw_look(
             found, more, height = _strip(completion, values, span, y)
             for colour, boxes in found.items(): fills.setdefault(colour, []).extend(boxes)
             lines = _beside(completion, what, values)
-            out += more + [svg.text(22, y + 13 + 14 * i, line, size=11, fill=svg.INK if i == 0 else svg.FAINT) for i, line in enumerate(lines)]
+            out += more + [svg.text(22, y + 13 + 14 * i, line, size=11, fill=svg.FAINT if line.startswith(("sum", "mean")) else svg.INK) for i, line in enumerate(lines)]
             greatest = max((t for t, v in enumerate(values) if math.isfinite(v)), key=lambda t: abs(values[t]), default=None)
             said.append(f"{visible(''.join(completion['tokens']), 40)}, {', '.join(filter(None, lines))}" + (f", {svg.short(values[greatest])} at {visible(completion['tokens'][greatest])}" if greatest is not None else ""))
             y += max(height, 14 * len(lines)) + 6
@@ -293,16 +297,19 @@ def draw_look(
 
 
 def _beside(completion: dict, what: str, values: list) -> list[str]:
-    "What stands left of a completion: what it is called and what it got, and the sum or mean of what is shown."
+    "What stands left of a completion: what it is called and what it got, on two lines at most, and the sum or mean of what is shown."
+    real, advantages = [v for v in values if math.isfinite(v)], {v for v in completion.get("advantages", ()) if v is not None}
     got = [completion["name"]] if "name" in completion else []
-    got += [f"{name.removesuffix('_reward')} {'–' if v is None else svg.short(v)}" for name, v in completion["scores"].items()]
-    real = [v for v in values if math.isfinite(v)]
-    advantages = {v for v in completion.get("advantages", ()) if v is not None}
     if len(advantages) == 1: got.append(f"A {'+' if max(advantages) > 0 else ''}{svg.short(max(advantages))}")
-    line = " · ".join(got)
+    got += [f"{name.removesuffix('_reward')} {'–' if v is None else svg.short(v)}" for name, v in completion["scores"].items()]
+    lines = [""]
+    for part in got:
+        joined = f"{lines[-1]} · {part}" if lines[-1] else part
+        if len(joined) > 29 and lines[-1] and len(lines) == 1: lines.append(part)
+        else: lines[-1] = joined
     together = QUANTITIES[what].together
     number = [] if not real or what == "advantage" and len(advantages) == 1 else [f"{together} {svg.short(sum(real) / (len(real) if together == 'mean' else 1))}"]
-    return [line if len(line) <= 29 else line[:28] + "…", *number]
+    return [_UNFIT.sub("�", line if len(line) <= 29 else line[:28] + "…") for line in lines if line] + number
 
 
 def _key(quantity: Quantity, span) -> list[str]:
