@@ -16,7 +16,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSample
 
 from ..foundations.layouts import make_batch
 
-# %% ../../nbs/rollout/04_stream.ipynb #280b0c4d
+# %% ../../nbs/rollout/04_stream.ipynb #fecff9a5
 @dataclass
 class Generation:
     "B completions that were sampled at one go, those of a prompt beside each other. Every field has B entries, but for `num_generations`."
@@ -67,18 +67,21 @@ class Generation:
         self,
         which: list[int] | None = None,  # numbers of completions, in order; None: all
     ) -> dict[str, Tensor]:
-        "Some of the completions as the batch of `foundations.layouts`, each prompt once, with `sampled_logps` (B, T) and the method's columns."
+        "Some of the completions as the batch of `foundations.layouts`, each prompt once for its neighbours, with `sampled_logps` (B, T) and the method's columns."
         which = list(range(len(self))) if which is None else which
-        groups = [i // self.num_generations for i in which]
-        heads = sorted(set(groups))
-        part = self.pick(which)
-        batch = make_batch([self.prompt_ids[g * self.num_generations] for g in heads], part.completion_ids, [heads.index(g) for g in groups], part.masks)
+        part, prompts, index = self.pick(which), [], []
+        for i, ids in zip(which, part.prompt_ids):
+            # a rollout_func may have put into a prompt what this one completion is to know
+            if not index or i // self.num_generations != group or ids != prompts[-1]: prompts.append(ids)
+            group = i // self.num_generations
+            index.append(len(prompts) - 1)
+        batch = make_batch(prompts, part.completion_ids, index, part.masks)
         if part.sampled_logps is not None:
             batch["sampled_logps"] = torch.zeros(batch["mask"].shape)
             for row, logps in zip(batch["sampled_logps"], part.sampled_logps): row[:len(logps)] = torch.tensor(logps)
         return {**batch, **part.columns}
 
-# %% ../../nbs/rollout/04_stream.ipynb #0a1faacc
+# %% ../../nbs/rollout/04_stream.ipynb #42c0b354
 class Prompts:
     "The rows of a data set in the order they are asked, without end. `drawn` says how many have been."
 
@@ -115,14 +118,15 @@ class Prompts:
         return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
     def _streamed_row(self):
-        if self._reader is None: self._reader, skip = iter(self.dataset), self.drawn  # after a stop: read up to where it was
-        else: skip = 0
-        for attempt in range(2):
+        skip, begins = 0, self._reader is None
+        if begins: self._reader, skip = iter(self.dataset), self.drawn  # after a stop: read up to where it was
+        while True:
+            empty = begins
             for row in self._reader:
-                if skip: skip -= 1
-                else: return row
-            self._reader = iter(self.dataset)
-        raise ValueError("the stream of prompts gives no rows")
+                if not skip: return row
+                skip, empty = skip - 1, False
+            if empty: raise ValueError("the stream of prompts gives no rows")
+            self._reader, begins = iter(self.dataset), True
 
 # %% ../../nbs/rollout/04_stream.ipynb #fac7cfa3
 def completion_seeds(
