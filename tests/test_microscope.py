@@ -171,8 +171,8 @@ def test_which_completions_are_kept():
     batch["advantages"] = torch.tensor([0, 0, 0, .1, -.2, .1, 0, 0, 0])
     assert kept(completions=2) == [["4", "5"], ["1", "2"]]  # a group that teaches something comes first, and in it who is pushed hardest
     batch["advantages"] = batch["advantages"][:, None].expand(-1, batch["mask"].shape[1]).clone()
-    batch["advantages"][8, 1] = math.nan
-    batch["mask"][8, 1] = 0  # not counted, so whatever it holds is nothing
+    batch["advantages"][6:, 1] = math.nan
+    batch["mask"][6:, 1] = 0  # not counted, so whatever it holds is nothing
     assert kept(completions=2) == [["4", "5"], ["1", "2"]]
     row = record(batch, tokens, tokenizer, prompts=3)[2]["completions"][2]
     assert row["logps"] == [0.0, None] and row["advantages"] == [0.0, None]

@@ -4,7 +4,7 @@
 __all__ = ['FILE', 'QUANTITIES', 'LEVELS', 'WHICH', 'pieces', 'record', 'batch_of', 'Microscope', 'Quantity', 'values_of',
            'spans', 'visible', 'draw_look', 'followed', 'microscope']
 
-# %% ../../nbs/explore/13_microscope.ipynb #0b1ec1bf
+# %% ../../nbs/explore/13_microscope.ipynb #c1248b91
 import json
 import math
 import re
@@ -59,7 +59,7 @@ def record(
 ) -> list[dict]:  # a dict per prompt: its "prompt" and "prompt_ids", and its "completions" with "ids", "tokens", "special", "left_out", "scores", perhaps "name", and a list per quantity
     "A few completions of a batch in plain values, which ones depends on the batch alone. Uncounted tokens have None for a number."
     mask, owner, a = batch["mask"].cpu(), batch["prompt_index"].cpu(), batch.get("advantages")
-    advantages = None if a is None else (a[:, None] if a.dim() == 1 else a).detach().cpu().expand_as(mask) * (mask != 0)
+    advantages = None if a is None else (a[:, None] if a.dim() == 1 else a).detach().cpu().expand_as(mask).masked_fill(mask == 0, 0)
     columns = {k: v.detach().float().cpu() for k, v in {**tokens, "ref_logps": batch.get("ref_logps"), "advantages": advantages}.items() if v is not None and v.shape == mask.shape}
     hard = torch.zeros(len(mask)) if advantages is None else advantages.abs().amax(1)  # how hard a completion is pushed
     groups = [(owner == p).nonzero().flatten().tolist() for p in range(len(batch["prompt_ids"]))]
@@ -165,7 +165,7 @@ class Microscope(TrainerCallback):
         if self.last < 0: return warnings.warn("the microscope saw no tokens: this trainer does not call on_tokens of its callbacks")
         microscope(self.path).save(self.path.with_suffix(".html"))
 
-# %% ../../nbs/explore/13_microscope.ipynb #616de920
+# %% ../../nbs/explore/13_microscope.ipynb #accd05c0
 class Quantity(NamedTuple):
     "Something that a token has."
     needs: tuple        # columns of the record
@@ -179,7 +179,7 @@ QUANTITIES = {
     "log-prob": Quantity(("logps",), lambda now: now, (-1, 0), "sum", "log π of each token, nats; dark: unlikely"),
     "ratio": Quantity(("logps", "old_logps"), lambda now, old: now - old, (-1, 1), "mean", "log ratio to the policy that sampled; blue: likelier since"),
     "advantage": Quantity(("advantages",), lambda a: a, (-1, 1), "mean", "blue: to be made likelier"),
-    "KL": Quantity(("logps", "ref_logps"), lambda now, ref: estimate_kl(now - ref, "k1"), (-1, 1), "sum", "log ratio to the reference, nats; its mean over own samples is the KL"),
+    "KL": Quantity(("logps", "ref_logps"), lambda now, ref: estimate_kl(now - ref, "k1"), (-1, 1), "sum", "log ratio to the reference; its mean over own samples is the KL"),
     "entropy": Quantity(("entropy",), lambda h: h, (0, 1), "mean", "of the distribution before each token, nats; dark: uncertain"),
 }
 _LOW, _HIGH, _NONE, LEVELS = (240, 163, 94), (90, 166, 214), "#eeeeee", 10  # light enough for dark ink on all of them
@@ -209,7 +209,7 @@ def spans(
         found[what] = tuple(side * end for side in QUANTITIES[what].sides)
     return found
 
-# %% ../../nbs/explore/13_microscope.ipynb #084558c1
+# %% ../../nbs/explore/13_microscope.ipynb #59ab6474
 _UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffe\uffff\ud800-\udfff]")  # what XML cannot hold, and what no reader could see
 
 
@@ -319,7 +319,7 @@ def _key(quantity: Quantity, span) -> list[str]:
     out = [svg.text(x - 6, 43, svg.short(span[0]), "end", 11)]
     out += [svg.element("rect", x=x + step * i, y=32, width=step, height=14, fill=_colour(k, span)) for i, k in enumerate(levels)]
     out += [svg.element("rect", x=x, y=32, width=step * len(levels), height=14, fill="none", stroke=svg.FAINT), svg.text(x + step * len(levels) + 6, 43, svg.short(span[1]), size=11)]
-    return [*out, svg.text(x + step * len(levels) + 52, 43, quantity.about + "; framed: the largest of each; grey: not counted", size=11, fill=svg.FAINT)]
+    return [*out, svg.text(x + step * len(levels) + 52, 43, quantity.about + "; framed: the largest; grey: not counted", size=11, fill=svg.FAINT)]
 
 # %% ../../nbs/explore/13_microscope.ipynb #aa432a1c
 def followed(
