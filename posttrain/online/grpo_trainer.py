@@ -24,7 +24,7 @@ from ..rollout.trainer import OnlineConfig, OnlineTrainer
 from ..training.heads import completion_logps, scoring
 from ..training.metrics import Mean
 
-# %% ../../nbs/online/09_grpo_trainer.ipynb #1693bdf1
+# %% ../../nbs/online/09_grpo_trainer.ipynb #2be61c87
 @dataclass
 class GRPOConfig(OnlineConfig):
     """GRPO's fields beside those of `OnlineConfig` and `TrainingArguments`. Names and defaults are TRL's."""
@@ -73,8 +73,8 @@ class GRPOConfig(OnlineConfig):
         if self.vllm_importance_sampling_cap is not None:
             warnings.warn("vllm_importance_sampling_cap is now called vllm_importance_sampling_clip_max", FutureWarning, stacklevel=3)
             self.vllm_importance_sampling_clip_max = self.vllm_importance_sampling_cap
-        self.scale_rewards = {True: "group", False: "none", "true": "group", "false": "none"}.get(self.scale_rewards if isinstance(self.scale_rewards, bool) else self.scale_rewards.lower(), self.scale_rewards)
-        self.one_of("loss_type", LOSS_TYPES)
+        self.scale_rewards = {"true": "group", "false": "none"}.get(str(self.scale_rewards).lower(), self.scale_rewards)
+        self.one_of("loss_type", tuple(LOSS_TYPES))
         self.one_of("importance_sampling_level", RATIOS)
         self.one_of("scale_rewards", ("group", "batch", "none"))
         self.one_of("multi_objective_aggregation", ("sum_then_normalize", "normalize_then_sum"))
@@ -86,9 +86,8 @@ class GRPOConfig(OnlineConfig):
         self.at_least("ref_model_sync_steps", 1)
         self.at_least("epsilon_high", 0)
         if self.num_generations < 2: raise ValueError(f"num_generations={self.num_generations}: {type(self).__name__} compares completions of one prompt and needs at least 2")
-        high = 1 + (self.epsilon if self.epsilon_high is None else self.epsilon_high)
-        if self.delta is not None and not self.delta > high: raise ValueError(f"delta={self.delta} caps the ratio beyond the clip and must be above 1 + epsilon_high = {high:g}")
-        kind = LOSS_TYPES[self.loss_type]
+        high, kind = 1 + (self.epsilon if self.epsilon_high is None else self.epsilon_high), LOSS_TYPES[self.loss_type]
+        if self.delta is not None and kind.trust_region == "clip" and not self.delta > high: raise ValueError(f"delta={self.delta} caps the ratio beyond the clip and must be above 1 + epsilon_high = {high:g}")
         if kind.caps_ratio and self.epsilon_high is None: warnings.warn(f"loss_type={self.loss_type!r} takes epsilon_high as the cap of the ratio itself; left out it is epsilon={self.epsilon}, far below 1: set it, e.g. to 5.0 (ScaleRL)", stacklevel=3)
         if kind.weighs_answers and self.vllm_importance_sampling_correction and self.use_vllm and not self.vllm_importance_sampling_mode.startswith("token"):
             raise ValueError(f"loss_type={self.loss_type!r} takes the sampler's correction into its own weight, token by token: set vllm_importance_sampling_mode to 'token_truncate' or 'token_mask', not {self.vllm_importance_sampling_mode!r}")
@@ -96,7 +95,7 @@ class GRPOConfig(OnlineConfig):
         low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
         if low is not None and high is not None and low >= high: raise ValueError(f"vllm_importance_sampling_clip_min={low} must be below vllm_importance_sampling_clip_max={high}")
 
-# %% ../../nbs/online/09_grpo_trainer.ipynb #93ab5be6
+# %% ../../nbs/online/09_grpo_trainer.ipynb #6b6dcd52
 class GRPOTrainer(OnlineTrainer):
     """Group relative policy optimisation (https://arxiv.org/abs/2402.03300) and its family. Call it as TRL's.
 
@@ -127,6 +126,7 @@ class GRPOTrainer(OnlineTrainer):
         "Old log-probs, where the policy will have moved before they are needed and the sampler's are not the trainer's; the reference's."
         args = self.args
         for batch in batches:
+            if self.noisy and not args.reused and self.engine is not None and not args.use_vllm: batch.pop("sampled_logps", None)  # with dropout our sampler's differ from those of every forward pass, which are then the old ones
             if self.exact and "sampled_logps" in batch: batch["old_logps"] = batch["sampled_logps"]
             elif args.reused:
                 with scoring(self.model), self.compute_loss_context_manager(): batch["old_logps"] = completion_logps(self.model, batch, temperature=args.temperature)["logps"]
@@ -167,7 +167,7 @@ class GRPOTrainer(OnlineTrainer):
                 w = importance_weights(old_logps, sampled, mask, mode=args.vllm_importance_sampling_mode, clip_max=args.vllm_importance_sampling_clip_max, clip_min=args.vllm_importance_sampling_clip_min)
                 counted = w.flatten() if w.shape[1] == 1 else w[mask != 0]
                 if len(counted): stats |= {f"sampling/importance_sampling_ratio/{k}": v for k, v in (("min", counted.min()), ("mean", Mean.of(counted)), ("max", counted.max()))}
-                if of_answers: options["log_importance"] = w.log().clamp(math.log(1e-8), 20).masked_fill(mask == 0, 0).sum(1, keepdim=True)
+                if of_answers: options["log_importance"] = (w if w.shape[1] == 1 else w.masked_fill(mask == 0, 1)).log().clamp(math.log(1e-8), 20).sum(1, keepdim=True)
                 else: parts.append(w)
         if of_answers: options["tokens"] = mask.sum(1, keepdim=True)
         if args.off_policy_mask_threshold is not None: parts.append(off_policy_mask(out["logps"], sampled, batch["advantages"], mask, args.off_policy_mask_threshold))
@@ -187,7 +187,9 @@ class GRPOTrainer(OnlineTrainer):
                                delta=args.delta, importance_sampling_level=args.importance_sampling_level, use_bias_correction_kl=args.use_bias_correction_kl, trust_region=trust_region,
                                average=kind.average, weights=weights, totals=totals, max_length=args.max_completion_length)
         tokens = mask.sum()
-        stats |= {kind.names.get(k, k): Mean(v * tokens, tokens) if k.endswith("_mean") or k in ("kl", "approx_kl", "ratio/mean") else v for k, v in seen.items()}
+        ratios = mask.any(1).sum() if args.importance_sampling_level == "sequence" else tokens  # what a mean of ratios is over
+        counts = {"kl": tokens, "approx_kl": tokens, "ratio/mean": ratios, "vespo/phi_seq_mean": len(mask)} | {f"clip_ratio/{k}_mean": ratios for k in ("low", "high", "region")}
+        stats |= {kind.names.get(k, k): Mean(v * counts[k], counts[k]) if k in counts else v for k, v in seen.items()}
         stats["entropy"] = Mean.of(out["entropy"], mask)
         if self.entropy.enabled: loss = self._with_bonus(loss, stats, batch, out["entropy"])
         self._show_tokens(batch, logps=logps, old_logps=old_logps, entropy=out["entropy"])

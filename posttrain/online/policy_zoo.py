@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# %% ../../nbs/online/06_policy_zoo.ipynb #5c418a2a
+# %% ../../nbs/online/06_policy_zoo.ipynb #0a2fac56
 def sapo(
     ratio: Tensor,       # (B, T) or (B, 1), with gradient
     advantages: Tensor,  # (B, T)
@@ -55,7 +55,8 @@ def vespo(
     log_w = ratio.detach().log().sum(1, keepdim=True)
     if ratio.shape[1] == 1 and tokens is not None: log_w = log_w * tokens  # from a mean back to a sum
     weight = gamma_weight(log_w if log_importance is None else log_w + log_importance, advantages, **shape)
-    return weight * advantages * logps, {"vespo/phi_seq_mean": weight[:, 0].mean()}
+    counted = advantages.abs().argmax(1, keepdim=True)  # advantages are 0 where the mask is
+    return weight * advantages * logps, {"vespo/phi_seq_mean": weight.gather(1, counted).mean()}
 
 # %% ../../nbs/online/06_policy_zoo.ipynb #c93ba04c
 class LossType(NamedTuple):

@@ -3,16 +3,19 @@
 # %% auto #0
 __all__ = ['OnlineConfig', 'completion_metrics', 'reward_metrics', 'OnlineTrainer']
 
-# %% ../../nbs/rollout/05_trainer.ipynb #edfeec07
+# %% ../../nbs/rollout/05_trainer.ipynb #5eaca412
+import math
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
 from datasets import IterableDataset
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
 
 from ..data.formats import check_rows, column_names, is_conversational, require
 from ..data.tokens import check_tokenizer, encode_prompts
@@ -24,7 +27,7 @@ from ..training.metrics import Mean
 from ..training.references import WithReference, disable_dropout
 from ..training.trainer import PostConfig, PostTrainer
 
-# %% ../../nbs/rollout/05_trainer.ipynb #04458f4f
+# %% ../../nbs/rollout/05_trainer.ipynb #6fa58a7b
 _STOPS = ("stop", "stop_strings")  # vLLM's name and transformers'
 _BATCHING = "the own sampler (sampler='own') lets finished completions go and shares prompts by itself, or choose use_vllm=True"
 _NOT_HERE = {  # TRL's fields that cannot be honoured: the only value they may have, and what to do instead
@@ -102,6 +105,7 @@ class OnlineConfig(PostConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        self.dataloader_num_workers, self.dataloader_prefetch_factor, self.dataloader_persistent_workers = 0, None, False  # batches are sampled by the model: a worker has none, and could not log
         for name, (only, instead) in _NOT_HERE.items():
             if getattr(self, name) != only: raise ValueError(f"{name}={getattr(self, name)!r} is not supported by {type(self).__name__}, leave it {only!r}: {instead}")
         self.one_of("sampler", ("auto", "own", "transformers"))
@@ -168,7 +172,12 @@ def reward_metrics(
     logs |= {"reward": whole.nanmean().item(), "reward_std": spread(whole), "frac_reward_zero_std": (group_std(whole, num_generations) == 0).float().mean().item()}
     return {k: v for k, v in logs.items() if v == v}
 
-# %% ../../nbs/rollout/05_trainer.ipynb #0cb9d7b0
+# %% ../../nbs/rollout/05_trainer.ipynb #cd8b372e
+def _has_dropout(model: nn.Module) -> bool:
+    rates = lambda m: [getattr(m, "p", 0)] if isinstance(m, nn.Dropout) else [rate for name, rate in vars(m).items() if "drop" in name and isinstance(rate, float)]
+    return any(rate > 0 for m in model.modules() for rate in rates(m))
+
+
 class OnlineTrainer(WithReference, PostTrainer):
     """A trainer of methods that sample. Call it as TRL's GRPOTrainer.
 
@@ -219,6 +228,7 @@ class OnlineTrainer(WithReference, PostTrainer):
         self.engine = None if self.rollout_func else self.make_engine()
         # with one's own loop in the trainer's precision its log-probs are the old policy's: nothing has to be computed again
         self.exact = self.engine is not None and self.accelerator.mixed_precision == "no" and not args.use_vllm and next(self.model.parameters()).dtype == torch.float32
+        self.noisy = args.neftune_noise_alpha is not None or _has_dropout(self.model)  # then the policy that learns is never quite the one that sampled
         if self.train_dataset is None: return
         per_pass = args.steps_per_generation * args.num_iterations
         length = max(1, len(self.train_dataset) // args.prompts_per_generation) * per_pass if not isinstance(self.train_dataset, IterableDataset) else args.max_steps * args.gradient_accumulation_steps
@@ -242,7 +252,8 @@ class OnlineTrainer(WithReference, PostTrainer):
 
     # ------------------------------------------------ rollouts
     def encode(self, rows: list[dict]) -> list[list[int]]:
-        "The tokens of the rows' prompts."
+        "The tokens of the rows' prompts. Raises TypeError for what is none: the rows of a stream are seen here for the first time."
+        check_rows({"prompt": [row.get("prompt") for row in rows]}, ["prompt"], [f"{i} of those asked now" for i in range(len(rows))], who=type(self).__name__)
         columns = {k: [row.get(k) for row in rows] for k in ("prompt", "tools", "chat_template_kwargs") if k in rows[0]}
         if self.args.chat_template_kwargs: columns["chat_template_kwargs"] = [{**self.args.chat_template_kwargs, **(own or {})} for own in columns.get("chat_template_kwargs") or [None] * len(rows)]
         return encode_prompts(columns, self.processing_class)
@@ -257,13 +268,21 @@ class OnlineTrainer(WithReference, PostTrainer):
         return dict(prompt_ids=prompt_ids, completion_ids=said.completion_ids, sampled_logps=said.sampled_logps, finished=said.finished)
 
     def _from_rollout_func(self, rows):
-        out = dict(self.rollout_func([row["prompt"] for row in rows], self))
+        out = self.rollout_func([row["prompt"] for row in rows], self)
+        if not isinstance(out, Mapping): raise TypeError(f"rollout_func returned {type(out).__name__}: expected a dict with prompt_ids, completion_ids and logprobs (or None), and columns for reward functions")
         if missing := {"prompt_ids", "completion_ids", "logprobs"} - set(out): raise ValueError(f"rollout_func must return prompt_ids, completion_ids and logprobs; missing: {', '.join(sorted(missing))}")
-        for name, value in out.items():
+        of_tokens = ("prompt_ids", "completion_ids", "logprobs", "env_mask")
+        fields = {name: value if hasattr(value, "__len__") and not isinstance(value, str) else [value] * len(rows) for name, value in out.items() if name not in of_tokens}  # one value is one for all
+        listed = lambda rows: None if rows is None else [x.tolist() if hasattr(x, "tolist") else list(x) for x in rows]
+        prompt_ids, ids, logps, masks = (listed(out.get(name)) for name in of_tokens)
+        for name, value in (("prompt_ids", prompt_ids), ("completion_ids", ids), ("logprobs", logps), ("env_mask", masks), *fields.items()):
             if value is not None and len(value) != len(rows): raise ValueError(f"rollout_func returned {len(value)} values of {name!r} for {len(rows)} prompts: expected one per completion")
-        ids, masks = [list(x) for x in out.pop("completion_ids")], out.pop("env_mask", None)
+        for name, value in (("logprobs", logps), ("env_mask", masks)):
+            for i, x in enumerate(value or ()):
+                if len(x) != len(ids[i]): raise ValueError(f"rollout_func returned {len(x)} {name} for the {len(ids[i])} tokens of completion {i}: expected one per token")
+        logps = logps and [[math.nan if x is None else x for x in row] for row in logps]  # vLLM's way to say that it does not know
         ends = {*eos_ids(self.model, self.processing_class), self.processing_class.pad_token_id}
-        return dict(prompt_ids=[list(x) for x in out.pop("prompt_ids")], completion_ids=ids, sampled_logps=out.pop("logprobs"), finished=[bool(x) and x[-1] in ends for x in ids], masks=masks, fields=out)
+        return dict(prompt_ids=prompt_ids, completion_ids=ids, sampled_logps=logps, finished=[bool(x) and x[-1] in ends for x in ids], masks=masks, fields=fields)
 
     def generate(self, rows: list[dict], seeds: list[int], num_generations: int | None = None) -> tuple[Generation, dict]:
         "Sample and score these rows, on this process, `num_generations` neighbours for a prompt (None: the config's): the generation, and metrics that reward functions logged (name -> list)."
@@ -275,8 +294,12 @@ class OnlineTrainer(WithReference, PostTrainer):
         rewards = torch.zeros(len(rows), 0)
         if self.rewards:
             columns = {k: [row[k] for row in rows] for k in (rows[0] if rows else ()) if k != "prompt"} | fields
-            rewards = self.rewards(prompts, completions, said["completion_ids"], columns, self.state, log_extra=lambda name, values: extra.__setitem__(name, list(values)),
-                                   log_metric=lambda name, value: metrics.setdefault(name, []).append(float(value))) if rows else torch.zeros(0, len(self.rewards.names))
+            def log_extra(name, values):
+                extra[name] = values.tolist() if hasattr(values, "tolist") else list(values)
+                if len(extra[name]) != len(rows): raise ValueError(f"log_extra({name!r}, ...) was given {len(extra[name])} values for {len(rows)} completions: expected one each")
+            def log_metric(name, value):
+                if float(value) == float(value): metrics.setdefault(name, []).append(float(value))  # NaN: nothing to be said this time
+            rewards = self.rewards(prompts, completions, said["completion_ids"], columns, self.state, log_extra, log_metric) if rows else torch.zeros(0, len(self.rewards.names))
         return Generation(rows=rows, completions=completions, rewards=rewards, num_generations=num_generations or self.args.num_generations, extra=extra, **said), metrics
 
     def rollout(self, rows: list[dict], seeds: list[int]) -> Generation:
@@ -289,7 +312,7 @@ class OnlineTrainer(WithReference, PostTrainer):
         generation = Generation.join([part for _, part, _ in everyone if len(part)])
         metrics = completion_metrics(generation) | {name: sum(v) / len(v) for _, _, logged in everyone for name, v in logged.items()} | {"time/rollout": time.time() - start}
         if self.rewards: metrics |= reward_metrics(generation.rewards, self.rewards.weights, self.rewards.names, args.num_generations)
-        self.ledgers[True].add(metrics)
+        self.ledgers[True].add({k: Mean(v * len(rows), len(rows)) for k, v in metrics.items()})  # rounds of dynamic sampling differ in size
         return generation
 
     def _take_weights(self):
@@ -326,6 +349,8 @@ class OnlineTrainer(WithReference, PostTrainer):
         return batches
 
     # ------------------------------------------------ evaluation
+    def _get_eval_sampler(self, eval_dataset): return SequentialSampler(eval_dataset) if hasattr(eval_dataset, "__len__") else None  # not by length: completions have none yet
+
     def _eval_batch(self, rows: list[dict]) -> dict:
         "Rows of an evaluation set -> completions of this process, scored: a micro-batch."
         args = self.args
@@ -345,7 +370,9 @@ class OnlineTrainer(WithReference, PostTrainer):
         "Sample with the weights of now; the same seeds in each evaluation."
         self._evaluated = 0
         self._take_weights()
-        return super().evaluation_loop(*args, **kwargs)
+        try: return super().evaluation_loop(*args, **kwargs)
+        finally:
+            if hasattr(self.engine, "sleep"): self.engine.sleep()
 
     def predict(self, *args, **kwargs):
         "Not for methods that sample: raises NotImplementedError. `evaluate` scores completions, `trainer.generate` makes them."
@@ -366,7 +393,10 @@ class OnlineTrainer(WithReference, PostTrainer):
         folder.mkdir(parents=True, exist_ok=True)
         table = {"step": [step] * len(generation), "prompt": [row["prompt"] for row in generation.rows], "completion": generation.completions, **generation.extra, **self.scores_of(generation)}
         file = folder / f"completions_{step:05d}.parquet"  # by step: a run that goes on after a stop writes the same file again
-        pq.write_table(pa.table(table), file.with_suffix(".part"))
+        def column(values):
+            try: return pa.array(values)
+            except pa.ArrowException: return pa.array([None if v is None else str(v) for v in values])  # of several kinds
+        pq.write_table(pa.table({name: column(values) for name, values in table.items()}), file.with_suffix(".part"))
         os.replace(file.with_suffix(".part"), file)
 
     def log(self, logs, start_time=None):
