@@ -57,7 +57,8 @@ class Generations(TrainerCallback):
 # ---------------------------------------------------------------- one gradient
 CUTS = {
     "dapo": {}, "grpo, KL": dict(loss_type="grpo", beta=.1), "dr_grpo": dict(loss_type="dr_grpo"), "bnpo, bonus": dict(loss_type="bnpo", entropy_coef=.1), "top entropy": dict(top_entropy_quantile=.3, entropy_coef=.1),
-    "luspo, sequence": dict(loss_type="luspo", importance_sampling_level="sequence"), "sapo, truncated": dict(loss_type="sapo", mask_truncated_completions=True, max_completion_length=6), "vespo": dict(loss_type="vespo"),
+    "luspo, sequence": dict(loss_type="luspo", importance_sampling_level="sequence", num_iterations=2, max_steps=2, learning_rate=.05, epsilon=.05), "sapo, truncated": dict(loss_type="sapo", mask_truncated_completions=True, max_completion_length=6),
+    "vespo": dict(loss_type="vespo", num_iterations=2, max_steps=2, learning_rate=.05),
     "cispo": dict(loss_type="cispo", epsilon_high=5.0), "batch": dict(scale_rewards="batch"), "transformers": dict(sampler="transformers", temperature=.9), "adaptive": dict(use_adaptive_entropy=True, entropy_target=5.0, max_steps=2, learning_rate=.05),
     "twice": dict(num_iterations=2, max_steps=2, learning_rate=.05, beta=.1), "dynamic": dict(dynamic_sampling=True, rewards=exact_match_reward),
 }
@@ -70,7 +71,7 @@ def test_one_gradient_for_every_cut(case, config):
     start = weights(pocket.start("reverse")[0])
     moved = weights(whole) - start
     assert moved.norm() > 1e-3
-    for size, accumulated in ((4, 4), (2, 8), (1, 16)):
+    for size, accumulated in ((4, 4), (1, 16)):  # whole groups, and single completions
         cut = train(config, **CUTS[case], per_device_train_batch_size=size, gradient_accumulation_steps=accumulated)
         assert (weights(cut) - weights(whole)).norm() <= 2e-5 * moved.norm(), (size, accumulated)
         for a, b in zip(logs(whole), logs(cut), strict=True):
@@ -88,8 +89,7 @@ def test_tokens_that_tie_learn_together():
 
 
 # ---------------------------------------------------------------- the sampler's log-probs are the trainer's
-@pytest.mark.parametrize("options", [{}, dict(temperature=.6, top_p=.9), dict(temperature=1.3, loss_type="grpo", importance_sampling_level="sequence")], ids=["plain", "top-p", "sequence"])
-@pytest.mark.parametrize("family", ["pocket", "llama", "gpt2"])
+@pytest.mark.parametrize("family, options", [("pocket", {}), ("pocket", dict(temperature=.6, top_p=.9)), ("llama", dict(temperature=.6)), ("gpt2", dict(temperature=1.3, loss_type="grpo", importance_sampling_level="sequence"))], ids=["pocket", "top-p", "llama", "gpt2, sequence"])
 def test_the_first_ratio_is_one(family, options, config):
     """Sampled in one batch with a cache, scored in another layout without: float32 leaves a few 1e-6."""
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -103,6 +103,18 @@ def test_the_first_ratio_is_one(family, options, config):
     assert abs(first["approx_kl"]) < 1e-6 and first["clip_ratio/region_mean"] == 0
 
 
+@pytest.mark.parametrize("noise", ["dropout", "NEFTune"])
+def test_noise_in_the_forward_pass_is_no_step_of_the_policy(noise, config):
+    """With dropout each pass is another policy, none the one that sampled. Used once, completions have a ratio of 1, as in TRL; used again, the old log-probs are those of the policy without dropout."""
+    options = dict(peft_config=adapter(lora_dropout=.3, init_lora_weights=False)) if noise == "dropout" else dict(neftune_noise_alpha=5.0)
+    first = logs(train(config, **options, off_policy_mask_threshold=0.0))[0]
+    assert first["ratio/min"] == first["ratio/max"] == 1 and first["clip_ratio/region_mean"] == 0
+    again, keep = {**options, "num_iterations": 2, "max_steps": 2, "learning_rate": .02}, Generations()
+    trainer = make(config, **again, callbacks=[keep])
+    batch = trainer.get_train_dataloader().dataset[0]
+    assert torch.equal(batch["old_logps"], batch["sampled_logps"]) and trainer.noisy and not make(config).noisy
+
+
 def test_old_logps_of_the_sampler_equal_those_computed_again(config):
     """Two steps on one generation: with the sampler's own log-probs as the old ones, and with old ones computed anew."""
     options = dict(num_iterations=2, max_steps=2, learning_rate=.02, beta=.05)
@@ -112,6 +124,17 @@ def test_old_logps_of_the_sampler_equal_those_computed_again(config):
     b.args.vllm_importance_sampling_correction = False
     b.train()
     assert a.exact and (weights(a) - weights(b)).abs().max() < 1e-6 and abs(logs(a)[1]["ratio/max"] - 1) > .01
+
+
+def test_vespo_takes_the_correction_of_an_answer_once(config):
+    """With our own sampler in half precision the default is one weight per answer: its logarithm, not one for each token."""
+    trainer = make(config, loss_type="vespo")
+    trainer.exact, mask = False, torch.tensor([[1, 1, 1], [1, 1, 0]])
+    old, sampled = torch.full((2, 3), -1.0), torch.tensor([[-1.1, -.9, -1.2], [-1.3, -1.0, 7.0]])
+    weights, options, _ = trainer.factors({"mask": mask, "sampled_logps": sampled}, {}, old)
+    assert weights is None
+    torch.testing.assert_close(options["log_importance"], torch.tensor([[.2], [.3]]))
+    assert not trainer.exact and trainer.args.vllm_importance_sampling_mode == "sequence_mask"
 
 
 # ---------------------------------------------------------------- prompts and rollouts
@@ -158,6 +181,24 @@ def test_every_eos_ends_a_rollout(config):
     assert logs(train(config, lambda completions, **k: list(range(len(completions))), model=model, rollout_func=func))[0]["completions/clipped_ratio"] == .5
 
 
+def test_what_a_rollout_func_may_return(config):
+    """Prompts that differ within a group, tensors, log-probs that are unknown, one value for all."""
+    keep, end, levels = Generations(), pocket.tokenizer().eos_token_id, []
+    def rollouts(prompts, trainer):
+        return {"prompt_ids": [[5, 6, 7, 8][:2 + i % 3] for i in range(len(prompts))], "completion_ids": torch.tensor([[9, 10 + i % 5, end] for i in range(len(prompts))]), "logprobs": [[-1.0, None, -2.0]] * len(prompts), "level": "hard", "room": torch.arange(len(prompts))}
+    def judge(completions, level, room, **kwargs):
+        levels.extend(level)
+        return [float(r % 4) for r in room]
+    trainer = train(config, judge, rollout_func=rollouts, callbacks=[keep], learning_rate=0.0)
+    (batch, tokens), generation = keep.tokens[0], keep.seen[0]
+    from posttrain.foundations.layouts import make_batch
+    alone = make_batch(generation.prompt_ids, generation.completion_ids)
+    assert torch.allclose(tokens["logps"], completion_logps(trainer.model, alone)["logps"], atol=1e-5) and (alone["prompt_lengths"] == batch["prompt_lengths"][batch["prompt_index"]]).all()
+    assert levels == ["hard"] * 16 and logs(trainer)[0]["completions/clipped_ratio"] == 0 and batch["sampled_logps"][:, 1].isnan().all()
+    for wrong, error, says in ((None, TypeError, "returned NoneType"), ({"logprobs": [[-1.0]] * 16}, ValueError, "1 logprobs for the 3 tokens of completion 0"), ({"env_mask": [[1, 1, 1]] * 15 + [[1]]}, ValueError, "1 env_mask for the 3 tokens of completion 15")):
+        with pytest.raises(error, match=says): train(config, judge, rollout_func=lambda prompts, trainer: wrong and {**rollouts(prompts, trainer), **wrong})
+
+
 @pytest.mark.parametrize("out, says", [({"prompt_ids": [[1]] * 16, "completion_ids": [[1]] * 16}, "missing: logprobs"), ({"prompt_ids": [[1]] * 16, "completion_ids": [[1]] * 15, "logprobs": None}, "returned 15 values of 'completion_ids' for 16 prompts"),
                                        ({"prompt_ids": [[1]] * 16, "completion_ids": [[1]] * 16, "logprobs": None, "env_mask": [[1]]}, "1 values of 'env_mask'")], ids=["key", "completions", "masks"])
 def test_a_rollout_func_that_is_wrong(out, says, config):
@@ -169,6 +210,9 @@ def test_a_stream_of_prompts(config):
     plain, stream = train(config, dataset=data, shuffle_dataset=False, max_steps=3), train(config, dataset=data.to_iterable_dataset(), max_steps=3)
     assert torch.equal(weights(plain), weights(stream)) and stream.stream.prompts.drawn == 12  # twice around six prompts
     with pytest.raises(ValueError, match="max_steps"): make(config, dataset=data.to_iterable_dataset(), max_steps=-1, num_train_epochs=1)
+    from datasets import IterableDataset
+    broken = IterableDataset.from_generator(lambda: ({"prompt": p} for p in ("reverse 12=", None)))
+    with pytest.raises(TypeError, match="column 'prompt', row 1 of those asked now.*None"): train(config, dataset=broken)
 
 
 def test_epochs_are_passes_over_the_prompts(config):
@@ -238,7 +282,8 @@ def test_evaluation_samples(config):
     first, again = trainer.evaluate(), trainer.evaluate()
     for key in ("eval_loss", "eval_reward", "eval_reward_std", "eval_rewards/exact_match_reward/mean", "eval_rewards/noisy/mean", "eval_completions/mean_length", "eval_kl", "eval_entropy", "eval_frac_reward_zero_std"): assert key in first, (key, first)
     assert all(first[k] == again[k] for k in first if not k.endswith(("runtime", "second", "rollout")))  # the same seeds: a curve of evaluations is no noise
-    half = make(config, [exact_match_reward, noisy], eval_dataset=test, num_generations_eval=2, per_device_eval_batch_size=1, beta=.05).evaluate()
+    half = make(config, [exact_match_reward, noisy], eval_dataset=test, num_generations_eval=2, per_device_eval_batch_size=1, beta=.05,
+                dataloader_num_workers=2, dataloader_prefetch_factor=2, dataloader_persistent_workers=True, train_sampling_strategy="group_by_length").evaluate()  # settings of a loader of rows: here batches are sampled
     for key in ("eval_reward", "eval_rewards/noisy/mean", "eval_completions/mean_length"): assert abs(half[key] - first[key]) < 1e-5, key
     named = make(config, exact_match_reward, eval_dataset={"a": test, "b": rows(4, split="test", seed=9)}, eval_strategy="steps", eval_steps=1, max_steps=2)
     named.train()
@@ -256,15 +301,19 @@ def test_evaluation_does_not_change_training(config):
 def test_completions_are_kept_and_shown(config, tmp_path, capsys):
     def judge(completions, log_extra, log_metric, **kwargs):
         log_extra("first", [c[:1] for c in completions])
+        log_extra("of several kinds", ["a", 1, None, 2.5] * 4)
+        log_extra("of an array", torch.arange(len(completions)))
         log_metric("mine/long", sum(map(len, completions)))
+        log_metric("mine/unknown", math.nan)
         return noisy(completions)
     trainer = train(config, [judge, exact_match_reward], log_completions=True, num_completions_to_print=2, max_steps=2, learning_rate=1e-3)
     files = sorted((tmp_path / "completions").iterdir())
     assert [f.name for f in files] == ["completions_00001.parquet", "completions_00002.parquet"]
     table = pq.read_table(files[1]).to_pydict()
-    assert list(table) == ["step", "prompt", "completion", "first", "judge", "exact_match_reward", "advantage"] and table["step"] == [2] * 16
+    assert list(table) == ["step", "prompt", "completion", "first", "of several kinds", "of an array", "judge", "exact_match_reward", "advantage"] and table["step"] == [2] * 16
+    assert table["of several kinds"] == ["a", "1", None, "2.5"] * 4 and table["of an array"] == list(range(16))
     assert table["first"] == [c[:1] for c in table["completion"]] and abs(sum(table["advantage"])) < 1e-3
-    assert logs(trainer)[1]["mine/long"] == sum(map(len, table["completion"]))
+    assert logs(trainer)[1]["mine/long"] == sum(map(len, table["completion"])) and "mine/unknown" not in logs(trainer)[1]
     said = capsys.readouterr().out
     assert said.count("advantage") == 4 and repr(table["completion"][1]) in said and "judge" in said
     trainer.args.log_unique_prompts, trainer.args.num_completions_to_print = True, None
@@ -291,9 +340,9 @@ def run(folder, resume, options):
 """
 
 
-@pytest.mark.parametrize("options", [{"num_iterations": 2, "steps_per_generation": 4, "beta": .05, "sync_ref_model": True, "ref_model_sync_steps": 2, "use_adaptive_entropy": True, "entropy_target": 1.0}, {"dynamic_sampling": True}], ids=["reused, adaptive, following reference", "dynamic sampling"])
-def test_killed_and_gone_on(options, tmp_path, capsys):
-    """kill -9 after step 8, in the middle of a generation, between two checkpoints: weights, metrics and files end as if nothing had happened."""
+def test_killed_and_gone_on(tmp_path, capsys):
+    """kill -9 after step 8, in the middle of a generation, between two checkpoints, with everything that a run remembers: weights, metrics and files end as if nothing had happened."""
+    options = {"num_iterations": 2, "steps_per_generation": 4, "beta": .05, "sync_ref_model": True, "ref_model_sync_steps": 2, "use_adaptive_entropy": True, "entropy_target": 1.0, "dynamic_sampling": True}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     killed = subprocess.Popen([sys.executable, "-c", RUN + "run(sys.argv[1], False, json.loads(sys.argv[2]))", str(tmp_path / "killed"), json.dumps(options)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
@@ -346,7 +395,7 @@ def run(folder, size, accumulated, options):
     trainer.train()
     return {"weights": torch.cat([p.detach().flatten() for p in model.parameters()]), "log": [r for r in trainer.state.log_history if "loss" in r], "eval": trainer.evaluate(), "processes": trainer.accelerator.num_processes}
 """
-SETTINGS = [{}, {"loss_type": "grpo", "beta": .1, "num_iterations": 2}, {"loss_type": "bnpo", "top_entropy_quantile": .4, "use_adaptive_entropy": True, "entropy_coef": .1, "entropy_target": 5.0}, {"dynamic_sampling": True, "scale_rewards": "batch", "mask_truncated_completions": True}]
+SETTINGS = [{"loss_type": "grpo", "beta": .1, "num_iterations": 2}, {"loss_type": "bnpo", "top_entropy_quantile": .4, "use_adaptive_entropy": True, "entropy_coef": .1, "entropy_target": 5.0}, {"dynamic_sampling": True, "scale_rewards": "batch", "mask_truncated_completions": True}]
 
 
 @pytest.mark.distributed
@@ -384,6 +433,7 @@ WRONG = {
     "no groups": (dict(num_generations=5), "16 completions.*num_generations=5"), "delta": (dict(delta=1.1), r"delta=1.1 .* 1\.2"), "vespo and sequences": (dict(loss_type="vespo", use_vllm=True), "vespo.*'sequence_mask'"), "no reference to move": (dict(sync_ref_model=True), "sync_ref_model=True.*beta=0"),
     "limits": (dict(vllm_importance_sampling_clip_min=3.0), "clip_min=3.0 must be below .*clip_max=3.0"),
     "head": (dict(cast_lm_head_to_fp32=True), "cast_lm_head_to_fp32=True is not supported"), "gather": (dict(ds3_gather_for_generation=False), "ds3_gather_for_generation=False"), "hub": (dict(log_completions_hub_repo="a/b"), "log_completions_hub_repo='a/b'.*upload"),
+    "a list": (dict(loss_type=["grpo"]), r"loss_type=\['grpo'\].*'grpo'"), "scale, None": (dict(scale_rewards=None), "scale_rewards=None.*'group'"),
     "tool turns": (dict(max_tool_calling_iterations=3), "max_tool_calling_iterations=3"), "continuous": (dict(use_transformers_continuous_batching=True), "use_transformers_continuous_batching=True"), "paged": (dict(use_transformers_paged=True), "use_transformers_paged=True"),
     "batching config": (dict(transformers_continuous_batching_config={"a": 1}), "transformers_continuous_batching_config"), "model impl": (dict(vllm_model_impl="transformers"), "vllm_model_impl='transformers'"), "regex": (dict(vllm_structured_outputs_regex="a"), "vllm_structured_outputs_regex='a'"),
 }
@@ -400,6 +450,7 @@ def test_a_config_of_the_wrong_kind(tmp_path):
         with pytest.raises(TypeError, match=says): GRPOConfig(str(tmp_path), use_cpu=True, report_to="none", **options)
     with pytest.warns(UserWarning, match="epsilon_high as the cap"): GRPOConfig(str(tmp_path), use_cpu=True, report_to="none", loss_type="cispo")
     with pytest.warns(FutureWarning, match="clip_max"): assert GRPOConfig(str(tmp_path), use_cpu=True, report_to="none", vllm_importance_sampling_cap=2.0).vllm_importance_sampling_clip_max == 2.0
+    assert GRPOConfig(str(tmp_path), use_cpu=True, report_to="none", loss_type="cispo", epsilon_high=5.0, delta=2.0).delta == 2.0  # as in TRL, where it changes nothing for this loss
     for given, becomes in ((True, "group"), (False, "none")): assert GRPOConfig(str(tmp_path), use_cpu=True, report_to="none", scale_rewards=given).scale_rewards == becomes
 
 
@@ -441,3 +492,5 @@ def test_a_reward_that_fails_names_itself(config):
     def raising(completions, **kwargs): raise KeyError("gold")
     with pytest.raises(ValueError, match="broken.*16|broken.* 1 "): train(config, broken)
     with pytest.raises(RuntimeError, match="raising"): train(config, raising)
+    def talking(completions, log_extra, **kwargs): log_extra("x", [1])
+    with pytest.raises(RuntimeError, match=r"talking.*log_extra\('x', ...\) was given 1 values for 16 completions"): train(config, talking)
