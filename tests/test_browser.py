@@ -1,4 +1,5 @@
 """Explorers in real headless Chromium: the page without a kernel, and a real JupyterLab with and without one."""
+import html
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.explore import beta, dashboard, groups, kl, pair_losses, plane, tokens, weights, zero_loss
+from posttrain.explore import beta, clip, dashboard, groups, kl, microscope, pair_losses, plane, tokens, weights, zero_loss
 
 pytestmark = pytest.mark.browser
 
@@ -68,12 +69,18 @@ def a_run():
     return dashboard.replay(rows)
 
 
-@pytest.mark.parametrize("make", [tokens.tokens_explorer, kl.kl_explorer, weights.weights_explorer, beta.beta_explorer, plane.dpo_plane, pair_losses.pair_loss_curves, zero_loss.zero_loss_explorer, groups.groups_explorer, a_run])
+def a_microscope():
+    "Tokens of a run: made-up numbers, since here only the page is looked at."
+    look = lambda s: {"step": s, "prompts": [{"prompt": "2+2=", "prompt_ids": [1], "completions": [{"ids": [1, 2], "tokens": ["4", "<|end|>"], "special": [1], "left_out": 0, "scores": {"right": 1.0}, "logps": [-3 / (1 + s), -0.1 * s], "old_logps": [-1.0, -1.0]}]}]}
+    return microscope.microscope([look(s) for s in range(5)])
+
+
+@pytest.mark.parametrize("make", [tokens.tokens_explorer, kl.kl_explorer, weights.weights_explorer, beta.beta_explorer, plane.dpo_plane, pair_losses.pair_loss_curves, zero_loss.zero_loss_explorer, groups.groups_explorer, clip.clip_explorer, a_run, a_microscope])
 def test_static_page_moves_by_keyboard(page, tmp_path, make):
     explorer = make()
     page.goto(explorer.save(tmp_path / "page.html").as_uri())
     picture = page.locator('[data-role="view"] > svg')
-    assert shown(picture) in explorer.frame().replace("&#x27;", "'") and page.locator('[data-role="view"] img').count() == 0
+    assert shown(picture) in html.unescape(explorer.frame()) and page.locator('[data-role="view"] img').count() == 0
     name, control = min(explorer.controls.items(), key=lambda item: item[1].kind != "slider")  # a slider if there is one
     box = page.locator(f'[data-name="{name}"]')
     at, along = control.values.index(control.value), control.kind == "slider"

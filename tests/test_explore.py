@@ -9,10 +9,10 @@ from xml.dom import minidom
 
 import pytest
 
-from posttrain.explore import groups, kl, svg, tokens, weights, zero_loss
+from posttrain.explore import clip, groups, kl, svg, tokens, weights, zero_loss
 from posttrain.explore.core import WIDGET_VIEW, Explorer, choice, slider, toggle
 
-EXPLORERS = {"tokens": tokens.tokens_explorer, "kl": kl.kl_explorer, "weights": weights.weights_explorer, "zero loss": zero_loss.zero_loss_explorer, "groups": groups.groups_explorer}
+EXPLORERS = {"tokens": tokens.tokens_explorer, "kl": kl.kl_explorer, "weights": weights.weights_explorer, "zero loss": zero_loss.zero_loss_explorer, "groups": groups.groups_explorer, "clip": clip.clip_explorer}
 
 
 @pytest.fixture(scope="module", params=EXPLORERS)

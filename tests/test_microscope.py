@@ -178,17 +178,12 @@ def test_which_completions_are_kept():
     assert row["logps"] == [0.0, None] and row["advantages"] == [0.0, None]
 
 
-def test_pairs_have_names_and_a_first_look_without_entropy(config, tmp_path):
-    class Shown(DPOTrainer):
-        def pairs(self, batch, logps, totals):
-            for callback in self.callback_handler.callbacks:
-                if isinstance(callback, Microscope): callback.on_tokens(self, {**batch, "ref_logps": self.reference.ref_logps(batch)}, {"logps": logps.detach()})
-            return super().pairs(batch, logps, totals)
-    trainer = Shown(pocket.start("sort")[0], args=DPOConfig(**config(max_steps=3, learning_rate=1e-3)), train_dataset=pocket.dataset("sort", "preference", n=12), processing_class=pocket.tokenizer(), callbacks=[Microscope(1, names=("chosen", "rejected"))])
+def test_pairs_have_names_and_the_references_log_probs(config, tmp_path):
+    trainer = DPOTrainer(pocket.start("sort")[0], args=DPOConfig(**config(max_steps=3, learning_rate=1e-3)), train_dataset=pocket.dataset("sort", "preference", n=12), processing_class=pocket.tokenizer(), callbacks=[Microscope(1, names=("chosen", "rejected"))])
     trainer.train()
     for look in looks(tmp_path): assert [c["name"] for c in completions(look)] == ["chosen", "rejected"] * 2 and not any(c["scores"] or "advantages" in c for c in completions(look))
     explorer = microscope(trainer)
-    assert explorer.controls["what"].values == ("log-prob", "KL") and set(explorer.controls) == {"step", "what", "which"} and explorer.controls["which"].values == WHICH
+    assert explorer.controls["what"].values == ("log-prob", "KL", "entropy") and set(explorer.controls) == {"step", "what", "which"} and explorer.controls["which"].values == WHICH
 
 
 # ---------------------------------------------------------------- the explorer

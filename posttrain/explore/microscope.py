@@ -4,10 +4,9 @@
 __all__ = ['FILE', 'QUANTITIES', 'LEVELS', 'WHICH', 'pieces', 'record', 'batch_of', 'Microscope', 'Quantity', 'values_of',
            'spans', 'visible', 'draw_look', 'followed', 'microscope']
 
-# %% ../../nbs/explore/13_microscope.ipynb #c1248b91
+# %% ../../nbs/explore/13_microscope.ipynb #399afc3a
 import json
 import math
-import re
 import unicodedata
 import warnings
 from collections.abc import Callable
@@ -209,16 +208,13 @@ def spans(
         found[what] = tuple(side * end for side in QUANTITIES[what].sides)
     return found
 
-# %% ../../nbs/explore/13_microscope.ipynb #59ab6474
-_UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffe\uffff\ud800-\udfff]")  # what XML cannot hold, and what no reader could see
-
-
+# %% ../../nbs/explore/13_microscope.ipynb #3c33029b
 def visible(
     text: str,  # of a token or a prompt
     most: int = 40,  # characters
 ) -> str:
     "On one line, spaces and line ends as signs, what XML cannot hold as �, cut with a mark."
-    text = _UNFIT.sub("�", text.replace("\r\n", "\n").replace("\n", "⏎").replace("\r", "⏎").replace("\t", "⇥").replace(" ", "·"))
+    text = svg.legible(text.replace("\r\n", "\n").replace("\n", "⏎").replace("\r", "⏎").replace("\t", "⇥").replace(" ", "·"))
     return text if len(text) <= most else text[:most - 1] + "…"
 
 
@@ -309,7 +305,7 @@ def _beside(completion: dict, what: str, values: list) -> list[str]:
         else: lines[-1] = joined
     together = QUANTITIES[what].together
     number = [] if not real or what == "advantage" and len(advantages) == 1 else [f"{together} {svg.short(sum(real) / (len(real) if together == 'mean' else 1))}"]
-    return [_UNFIT.sub("�", line if len(line) <= 29 else line[:28] + "…") for line in lines if line] + number
+    return [line if len(line) <= 29 else line[:28] + "…" for line in lines if line] + number
 
 
 def _key(quantity: Quantity, span) -> list[str]:

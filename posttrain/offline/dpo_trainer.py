@@ -79,7 +79,7 @@ class DPOConfig(PostConfig):
         if self.use_weighting and (other := [t for t in self.loss_type if t in OF_THE_BATCH]): raise ValueError(f"use_weighting=True weighs pairs, but {other} take pairs apart to sort them: choose one or the other")
         if self.sync_ref_model and self.precompute_ref_log_probs: raise ValueError("sync_ref_model=True moves the reference, precompute_ref_log_probs=True asks it only once: choose one or the other")
 
-# %% ../../nbs/offline/09_dpo_trainer.ipynb #2684d87d
+# %% ../../nbs/offline/09_dpo_trainer.ipynb #1c563cb8
 class DPOTrainer(WithReference, PostTrainer):
     """Direct preference optimisation (https://arxiv.org/abs/2305.18290) and its family. Call it as TRL's.
 
@@ -135,7 +135,7 @@ class DPOTrainer(WithReference, PostTrainer):
         "Losses that sort compare across the whole step: ask it once beforehand, unless it is one batch on one process."
         if not (wanted := [t for t in self.args.loss_type if t in SORTED]) or len(batches) * self.args.world_size == 1: return
         with torch.no_grad(), self.compute_loss_context_manager():
-            parts = [self.pairs(batch, completion_logps(self.model, batch)["logps"], self.totals) for batch in map(self._prepare_inputs, batches)]
+            parts = [self.pairs(batch, completion_logps(self.model, batch), self.totals) for batch in map(self._prepare_inputs, batches)]
         rank = self.args.process_index
         for name in wanted:
             mine = [torch.cat(side).cpu() for side in zip(*map(SORTED[name], parts))]
@@ -144,15 +144,17 @@ class DPOTrainer(WithReference, PostTrainer):
             mates = mates[sum(len(everyone[r][0]) for r in range(rank)):][:len(mine[0])].to(self.args.device)
             for batch, part in zip(batches, mates.split([len(p.chosen_logps) for p in parts])): batch[f"{name}_mates"] = part
 
-    def pairs(self, batch, logps, totals):
+    def pairs(self, batch, out, totals):
         args = self.args
         score = partial(f_score, f_divergence_type=args.f_divergence_type, alpha=args.f_alpha_divergence_coef)
-        return make_pairs(logps, self.reference.ref_logps(batch), batch, totals, weights=verbosity_weights(batch["mask"], args.ld_alpha), score=score)
+        ref_logps = self.reference.ref_logps(batch)
+        if "entropy" in out: self.show_tokens({**batch, "ref_logps": ref_logps}, logps=out["logps"], entropy=out["entropy"])  # the loss asks, not the look at the whole step
+        return make_pairs(out["logps"], ref_logps, batch, totals, weights=verbosity_weights(batch["mask"], args.ld_alpha), score=score)
 
     def loss(self, model, batch, totals):
         args = self.args
         out = completion_logps(model, batch, want=("entropy", "is_top1", "mean_logit", *(["log_sum_sq_probs"] if args.use_weighting else [])))
-        pairs = self.pairs(batch, out["logps"], totals)
+        pairs = self.pairs(batch, out, totals)
         each = sum(weight * PAIR_LOSSES[name](pairs, **args.options_of(PAIR_LOSSES[name])) for name, weight in zip(args.loss_type, args.loss_weights or [1.0] * len(args.loss_type)))
         if args.use_weighting: each = each * on_policy_weights(out["logps"], out["log_sum_sq_probs"], batch["mask"])
         return each.sum() / totals.sequences, pair_metrics(pairs, out, batch["mask"], args.beta)

@@ -20,7 +20,7 @@ def nll(
 
 TOKEN_LOSSES = {"nll": nll, "dft": dft}  # loss_type -> each token's loss, from its log-prob
 
-# %% ../../nbs/offline/01_sft.ipynb #e6c75a11
+# %% ../../nbs/offline/01_sft.ipynb #d1aab9ed
 from ..data.collate import collate_sft
 from ..data.formats import column_names, dataset_type, first_row
 from ..data.packing import PACKING_STRATEGIES, pack_dataset
@@ -108,4 +108,5 @@ class SFTTrainer(PostTrainer):
     def loss(self, model, batch, totals):
         weights = token_weights(batch["mask"], "token", totals=totals)  # m_t / N of the whole step
         loss, stats = completion_loss(model, batch, TOKEN_LOSSES[self.args.loss_type], weights, want=("entropy", "is_top1"))
+        self.show_tokens(batch, logps=stats["logps"], entropy=stats["entropy"])
         return loss, {"entropy": Mean.of(stats["entropy"], batch["mask"]), "mean_token_accuracy": Mean.of(stats["is_top1"], batch["mask"])}

@@ -162,7 +162,7 @@ def last_complete_checkpoint(
         else: return str(path)
     raise ValueError(f"there is no complete checkpoint in {folder} to resume from; train from the start with resume_from_checkpoint=None" + (", or use one of another run by its path" if not steps else ""))
 
-# %% ../../nbs/training/04_trainer.ipynb #27629158
+# %% ../../nbs/training/04_trainer.ipynb #39cd3d32
 class PostTrainer(Trainer):
     """transformers' Trainer with one rule of normalisation. Subclasses say what a row must have, how it is prepared, and what the loss is.
 
@@ -355,6 +355,11 @@ class PostTrainer(Trainer):
         if ids.min() < 0 or ids.max() >= vocab:
             return ValueError(f"the batch holds token ids from {int(ids.min())} to {int(ids.max())}, but the model's vocabulary ends at {vocab - 1}: is this the model's tokenizer? If tokens were added, call model.resize_token_embeddings(len(tokenizer))")
         if limit and longest > limit: return ValueError(f"a row has {longest} tokens, but the model has positions for {limit}: set max_length={limit} or less")
+
+    def show_tokens(self, batch: dict, **tokens):
+        "For a loss that has its log-probs: callbacks with a method `on_tokens(trainer, batch, tokens)` may look at this micro-batch. `tokens`: name -> (B, T)."
+        for callback in self.callback_handler.callbacks:
+            if hasattr(callback, "on_tokens"): callback.on_tokens(self, batch, {k: v.detach() for k, v in tokens.items()})
 
     # ------------------------------------------------ evaluation
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
