@@ -163,8 +163,7 @@ def both(trl, config, models, **options): return [run(which, trl, config, models
 SEVERAL = [noise, parity, sometimes]
 CISPO = dict(loss_type="cispo", epsilon_high=5.0)
 ONE_STEP = {
-    **{f"{name}, {level}": dict(loss_type=name, importance_sampling_level=level, **({"epsilon_high": 5.0} if name == "cispo" else {})) for name in LOSS_TYPES for level in ("token", "sequence")},
-    **{f"{name}, KL": dict(loss_type=name, beta=.1, **({"epsilon_high": 5.0} if name == "cispo" else {})) for name in LOSS_TYPES},
+    **{f"{name}, {level}": dict(loss_type=name, importance_sampling_level=level, beta=.1 * (level == "token"), **({"epsilon_high": 5.0} if name == "cispo" else {})) for name in LOSS_TYPES for level in ("token", "sequence")},
     "KL, plain": dict(beta=.1, use_bias_correction_kl=False), "KL, sequence": dict(beta=.1, importance_sampling_level="sequence", loss_type="grpo"),
     "scaled by the batch": dict(scale_rewards="batch"), "not scaled": dict(scale_rewards="none"), "scaled, True": dict(scale_rewards=True), "scaled, False": dict(scale_rewards=False),
     "several rewards": dict(rewards=SEVERAL, reward_weights=[1.0, .5, -.3]), "several rewards, batch": dict(rewards=SEVERAL, scale_rewards="batch"), "a column and a metric": dict(rewards=[by_column, noise]),
@@ -192,32 +191,31 @@ def test_one_step(case, trl, config, models):
 
 # ------------------------------------------------ several steps on one generation: the old log-probs really differ
 REUSED = {
-    **{f"{name}, {level}": dict(loss_type=name, importance_sampling_level=level, **({"epsilon_high": 1.2} if name == "cispo" else {})) for name in LOSS_TYPES for level in ("token", "sequence")},
-    **{f"{name}, KL, {'un' * (not b)}corrected": dict(loss_type=name, beta=.1, use_bias_correction_kl=b, **({"epsilon_high": 1.2} if name == "cispo" else {})) for name in LOSS_TYPES for b in (True, False)},
-    "GSPO": dict(loss_type="grpo", importance_sampling_level="sequence", epsilon=3e-4, epsilon_high=4e-4), "GSPO, KL": dict(loss_type="grpo", importance_sampling_level="sequence", beta=.1),
+    **{f"{name}, {level}": dict(loss_type=name, importance_sampling_level=level, beta=.1, use_bias_correction_kl=(level == "token") == (i % 2 == 0), **({"epsilon_high": 1.2} if name == "cispo" else {})) for i, name in enumerate(LOSS_TYPES) for level in ("token", "sequence")},
+    "GSPO": dict(loss_type="grpo", importance_sampling_level="sequence", epsilon=3e-4, epsilon_high=4e-4), "a new generation": dict(steps=3, loss_type="grpo", importance_sampling_level="sequence"),
     "clip higher": dict(epsilon_high=.28), "two-sided": dict(delta=1.5), "two-sided, sequence": dict(delta=1.3, loss_type="grpo", importance_sampling_level="sequence"), "narrow": dict(epsilon=.01),
     "off-policy mask": dict(off_policy_mask_threshold=.02), "off-policy mask, grpo": dict(off_policy_mask_threshold=.05, loss_type="grpo", beta=.1), "off-policy mask, vespo": dict(off_policy_mask_threshold=.02, loss_type="vespo"),
     "SAPO, other temperatures": dict(loss_type="sapo", sapo_temperature_neg=2.0, sapo_temperature_pos=.5), "VESPO, other weights": dict(loss_type="vespo", vespo_k_pos=1.0, vespo_lambda_pos=1.5, vespo_k_neg=2.0, vespo_lambda_neg=1.0),
-    "truncated": dict(mask_truncated_completions=True, beta=.1), "tokens of an environment": dict(masks=True, loss_type="grpo"),
-    "top entropy": dict(top_entropy_quantile=.4), "temperature": dict(temperature=.8, beta=.1), "adaptive entropy": dict(use_adaptive_entropy=True, entropy_coef=.05, entropy_target=1.6, entropy_coef_delta=.02),
+    "truncated": dict(mask_truncated_completions=True, beta=.1), "tokens of an environment": dict(masks=True, loss_type="grpo"), "tokens of an environment, vespo": dict(masks=True, loss_type="vespo"), "two completions": dict(num_generations=2, rewards=SEVERAL),
+    "top entropy": dict(top_entropy_quantile=.4), "temperature": dict(temperature=.8, beta=.1), "adaptive entropy": dict(steps=3, use_adaptive_entropy=True, entropy_coef=.05, entropy_target=1.6, entropy_coef_delta=.02),
     "GDPO": dict(rewards=SEVERAL, multi_objective_aggregation="normalize_then_sum"),
 }
 
 
 @pytest.mark.parametrize("case", REUSED)
 def test_steps_that_share_a_generation(case, trl, config, models):
-    """Twice over each generation; the third step has a new one."""
-    ours, theirs = both(trl, config, models, steps=3, num_iterations=2, **{"learning_rate": .004, **REUSED[case]})
+    """Twice over each generation; where there is a third step it has a new one."""
+    ours, theirs = both(trl, config, models, num_iterations=2, **{"steps": 2, "learning_rate": .004, **REUSED[case]})
     same(ours, theirs, skip=("num_tokens", "reward", "reward_std", "frac_reward_zero_std", *(k for k in ALWAYS if k.startswith("completions"))))
     for key in ("reward", "reward_std", "completions/mean_length"):  # logged when there is something new
-        assert key in ours.logs[0] and key not in ours.logs[1] and close(ours.logs[2][key], theirs.logs[2][key])
+        assert key in ours.logs[0] and key not in ours.logs[1] and all(close(a[key], b[key]) for a, b in zip(ours.logs[::2], theirs.logs[::2]))
     assert abs(ours.logs[1]["ratio/max"] - 1) > .01 and ours.logs[0]["ratio/max"] == 1
 
 
 HALF = dict(per_device_train_batch_size=G * P // 2)
 LATER = {
     **{name: dict(loss_type=name, beta=.1, **({"epsilon_high": 1.2} if name == "cispo" else {})) for name in LOSS_TYPES}, "GSPO": dict(loss_type="grpo", importance_sampling_level="sequence"),
-    "twice": dict(num_iterations=2), "twice, grpo": dict(num_iterations=2, loss_type="grpo", beta=.1, importance_sampling_level="sequence"), "by its size": dict(steps_per_generation=None, generation_batch_size=G * P),
+    "twice": dict(num_iterations=2, steps=5), "twice, grpo": dict(num_iterations=2, loss_type="grpo", beta=.1, importance_sampling_level="sequence", steps=4), "three in steps of two": dict(per_device_train_batch_size=G, steps_per_generation=3, gradient_accumulation_steps=2, loss_type="grpo"), "by its size": dict(steps_per_generation=None, generation_batch_size=G * P),
     "off-policy mask": dict(off_policy_mask_threshold=.02, num_iterations=2), "entropy bonus": dict(entropy_coef=.05), "adaptive entropy": dict(use_adaptive_entropy=True, entropy_coef=.05, entropy_target=1.6, entropy_coef_delta=.02),
     "truncated": dict(mask_truncated_completions=True),
 }
@@ -225,10 +223,10 @@ LATER = {
 
 @pytest.mark.parametrize("case", LATER)
 def test_a_generation_that_serves_two_steps(case, trl, config, models):
-    """The second half of it is learned from by a policy that has moved."""
-    options = {**HALF, "steps_per_generation": 2, "learning_rate": .004, **LATER[case]}
-    ours, theirs = both(trl, config, models, steps=4, **options)
-    same(ours, theirs, skip=("num_tokens", "reward", "reward_std", "frac_reward_zero_std", *(k for k in ALWAYS if k.startswith("completions"))))
+    """The second half of it is learned from by a policy that has moved; the third step begins a new one."""
+    options = {**HALF, "steps": 3, "steps_per_generation": 2, "learning_rate": .004, **LATER[case]}
+    ours, theirs = both(trl, config, models, **options)
+    same(ours, theirs, skip=(*(PER_MICRO_BATCH if "gradient_accumulation_steps" in options else ()), "num_tokens", "reward", "reward_std", "frac_reward_zero_std", *(k for k in ALWAYS if k.startswith("completions"))))
     assert abs(ours.logs[1]["ratio/max"] - 1) > .01
 
 
@@ -250,17 +248,16 @@ def test_a_step_of_two_micro_batches(case, trl, config, models):
 MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 SAMPLER = {
     **{f"{mode}, {name}": dict(vllm_importance_sampling_mode=mode, vllm_importance_sampling_clip_max=hi, vllm_importance_sampling_clip_min=lo) for mode in MODES
-       for name, lo, hi in (("from above", None, 1.3), ("from below", .8, None), ("between", .7, 1.2))},
+       for name, lo, hi in (("from below", .8, None), ("between", .7, 1.2)) if name == "between" or mode.endswith("mask")},
     "mask, no limits": dict(vllm_importance_sampling_mode="sequence_mask", vllm_importance_sampling_clip_max=None), "the default": {},
-    **{f"{name}, {mode}": dict(loss_type=name, vllm_importance_sampling_mode=mode, vllm_importance_sampling_clip_max=1.3, beta=.1, **({"epsilon_high": 5.0} if name == "cispo" else {}))
-       for name in LOSS_TYPES for mode in ("token_truncate", "token_mask", "sequence_truncate") if name != "vespo" or mode.startswith("token")},
+    **{f"{name}, {mode}": dict(loss_type=name, vllm_importance_sampling_mode=mode, vllm_importance_sampling_clip_max=1.3, beta=.1, **({"epsilon_high": 5.0} if name == "cispo" else {})) for name, mode in zip(LOSS_TYPES, (*MODES, *MODES[::-1]))},
     "GSPO": dict(loss_type="grpo", importance_sampling_level="sequence"), "luspo, sequence": dict(loss_type="luspo", importance_sampling_level="sequence"),
     "no correction": dict(vllm_importance_sampling_correction=False), "off-policy mask": dict(off_policy_mask_threshold=.02), "off-policy mask, no correction": dict(off_policy_mask_threshold=.02, vllm_importance_sampling_correction=False),
     "truncated": dict(mask_truncated_completions=True), "tokens of an environment": dict(masks=True, vllm_importance_sampling_mode="token_truncate"), "log-probs that are unknown": dict(unknown=True, vllm_importance_sampling_mode="token_truncate"),
     "unknown, sequence": dict(unknown=True, off_policy_mask_threshold=.02), "unknown, vespo": dict(unknown=True, loss_type="vespo", vllm_importance_sampling_mode="token_mask"),
     "temperature": dict(temperature=.8), "top entropy, bonus": dict(top_entropy_quantile=.4, entropy_coef=.05),
     "twice": dict(steps=3, num_iterations=2, learning_rate=.004), "twice, token": dict(steps=3, num_iterations=2, learning_rate=.004, vllm_importance_sampling_mode="token_mask", off_policy_mask_threshold=.05, beta=.1),
-    "half": dict(steps=4, **HALF, steps_per_generation=2, learning_rate=.004),
+    "half": dict(steps=3, **HALF, steps_per_generation=2, learning_rate=.004),
 }
 
 
@@ -368,6 +365,28 @@ def test_dead_groups_are_groups(options, trl, config, models):
     assert close(ours.logs[0]["frac_reward_zero_std"], 2 / 3) and close(theirs.logs[0]["frac_reward_zero_std"], 2 / 3)
 
 
+@pytest.mark.parametrize("scored", [0, 1])
+def test_a_group_without_scores_is_dead(scored, trl, config, models):
+    """All rewards of a group are None, or all but one: it teaches nothing. TRL has no standard deviation for it and counts it among the living; everything else is equal."""
+    def some(prompts, completion_ids, **kwargs): return [len(ids) / 4 if i % G < scored or i >= G else None for i, ids in enumerate(completion_ids)]
+    ours, theirs = both(trl, config, models, rewards=some)
+    same(ours, theirs, skip=("frac_reward_zero_std",))
+    assert close(ours.logs[0]["frac_reward_zero_std"], 1 / 3) and theirs.logs[0]["frac_reward_zero_std"] == 0
+
+
+def test_absolute_positions(trl, config, tmp_path):
+    """GPT-2 counts positions from the first token that it is given. TRL pads prompts on the left, and does not tell it: a short prompt is read too far to the right unless it is sampled alone. Here it is not padded."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    reference = GPT2LMHeadModel(GPT2Config(vocab_size=len(pocket.tokenizer()), n_embd=32, n_layer=2, n_head=2, n_positions=64, bos_token_id=EOS, eos_token_id=EOS, attn_pdrop=0., embd_pdrop=0., resid_pdrop=0.))
+    reference.save_pretrained(tmp_path / "gpt2")
+    policy = moved(reference, 1, .2).double()
+    policy.config._name_or_path = str(tmp_path / "gpt2")
+    options = dict(trl=trl, config=config, models=(policy, reference.double()), loss_type="grpo", beta=.1)
+    ours, theirs, alone = run("ours", **options), run("trl", **options), run("trl", **options, per_device_train_batch_size=G, gradient_accumulation_steps=P, steps_per_generation=1)
+    norm = alone.gradients[0].norm()
+    assert (ours.gradients[0] - alone.gradients[0]).norm() <= 1e-5 * norm and (theirs.gradients[0] - alone.gradients[0]).norm() > .1 * norm
+
+
 def test_tokens_are_counted_when_they_are_read(trl, config, models):
     """Two steps on one generation: TRL counts what is generated, once and at once; ours, as all trainers here, what went through the model to learn from."""
     ours, theirs = both(trl, config, models, steps=2, num_iterations=2, learning_rate=1e-3)
@@ -466,9 +485,11 @@ ALL_LEVELS = ("token", "sequence")
 @pytest.mark.parametrize("level", ALL_LEVELS)
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_every_combination_of_options(loss_type, level, trl, accelerator, monkeypatch):
-    """360 combinations: KL, clipping, tokens that are left out, sampler; with and without a row that does not count at all."""
-    cases = 0
-    for kl, clip, tokens, sampler, empty in itertools.product(KL, CLIP, TOKENS, (None, "token", "sequence"), (False, True)):
+    """KL, clipping, tokens that are left out, sampler; with and without a row that does not count at all. Of the 360 combinations a third, another one for each loss: any three options meet in all their values."""
+    cases, third = 0, (2 * list(LOSS_TYPES).index(loss_type) + ALL_LEVELS.index(level)) % 3
+    for numbers in itertools.product(*map(range, (3, 4, 5, 3, 2))):
+        if sum(numbers) % 3 != third: continue
+        kl, clip, tokens, sampler, empty = (options[i] for options, i in zip((KL, CLIP, TOKENS, (None, "token", "sequence"), (False, True)), numbers))
         if loss_type == "vespo" and sampler == "sequence": continue  # refused by both
         if loss_type == "cispo": clip = {"epsilon_high": {None: None, .28: 1.3, .5: 5.0}[clip.get("epsilon_high")]}
         x, mask = by_hand(cases, empty)
@@ -487,7 +508,7 @@ def test_every_combination_of_options(loss_type, level, trl, accelerator, monkey
             if key == "policy_loss" and LOSS_TYPES[loss_type].whole_generation: their[key] *= 2  # see test_a_step_of_two_micro_batches
             assert close(float(mine[key]), their[key], 1e-5), f"{key}: {mine[key]} against {their[key]}; {about}"
         cases += 1
-    assert cases >= 240
+    assert cases >= 80
 
 
 def test_functions_equal_trls(trl):
