@@ -446,7 +446,8 @@ def test_a_config_that_is_wrong_says_what(case, tmp_path):
 
 
 def test_a_config_of_the_wrong_kind(tmp_path):
-    for options, says in ((dict(num_generations="8"), "num_generations.*'8'"), (dict(temperature=None), "temperature.*None"), (dict(beta="0.1"), "beta.*'0.1'")):
+    for options, says in ((dict(num_generations="8"), "num_generations.*'8'"), (dict(temperature=None), "temperature.*None"), (dict(beta="0.1"), "beta.*'0.1'"), (dict(num_iterations=2.0), "num_iterations.* whole number, got 2.0"), (dict(max_completion_length=None), "max_completion_length.*None"),
+                          (dict(top_k=None), "top_k.*None"), (dict(top_p=None), "top_p.*None")):
         with pytest.raises(TypeError, match=says): GRPOConfig(str(tmp_path), use_cpu=True, report_to="none", **options)
     with pytest.warns(UserWarning, match="epsilon_high as the cap"): GRPOConfig(str(tmp_path), use_cpu=True, report_to="none", loss_type="cispo")
     with pytest.warns(FutureWarning, match="clip_max"): assert GRPOConfig(str(tmp_path), use_cpu=True, report_to="none", vllm_importance_sampling_cap=2.0).vllm_importance_sampling_clip_max == 2.0
@@ -480,6 +481,9 @@ def test_arguments_that_are_wrong_are_found_before_a_model_is_loaded(config):
             (lambda: build(exact_match_reward, rows(4).remove_columns("answer")), TypeError, "answer"), (lambda: build(noisy, rows(4).add_column("completions", ["a"] * 4)), ValueError, "completions"),
             (lambda: build(print_me), TypeError, "needs 'colour'"), (lambda: build(eval_dataset=Dataset.from_list([{"a": 1}])), ValueError, "prompt")):
         with pytest.raises(error, match=says): call()
+    plain = pocket.tokenizer()
+    plain.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"): GRPOTrainer(nowhere, noisy, GRPOConfig(**kw), rows(4, conversational=True), processing_class=plain)
     with pytest.raises(ValueError, match="training requires a train_dataset"): GRPOTrainer(pocket.model(seed=0), noisy, GRPOConfig(**kw), processing_class=pocket.tokenizer()).train()
     with pytest.raises(TypeError, match="args must be"): GRPOTrainer(nowhere, noisy, {"beta": 1}, rows(4))
 

@@ -27,7 +27,7 @@ from ..training.metrics import Mean
 from ..training.references import WithReference, disable_dropout
 from ..training.trainer import PostConfig, PostTrainer
 
-# %% ../../nbs/rollout/05_trainer.ipynb #6fa58a7b
+# %% ../../nbs/rollout/05_trainer.ipynb #4e920c3e
 _STOPS = ("stop", "stop_strings")  # vLLM's name and transformers'
 _BATCHING = "the own sampler (sampler='own') lets finished completions go and shares prompts by itself, or choose use_vllm=True"
 _NOT_HERE = {  # TRL's fields that cannot be honoured: the only value they may have, and what to do instead
@@ -110,7 +110,12 @@ class OnlineConfig(PostConfig):
             if getattr(self, name) != only: raise ValueError(f"{name}={getattr(self, name)!r} is not supported by {type(self).__name__}, leave it {only!r}: {instead}")
         self.one_of("sampler", ("auto", "own", "transformers"))
         self.one_of("vllm_mode", ("colocate", "server"))
-        for name in ("num_generations", "num_generations_eval", "max_completion_length", "num_iterations", "steps_per_generation", "generation_batch_size", "dynamic_sampling_rounds", "dynamic_sampling_prompts"): self.at_least(name, 1)
+        counts = ("num_generations", "num_generations_eval", "max_completion_length", "num_iterations", "steps_per_generation", "generation_batch_size", "dynamic_sampling_rounds", "dynamic_sampling_prompts")
+        for name in (*counts, "top_k"):
+            value = getattr(self, name)
+            if isinstance(value, float) or value is None and getattr(type(self), name) is not None: raise TypeError(f"{name} of {type(self).__name__} must be a whole number, got {value!r}")
+        for name in counts: self.at_least(name, 1)
+        for name in ("top_p", "repetition_penalty"): self.between(name, 0)
         self.between("temperature", 0, ends=(False, False))
         if self.auto_find_batch_size: raise ValueError("auto_find_batch_size=True is not supported: a smaller batch would cut groups of completions apart. Lower per_device_train_batch_size and raise gradient_accumulation_steps: the gradient is the same")
         for name in self.generation_kwargs or ():
@@ -172,7 +177,7 @@ def reward_metrics(
     logs |= {"reward": whole.nanmean().item(), "reward_std": spread(whole), "frac_reward_zero_std": (group_std(whole, num_generations) == 0).float().mean().item()}
     return {k: v for k, v in logs.items() if v == v}
 
-# %% ../../nbs/rollout/05_trainer.ipynb #cd8b372e
+# %% ../../nbs/rollout/05_trainer.ipynb #7ff2bd11
 def _has_dropout(model: nn.Module) -> bool:
     rates = lambda m: [getattr(m, "p", 0)] if isinstance(m, nn.Dropout) else [rate for name, rate in vars(m).items() if "drop" in name and isinstance(rate, float)]
     return any(rate > 0 for m in model.modules() for rate in rates(m))
@@ -210,6 +215,11 @@ class OnlineTrainer(WithReference, PostTrainer):
         if isinstance(dataset, IterableDataset):
             if name == "train" and self.args.max_steps <= 0: raise ValueError(f"the train dataset is a stream, whose length nobody knows: set max_steps in {type(self.args).__name__}")
         else: check_rows({"prompt": dataset["prompt"][:]}, ["prompt"], who=who)
+
+    def prepare(self, dataset, name, training):
+        "As it is: prompts are encoded when they are asked. The first one now too, so that a chat template that is missing or fails is found before a model is loaded."
+        if not self.rollout_func: self.encode([next(iter(dataset))])
+        return dataset
 
     def before_preparing(self): check_tokenizer(self.processing_class, type(self).__name__)
 
