@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['GRPOConfig', 'GRPOTrainer']
 
-# %% ../../nbs/online/09_grpo_trainer.ipynb #57b5a33c
+# %% ../../nbs/online/09_grpo_trainer.ipynb #e06e780d
 import math
 import warnings
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..foundations.advantages import group_advantages
+from ..foundations.advantages import group_advantages, group_std
 from ..foundations.masks import Totals, average
 from ..foundations.policy_gradient import RATIOS
 from .corrections import IMPORTANCE_MODES, EntropyController, entropy_threshold, gdpo_advantages, importance_weights, off_policy_mask, top_entropy_mask
@@ -95,7 +95,7 @@ class GRPOConfig(OnlineConfig):
         low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
         if low is not None and high is not None and low >= high: raise ValueError(f"vllm_importance_sampling_clip_min={low} must be below vllm_importance_sampling_clip_max={high}")
 
-# %% ../../nbs/online/09_grpo_trainer.ipynb #6b6dcd52
+# %% ../../nbs/online/09_grpo_trainer.ipynb #f31d99b7
 class GRPOTrainer(OnlineTrainer):
     """Group relative policy optimisation (https://arxiv.org/abs/2402.03300) and its family. Call it as TRL's.
 
@@ -121,6 +121,11 @@ class GRPOTrainer(OnlineTrainer):
         if args.mask_truncated_completions:
             whole = generation.masks or [[1] * len(ids) for ids in generation.completion_ids]
             generation.masks = overlong_filter(whole, generation.finished)
+
+    def keep(self, generation):
+        "Dynamic sampling: where each reward is normalised by itself, two that differ teach something though their sum may not."
+        if self.args.multi_objective_aggregation == "sum_then_normalize": return super().keep(generation)
+        return torch.stack([group_std(r, generation.num_generations) for r in (generation.rewards * self.rewards.weights).T]).gt(0).any(0)
 
     def enrich(self, batches):
         "Old log-probs, where the policy will have moved before they are needed and the sampler's are not the trainer's; the reference's."
