@@ -95,7 +95,7 @@ class GRPOConfig(OnlineConfig):
         low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
         if low is not None and high is not None and low >= high: raise ValueError(f"vllm_importance_sampling_clip_min={low} must be below vllm_importance_sampling_clip_max={high}")
 
-# %% ../../nbs/online/09_grpo_trainer.ipynb #f31d99b7
+# %% ../../nbs/online/09_grpo_trainer.ipynb #cb3acee9
 class GRPOTrainer(OnlineTrainer):
     """Group relative policy optimisation (https://arxiv.org/abs/2402.03300) and its family. Call it as TRL's.
 
@@ -197,7 +197,7 @@ class GRPOTrainer(OnlineTrainer):
         stats |= {kind.names.get(k, k): Mean(v * counts[k], counts[k]) if k in counts else v for k, v in seen.items()}
         stats["entropy"] = Mean.of(out["entropy"], mask)
         if self.entropy.enabled: loss = self._with_bonus(loss, stats, batch, out["entropy"])
-        self._show_tokens(batch, logps=logps, old_logps=old_logps, entropy=out["entropy"])
+        self.show_tokens(batch, logps=logps, old_logps=old_logps, entropy=out["entropy"])
         return loss, stats
 
     def _with_bonus(self, loss, stats, batch, entropy):
@@ -217,10 +217,6 @@ class GRPOTrainer(OnlineTrainer):
             summed, count = self.accelerator.reduce(torch.stack([x.to(torch.float32) for x in self._entropy_of_step]), "sum").tolist()
             if count: self.entropy.update(summed / count)
         return self.entropy.coef
-
-    def _show_tokens(self, batch, **tokens):
-        for callback in self.callback_handler.callbacks:
-            if hasattr(callback, "on_tokens"): callback.on_tokens(self, batch, {k: v.detach() for k, v in tokens.items()})
 
     # ------------------------------------------------ stopping and going on
     def run_state(self): return {**super().run_state(), "entropy": self.entropy.state_dict()}
