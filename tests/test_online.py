@@ -1,4 +1,4 @@
-"""Learning from rewards, for real: the pocket model finds out how to reverse digits, with our sampler and with vLLM, and does not without a baseline."""
+"""Learning from rewards, for real: the pocket model finds out how to reverse digits, with our sampler and with vLLM. Seed 0 is the demo's (nbs/index.ipynb); that nothing is learned without a baseline is asserted in nbs/online/01_grpo.ipynb."""
 import io
 import os
 import subprocess
@@ -10,46 +10,28 @@ import torch
 
 from posttrain import GRPOTrainer, pocket
 from posttrain.cli import demo_config
-from posttrain.rollout.rewards import exact_match_reward, total
+from posttrain.rollout.rewards import exact_match_reward
 from posttrain.training.progress import Progress
 
 
-class NoBaseline(GRPOTrainer):
-    "REINFORCE: rewards as they come."
-
-    def advantages(self, generation): generation.columns["advantages"] = total(generation.rewards, self.rewards.weights)
-
-
-def a_number(completions, **columns):
-    "1 for a number of any kind, which the model writes nearly always."
-    return [float(text.isdigit()) for text in completions]
-
-
-def learn(seed, folder, trainer=GRPOTrainer, steps=260, rewards=exact_match_reward, **settings):
+def learn(seed, folder, steps=260, **settings):
     "Greedy accuracy before and after, the seconds that training took, and the trainer."
     model, tokenizer = pocket.start("reverse")
     test = pocket.dataset("reverse", "prompt_only", n=300, seed=2, split="test")
     config = demo_config(str(folder), steps, seed)
     for name, value in dict(dict(beta=0.0, disable_tqdm=True), **settings).items(): setattr(config, name, value)
     before, start = pocket.accuracy(model, tokenizer, test), time.time()
-    running = trainer(model, rewards, config, train_dataset=pocket.dataset("reverse", "prompt_only", n=8000, seed=1), processing_class=tokenizer, callbacks=[Progress(stream=io.StringIO())])
+    running = GRPOTrainer(model, exact_match_reward, config, train_dataset=pocket.dataset("reverse", "prompt_only", n=8000, seed=1), processing_class=tokenizer, callbacks=[Progress(stream=io.StringIO())])
     running.train()
     return before, pocket.accuracy(running.model, tokenizer, test), time.time() - start, running
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [1, 2])
 def test_grpo_teaches_the_pocket_model(seed, tmp_path):
     before, after, seconds, trainer = learn(seed, tmp_path)
     print(f"seed {seed}: {before:.2f} -> {after:.2f} in {seconds:.0f} s, {trainer.stream.sampled} completions")
     assert before < 0.25 and after >= 0.85
     assert all(abs(row["ratio/max"] - 1) < 1e-4 and abs(row["ratio/min"] - 1) < 1e-4 for row in trainer.state.log_history if "ratio/max" in row)
-
-
-def test_without_a_baseline_it_does_not(tmp_path):
-    "A reward for form, which nearly every answer earns, is a constant offset to a group and everything to a run without a baseline: it learns to write short numbers. nbs/online/01_grpo.ipynb takes it apart."
-    reached = {kind.__name__: learn(0, tmp_path, kind, steps=80, rewards=[exact_match_reward, a_number])[1] for kind in (GRPOTrainer, NoBaseline)}
-    print(reached)
-    assert reached["GRPOTrainer"] > 0.28 and reached["NoBaseline"] < 0.2
 
 
 VLLM = """
