@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -379,6 +380,24 @@ def test_an_adapter_on_the_tied_output_layer(model, start, served, prompts):
 def test_a_model_that_does_not_come_up(tmp_path):
     with pytest.raises(RuntimeError, match="Its log ends"):
         with serve(tmp_path / "nothing", timeout=100): pass
+
+
+@needs_vllm
+def test_a_server_ends_with_the_process_that_started_it(start, tmp_path):
+    "Killed with -9, which leaves no time to clean up; while the server is still coming up."
+    code = "import sys, time\nfrom posttrain.rollout import vllm\nvllm._well = lambda port: True\nwith vllm.serve(sys.argv[1], max_model_len=64) as served: print(served.process.pid, flush=True); time.sleep(600)"
+    start[0].save_pretrained(tmp_path); start[1].save_pretrained(tmp_path)
+    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    pid = int(parent.stdout.readline())
+    os.kill(pid, 0)  # it is there
+    parent.kill(); parent.wait()
+    end = time.monotonic() + 30
+    def there():
+        try: return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"  # nobody may be there to reap it
+        except FileNotFoundError: return False
+    while there():
+        assert time.monotonic() < end, "it goes on without its parent"
+        time.sleep(.1)
 
 
 @needs_vllm

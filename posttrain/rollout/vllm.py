@@ -4,14 +4,14 @@
 __all__ = ['MISSING', 'RESUME', 'START', 'logprobs_mode_for', 'tells_logps', 'request', 'engine_weights', 'widen_heads',
            'VLLMColocated', 'VLLMServer', 'Served', 'serve']
 
-# %% ../../nbs/rollout/02_vllm.ipynb #806f11e1
+# %% ../../nbs/rollout/02_vllm.ipynb #b80047c4
 import contextlib
 import copy
+import ctypes
 import http.client
 import importlib.util
 import json
 import logging
-import math
 import os
 import random
 import signal
@@ -26,6 +26,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -440,7 +441,7 @@ def _cut(line) -> None:
     "End an exchange that another thread waits on."
     with contextlib.suppress(OSError): line.shutdown(socket.SHUT_RDWR)
 
-# %% ../../nbs/rollout/02_vllm.ipynb #40fb5ffc
+# %% ../../nbs/rollout/02_vllm.ipynb #7e6d88e3
 @dataclass
 class Served:
     "A running `vllm serve`."
@@ -479,8 +480,9 @@ def serve(
     if not torch.cuda.is_available():  # what it would compile takes minutes on a CPU
         command += ["--enforce-eager"]
         env = dict(VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind", TORCHDYNAMO_DISABLE="1") | env
+    with_us = partial(ctypes.CDLL(None).prctl, 1, signal.SIGTERM) if sys.platform == "linux" else None  # PR_SET_PDEATHSIG: it ends with the thread that started it, even where that is killed and cleans nothing up
     with tempfile.TemporaryDirectory(prefix="posttrain-serve-") as folder, open(Path(folder, "log"), "w") as log:
-        process = subprocess.Popen([*command, *arguments], stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+        process = subprocess.Popen([*command, *arguments], stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True, preexec_fn=with_us)
         served, end = Served(f"http://127.0.0.1:{port}", process, Path(folder, "log")), time.monotonic() + timeout
         try:
             while not _well(port):

@@ -274,7 +274,7 @@ def precompute_ref_logps(
     arrow = {c: pa.ListArray.from_arrays(pa.array(np.concatenate([[0], lengths.cumsum()]).astype(np.int32)), pa.array(values.astype(np.float32))) for c, (values, lengths) in found.items()}
     return concatenate_datasets([dataset, Dataset(InMemoryTable(pa.table(arrow)), fingerprint=key or os.urandom(8).hex())], axis=1)
 
-# %% ../../nbs/training/06_references.ipynb #d6d0b527
+# %% ../../nbs/training/06_references.ipynb #7ebfa05c
 @torch.no_grad()
 def sync_weights(
     ref_model: nn.Module,  # moves
@@ -349,7 +349,7 @@ class WithReference:
         peft_config=None,  # an adapter that the trainer will make
     ) -> None:
         "Note the reference before anything is loaded. Raises ValueError and TypeError for what can be none."
-        if ref_model is not None and ref_model is model: raise ValueError("model and ref_model are the same object: a reference that is trained along is none. Leave ref_model out, and a copy is made")
+        if isinstance(ref_model, nn.Module) and ref_model is model: raise ValueError("model and ref_model are the same object: a reference that is trained along is none. Leave ref_model out, and a copy is made")
         if ref_model is not None and not isinstance(ref_model, (str, nn.Module)): raise TypeError(f"ref_model must be a model, a path or None, got {type(ref_model).__name__}" + ("; the config is the third parameter, args=" if isinstance(ref_model, TrainingArguments) else ""))
         if getattr(args, "sync_ref_model", False) and (peft_config is not None or hasattr(model, "peft_config")):
             raise ValueError("sync_ref_model=True moves the weights of a reference model, but with PEFT there is none, only the policy without its adapter: train all weights, or leave it False")
