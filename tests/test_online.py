@@ -25,9 +25,9 @@ def a_number(completions, **columns):
     return [float(text.isdigit()) for text in completions]
 
 
-def learn(seed, folder, trainer=GRPOTrainer, steps=260, rewards=exact_match_reward, **settings):
+def learn(seed, folder, trainer=GRPOTrainer, steps=260, rewards=exact_match_reward, start_steps=None, **settings):
     "Greedy accuracy before and after, the seconds that training took, and the trainer."
-    model, tokenizer = pocket.start("reverse")
+    model, tokenizer = pocket.start("reverse", steps=start_steps)
     test = pocket.dataset("reverse", "prompt_only", n=300, seed=2, split="test")
     config = demo_config(str(folder), steps, seed)
     for name, value in dict(dict(beta=0.0, disable_tqdm=True), **settings).items(): setattr(config, name, value)
@@ -59,21 +59,22 @@ sys.path.insert(0, "tests")
 from test_online import learn
 from posttrain import pocket
 mode, folder = sys.argv[1:]
+mean = lambda rows: sum(r["reward"] for r in rows) / len(rows)
 def run(**settings):
-    before, after, seconds, trainer = learn(0, folder, steps=50, dynamic_sampling_rounds=3, **settings)
+    before, after, seconds, trainer = learn(0, folder, steps=40, start_steps=130, per_device_train_batch_size=64, generation_batch_size=64, dynamic_sampling_rounds=2, learning_rate=5e-4, **settings)
     rows = [r for r in trainer.state.log_history if "reward" in r]
     gaps = [r["sampling/sampling_logp_difference/max"] for r in rows if "sampling/sampling_logp_difference/max" in r]
-    print("RESULT", before, after, rows[0]["reward"], rows[-1]["reward"], max(gaps, default=-1), flush=True)
+    print("RESULT", before, after, mean(rows[:5]), mean(rows[-5:]), max(gaps, default=-1), flush=True)
 if mode == "own": run()
 elif mode == "colocate": run(use_vllm=True)
 else:
     from posttrain.rollout.vllm import serve
-    with serve(pocket.start_path("reverse"), dtype="float32", max_model_len=64) as server: run(use_vllm=True, vllm_mode="server", vllm_server_base_url=server.url)
+    with serve(pocket.start_path("reverse", steps=130), dtype="float32", max_model_len=64) as server: run(use_vllm=True, vllm_mode="server", vllm_server_base_url=server.url)
 """
 
 
 def test_vllm_earns_the_same_reward(tmp_path):
-    "Colocated and server, the real vLLM: the reward after 50 steps is that of our own sampler within noise."
+    "Colocated and server, the real vLLM: after 40 steps the reward is that of our own sampler within noise. (A batch half as large and a better start than in the demo: vLLM on a CPU takes some milliseconds for each completion.)"
     reached = {}
     for mode in ("own", "colocate", "server"):
         out = subprocess.run([sys.executable, "-W", "ignore", "-c", VLLM, mode, str(tmp_path)], capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -82,7 +83,7 @@ def test_vllm_earns_the_same_reward(tmp_path):
         before, after, first, last, gap = map(float, lines[0])
         reached[mode] = last
         print(mode, before, after, first, last, gap)
-        assert after > before + 0.08 and last > first + 0.05
+        assert after > before + 0.08 and last > first + 0.02
         assert gap == -1 if mode == "own" else 0 <= gap < 1e-3, gap
-    noise = 4 * (2 * 0.25 / (4 * 128)) ** 0.5  # four standard errors of a difference of two means of four steps each
+    noise = 4 * (2 * 0.25 / (10 * 64)) ** 0.5  # four standard errors of a difference of two means of ten steps each, of at least 64 completions
     assert max(reached.values()) - min(reached.values()) < noise, reached
