@@ -105,11 +105,12 @@ def test_static_page_moves_by_keyboard(page, tmp_path, make):
 
 # ---------------------------------------------------------------- JupyterLab
 RUN = """
-from posttrain import DPOConfig, DPOTrainer, pocket
+from posttrain import GRPOConfig, GRPOTrainer, pocket
 from posttrain.explore.dashboard import Dashboard
-model, tokenizer = pocket.start("sort")
-args = DPOConfig("out", max_steps=40, logging_steps=2, report_to="none", save_strategy="no", learning_rate=1e-3)
-trainer = DPOTrainer(model, args=args, train_dataset=pocket.dataset("sort", "preference", n=200), processing_class=tokenizer, callbacks=[Dashboard(every=.05)])
+from posttrain.rollout.rewards import exact_match_reward
+model, tokenizer = pocket.start("reverse")
+args = GRPOConfig("out", max_steps=40, logging_steps=2, report_to="none", save_strategy="no", learning_rate=1e-3, per_device_train_batch_size=64, num_generations=8, max_completion_length=12, beta=.01)
+trainer = GRPOTrainer(model, exact_match_reward, args, train_dataset=pocket.dataset("reverse", "prompt_only", n=200), processing_class=tokenizer, callbacks=[Dashboard(every=.05)])
 trainer.train()
 None
 """
@@ -226,7 +227,7 @@ def test_lab_moves_a_trusted_notebook_without_running_it(page, lab):
 
 
 def test_lab_dashboard_grows_in_place(page, lab):
-    """One picture for the whole run, redrawn; at the end it shows the last answers, and the folder holds them."""
+    """GRPO: one picture for the whole run, redrawn; at the end it shows the last answers and what was sampled last, and the folder holds them."""
     open_notebook(page, lab, "run.ipynb")
     wait_for_kernel(page, lab)
     page.get_by_role("menuitem", name="Run", exact=True).click()
@@ -237,7 +238,7 @@ def test_lab_dashboard_grows_in_place(page, lab):
     while "after step 40" not in (now := shown(picture)) and time.monotonic() < deadline:
         seen.add(now)
         page.wait_for_timeout(50)
-    assert "greedy answers after step 40" in shown(picture) and len(seen) > 1
+    assert all(text in shown(picture) for text in ("greedy answers after step 40", "sampled in step 40", "kl (nats per token)", "dead groups")) and len(seen) > 1
     assert page.locator(".jp-OutputArea :not(svg) > svg[role=img]").count() == 1 and page.locator(".jp-OutputArea pre", has_text="step 40/40").count() == 1
     wait_for_kernel(page, lab)
     assert (lab[2] / "out" / "dashboard.svg").exists()
