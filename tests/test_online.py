@@ -25,7 +25,7 @@ def a_number(completions, **columns):
     return [float(text.isdigit()) for text in completions]
 
 
-def learn(seed, folder, trainer=GRPOTrainer, steps=260, rewards=exact_match_reward, start_steps=None, **settings):
+def learn(seed, folder, trainer=GRPOTrainer, steps=280, rewards=exact_match_reward, start_steps=None, **settings):
     "Greedy accuracy before and after, the seconds that training took, and the trainer."
     model, tokenizer = pocket.start("reverse", steps=start_steps)
     test = pocket.dataset("reverse", "prompt_only", n=300, seed=2, split="test")
