@@ -11,6 +11,7 @@ _HOMES = {
     "SFTTrainer": "offline.sft", "SFTConfig": "offline.sft",
     "DPOTrainer": "offline.dpo_trainer", "DPOConfig": "offline.dpo_trainer",
     "GRPOTrainer": "online.grpo_trainer", "GRPOConfig": "online.grpo_trainer",
+    "RLOOTrainer": "online.rloo_trainer", "RLOOConfig": "online.rloo_trainer",
 }
 _ROOMS = ("foundations", "data", "pocket", "training", "rollout", "offline", "online", "explore", "cli")
 __all__ = [*_HOMES, *_ROOMS, "__version__"]

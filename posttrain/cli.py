@@ -12,6 +12,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import posttrain
+
 # %% ../nbs/cli.ipynb #ed2adfd7
 SHOWN = 3  # answers printed before and after
 
@@ -140,7 +142,9 @@ def train(
     return running
 
 
-TRAINERS = {"sft": ("SFTConfig", "SFTTrainer"), "dpo": ("DPOConfig", "DPOTrainer"), "grpo": ("GRPOConfig", "GRPOTrainer")}  # command -> config and trainer, by their public names
+TRAINERS = {  # command -> config and trainer, by their public names
+    name.removesuffix("Trainer").lower(): (name.replace("Trainer", "Config"), name)
+    for name in posttrain.__all__ if name.endswith("Trainer")}
 
 
 def main(argv: list[str] | None = None) -> int:  # exit status

@@ -67,7 +67,7 @@ share(model, batches[rank], 2).backward()
 sum(share(whole, batch, 1) for batch in batches).backward()
 for (name, p), q in zip(model.named_parameters(), whole.named_parameters()):
     assert type(p).__name__ == "DTensor" and torch.allclose(p.grad.full_tensor(), q[1].grad, atol=1e-6), name
-assert torch.allclose(reference.ref_logps(batches[rank]), whole_reference.ref_logps(batches[rank]), atol=1e-6)
+assert torch.allclose(reference.logps(batches[rank]), whole_reference.logps(batches[rank]), atol=1e-6)
 sync_weights(reference.model, model, .6)
 sync_weights(whole_reference.model, whole, .6)
 for (name, p), q in zip(reference.weights(), whole_reference.weights()):

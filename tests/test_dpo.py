@@ -146,7 +146,7 @@ def test_dropout_plays_no_part_in_the_reference(config):
     trainer = make(config, peft_config=adapter(lora_dropout=.5), disable_dropout=False)
     trainer.model.train()
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
-    a, b = trainer.reference.ref_logps(batch), trainer.reference.ref_logps(batch)
+    a, b = trainer.reference.logps(batch), trainer.reference.logps(batch)
     assert torch.equal(a, b) and trainer.model.training and not a.requires_grad
     assert torch.allclose(a, completion_logps(pocket.model(seed=0).eval(), batch)["logps"], atol=1e-5)
     assert all(m.p == 0 for m in make(config, peft_config=adapter(lora_dropout=.5)).model.modules() if isinstance(m, torch.nn.Dropout))
@@ -163,7 +163,7 @@ def test_a_trained_adapter_is_its_own_reference(config, tmp_path):
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
     trainer = make(config, model=model, learning_rate=1e-2, max_steps=4)
     trainer.train()
-    assert torch.allclose(trainer.reference.ref_logps(batch), before, atol=1e-6)
+    assert torch.allclose(trainer.reference.logps(batch), before, atol=1e-6)
     assert {n for n, p in trainer.model.named_parameters() if p.requires_grad} == trainable and trainer.model.active_adapter == "default"
     with torch.no_grad(): assert not torch.allclose(completion_logps(trainer.model.eval(), batch)["logps"], before, atol=1e-3)
     trainer.save_model(tmp_path / "saved")
@@ -181,13 +181,13 @@ def test_precomputed_equals_asked_every_time(config, peft, tmp_path, monkeypatch
         return train(config, **kw, **more, **(dict(peft_config=adapter()) if peft else {}))
     live, once = run(), run(precompute_ref_log_probs=True, precompute_ref_batch_size=7)
     assert torch.allclose(weights(live), weights(once), atol=1e-5) and live.evaluate()["eval_loss"] == pytest.approx(once.evaluate()["eval_loss"], abs=1e-5)
-    assert once.ref_model is None and (peft or once.scorer is None)
+    assert once.ref_model is None and (peft or once.reference.source is None)
     files = list((tmp_path / "cache").rglob("*.npz"))
     assert len(files) == 2  # training and evaluation
     import posttrain.training.references as references
     calls = []
-    monkeypatch.setattr(references.ModelReference, "ref_logps", lambda self, batch: calls.append(1))
-    monkeypatch.setattr(references.AdapterReference, "ref_logps", lambda self, batch: calls.append(1))
+    monkeypatch.setattr(references.ModelReference, "logps", lambda self, batch: calls.append(1))
+    monkeypatch.setattr(references.AdapterReference, "logps", lambda self, batch: calls.append(1))
     again = run(precompute_ref_log_probs=True)
     assert not calls and torch.equal(weights(again), weights(once))  # read from the cache
 
@@ -218,7 +218,7 @@ def test_columns_computed_elsewhere_are_used(config):
     data = unequal(8)
     live = make(config, data, ref_model=pocket.model(seed=5))
     batch = live.data_collator([live.train_dataset[i] for i in range(8)])
-    sums = live.reference.ref_logps(batch).sum(1).view(-1, 2)
+    sums = live.reference.logps(batch).sum(1).view(-1, 2)
     known = data.add_column("ref_chosen_logps", sums[:, 0].tolist()).add_column("ref_rejected_logps", sums[:, 1].tolist())
     given = make(config, known, precompute_ref_log_probs=True)
     live.train(), given.train()

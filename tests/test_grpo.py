@@ -97,7 +97,7 @@ def test_the_first_ratio_is_one(family, options, config):
     model = {"pocket": lambda: pocket.start("reverse")[0], "llama": lambda: LlamaForCausalLM(LlamaConfig(vocab_size=n, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128)),
              "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=n, n_embd=32, n_layer=2, n_head=2, n_positions=128, bos_token_id=1, eos_token_id=1, attn_pdrop=0., embd_pdrop=0., resid_pdrop=0.))}[family]()
     trainer = train(config, model=model, per_device_train_batch_size=4, gradient_accumulation_steps=4, **options)
-    assert trainer.exact
+    assert trainer.sampler_is_exact
     first = logs(trainer)[0]
     for key in ("ratio/min", "ratio/mean", "ratio/max"): assert abs(first[key] - 1) < 1e-4, (key, first[key])
     assert abs(first["approx_kl"]) < 1e-6 and first["clip_ratio/region_mean"] == 0
@@ -112,7 +112,7 @@ def test_noise_in_the_forward_pass_is_no_step_of_the_policy(noise, config):
     again, keep = {**options, "num_iterations": 2, "max_steps": 2, "learning_rate": .02}, Generations()
     trainer = make(config, **again, callbacks=[keep])
     batch = trainer.get_train_dataloader().dataset[0]
-    assert torch.equal(batch["old_logps"], batch["sampled_logps"]) and trainer.noisy and not make(config).noisy
+    assert torch.equal(batch["old_logps"], batch["sampled_logps"]) and trainer.forward_is_stochastic and not make(config).forward_is_stochastic
 
 
 def test_old_logps_of_the_sampler_equal_those_computed_again(config):
@@ -120,21 +120,22 @@ def test_old_logps_of_the_sampler_equal_those_computed_again(config):
     options = dict(num_iterations=2, max_steps=2, learning_rate=.02, beta=.05)
     a = train(config, **options)
     b = make(config, **options)
-    b.exact = False
+    b.sampler_is_exact = False
     b.args.vllm_importance_sampling_correction = False
     b.train()
-    assert a.exact and (weights(a) - weights(b)).abs().max() < 1e-6 and abs(logs(a)[1]["ratio/max"] - 1) > .01
+    assert a.sampler_is_exact and (weights(a) - weights(b)).abs().max() < 1e-6 and abs(logs(a)[1]["ratio/max"] - 1) > .01
 
 
 def test_vespo_takes_the_correction_of_an_answer_once(config):
     """With our own sampler in half precision the default is one weight per answer: its logarithm, not one for each token."""
     trainer = make(config, loss_type="vespo")
-    trainer.exact, mask = False, torch.tensor([[1, 1, 1], [1, 1, 0]])
+    trainer.sampler_is_exact, mask = False, torch.tensor([[1, 1, 1], [1, 1, 0]])
     old, sampled = torch.full((2, 3), -1.0), torch.tensor([[-1.1, -.9, -1.2], [-1.3, -1.0, 7.0]])
-    weights, options, _ = trainer.factors({"mask": mask, "sampled_logps": sampled}, {}, old)
-    assert weights is None
-    torch.testing.assert_close(options["log_importance"], torch.tensor([[.2], [.3]]))
-    assert not trainer.exact and trainer.args.vllm_importance_sampling_mode == "sequence_mask"
+    batch = {"mask": mask, "sampled_logps": sampled}
+    correction, _ = trainer.sampler_correction(batch, old)
+    assert trainer.token_weights(batch, old, old, correction) is None
+    torch.testing.assert_close(trainer.trust_region(batch, correction).keywords["log_importance"], torch.tensor([[.2], [.3]]))
+    assert not trainer.sampler_is_exact and trainer.args.vllm_importance_sampling_mode == "sequence_mask"
 
 
 # ---------------------------------------------------------------- prompts and rollouts
@@ -208,7 +209,7 @@ def test_a_rollout_func_that_is_wrong(out, says, config):
 def test_a_stream_of_prompts(config):
     data = rows(6)
     plain, stream = train(config, dataset=data, shuffle_dataset=False, max_steps=3), train(config, dataset=data.to_iterable_dataset(), max_steps=3)
-    assert torch.equal(weights(plain), weights(stream)) and stream.stream.prompts.drawn == 12  # twice around six prompts
+    assert torch.equal(weights(plain), weights(stream)) and stream.stream.state.drawn == 12  # twice around six prompts
     with pytest.raises(ValueError, match="max_steps"): make(config, dataset=data.to_iterable_dataset(), max_steps=-1, num_train_epochs=1)
     from datasets import IterableDataset
     broken = IterableDataset.from_generator(lambda: ({"prompt": p} for p in ("reverse 12=", None)))
@@ -217,7 +218,7 @@ def test_a_stream_of_prompts(config):
 
 def test_epochs_are_passes_over_the_prompts(config):
     trainer = train(config, dataset=rows(12), max_steps=-1, num_train_epochs=2, learning_rate=1e-3)
-    assert trainer.state.global_step == 2 * 12 * G // 16 and trainer.stream.prompts.drawn == 24 and trainer.state.epoch == 2
+    assert trainer.state.global_step == 2 * 12 * G // 16 and trainer.stream.state.drawn == 24 and trainer.state.epoch == 2
 
 
 def test_dynamic_sampling_leaves_no_dead_group(config):
@@ -228,7 +229,7 @@ def test_dynamic_sampling_leaves_no_dead_group(config):
     first = logs(trainer)[0]
     assert 0 < first["dynamic_sampling/kept"] <= 1 and first["dynamic_sampling/rounds"] >= 1 and first["frac_reward_zero_std"] > 0  # rewards are those of all that was sampled
     trainer = make(config, [noisy, lambda completions, **k: [1 - r for r in noisy(completions)], lambda completions, **k: [1.0] * len(completions)], dynamic_sampling=True, multi_objective_aggregation="normalize_then_sum")
-    generation, _ = trainer.generate([row for row in rows(2) for _ in range(G)], list(range(2 * G)))
+    generation = trainer.score(trainer.sample([row for row in rows(2) for _ in range(G)], list(range(2 * G))))
     assert trainer.keep(generation).tolist() == [True] * 2  # GDPO: two rewards that differ within a group, though their sum does not
     trainer.rewards.weights[:2] = 0
     assert trainer.keep(generation).tolist() == [False] * 2
@@ -259,7 +260,7 @@ def adapter(**kw):
 def test_the_reference_of_an_adapter_is_the_model_without_it(config):
     keep = Generations()
     trainer = train(config, peft_config=adapter(), beta=.1, max_steps=3, num_iterations=3, learning_rate=.5, callbacks=[keep])
-    assert trainer.scorer.model is trainer.model and logs(trainer)[0]["kl"] == 0 and logs(trainer)[2]["kl"] > 0
+    assert trainer.reference.model is trainer.model and logs(trainer)[0]["kl"] == 0 and logs(trainer)[2]["kl"] > 0
     batch, _ = keep.tokens[-1]
     base = completion_logps(pocket.start("reverse")[0], batch)["logps"]
     assert torch.allclose(batch["ref_logps"], base, atol=1e-5) and not torch.allclose(completion_logps(trainer.model, batch)["logps"], base, atol=1e-3)
@@ -277,7 +278,7 @@ def test_a_reference_of_ones_own_and_one_that_follows(config):
     trainer = train(config, beta=.1, ref_model=other)
     assert logs(trainer)[0]["kl"] > .01
     trainer = train(config, beta=.1, sync_ref_model=True, ref_model_sync_steps=1, ref_model_mixup_alpha=1.0, max_steps=2, num_iterations=1)
-    assert torch.allclose(weights(trainer.scorer.model), weights(trainer))
+    assert torch.allclose(weights(trainer.reference.model), weights(trainer))
 
 
 # ---------------------------------------------------------------- evaluation and logs
@@ -378,8 +379,8 @@ def test_killed_and_gone_on(tmp_path, capsys):
 
 def test_a_checkpoint_without_its_rollouts(config, tmp_path):
     train(config, max_steps=2, save_strategy="steps", save_steps=1, learning_rate=1e-3)
-    (tmp_path / "checkpoint-2" / "rollouts-0.pt").unlink()
-    with pytest.raises(FileNotFoundError, match="rollouts-0.pt is missing"): train(config, max_steps=3, resume=str(tmp_path / "checkpoint-2"))
+    (tmp_path / "checkpoint-2" / "run-state-0.pt").unlink()
+    with pytest.raises(FileNotFoundError, match="run-state-0.pt is missing"): train(config, max_steps=3, resume=str(tmp_path / "checkpoint-2"))
 
 
 # ---------------------------------------------------------------- two processes

@@ -458,15 +458,19 @@ def our_loss(monkeypatch, accelerator, args, x, mask, sampler):
     logps, entropies = (x[k].clone().requires_grad_() for k in ("logps", "entropies"))
     monkeypatch.setattr("posttrain.online.grpo_trainer.completion_logps", lambda *a, **k: {"logps": logps, "entropy": entropies})
     self.args = SimpleNamespace(**args, gradient_accumulation_steps=2, options_of=lambda f: {k: v for k, v in args.items() if k.split("_")[0] == args["loss_type"]})
-    self.model, self.accelerator, self.callback_handler, self.exact = SimpleNamespace(training=True), accelerator, SimpleNamespace(callbacks=[]), False
-    from posttrain.online.corrections import EntropyController
+    self.args.limits = functools.partial(GRPOConfig.limits, self.args)
+    self.model, self.accelerator, self.callback_handler, self.sampler_is_exact = SimpleNamespace(training=True), accelerator, SimpleNamespace(callbacks=[]), False
+    from posttrain.online.corrections import EntropyController, entropy_threshold, top_entropy_mask
     from posttrain.training.metrics import Mean
     self.entropy, self._entropy_of_step = EntropyController(args["entropy_coef"]), Mean(0., 0.)
     batch = dict(mask=mask, advantages=x["advantages"], old_logps=x["old"], ref_logps=x["ref"], token_share=torch.tensor(61 / 4))
     if args["beta"] == 0: del batch["ref_logps"]
     if sampler is not None: batch["sampled_logps"] = sampler[0]
     learns = mask.sum()
-    if args["top_entropy_quantile"] < 1: learns = (x["entropies"][mask == 1] >= x["entropies"][mask == 1].float().quantile(1 - args["top_entropy_quantile"]).double()).sum()
+    if args["top_entropy_quantile"] < 1:
+        threshold = entropy_threshold(x["entropies"][mask == 1], args["top_entropy_quantile"])
+        batch["top_entropy"] = top_entropy_mask(x["entropies"], mask, threshold)
+        learns = (x["entropies"][mask == 1] >= x["entropies"][mask == 1].float().quantile(1 - args["top_entropy_quantile"]).double()).sum()
     batch["bonus_tokens"] = 2 * learns
     totals = self.totals_of(batch) + self.totals_of(batch)
     loss, stats = self.loss(None, batch, totals)

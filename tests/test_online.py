@@ -17,7 +17,7 @@ from posttrain.training.progress import Progress
 class NoBaseline(GRPOTrainer):
     "REINFORCE: rewards as they come."
 
-    def advantages(self, generation): generation.columns["advantages"] = total(generation.rewards, self.rewards.weights)
+    def credit(self, generation, batches): return {"advantages": total(generation.rewards, self.rewards.weights)}
 
 
 def a_number(completions, **columns):
@@ -40,7 +40,7 @@ def learn(seed, folder, trainer=GRPOTrainer, steps=280, rewards=exact_match_rewa
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_grpo_teaches_the_pocket_model(seed, tmp_path):
     before, after, seconds, trainer = learn(seed, tmp_path)
-    print(f"seed {seed}: {before:.2f} -> {after:.2f} in {seconds:.0f} s, {trainer.stream.sampled} completions")
+    print(f"seed {seed}: {before:.2f} -> {after:.2f} in {seconds:.0f} s, {trainer.stream.state.sampled} completions")
     assert before < 0.25 and after >= 0.85
     assert all(abs(row["ratio/max"] - 1) < 1e-4 and abs(row["ratio/min"] - 1) < 1e-4 for row in trainer.state.log_history if "ratio/max" in row)
 

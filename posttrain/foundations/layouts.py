@@ -52,14 +52,15 @@ class Layout:
     position_ids: Tensor    # (R, L)
     visible: Tensor | None  # (R, 1, L, L) bool, who may attend to whom; None where plain causal attention says the same
     predicts: Tensor        # (N,) place in the flattened (R * L) of the state that bets on the n-th counted token (step 4)
+    reads: Tensor           # (N,) place of the state that has read it
     targets: Tensor         # (N,) that token
     places: Tensor          # (N,) its place in the flattened (B * T)
     shape: tuple            # (B, T)
 
     def scatter(self, values: Tensor) -> Tensor:
-        "Put one value per counted token, (N,), back to where the tokens stand, (B, T); 0 elsewhere."
-        out = values.new_zeros(self.shape[0] * self.shape[1])
-        return out.index_put((self.places,), values).view(self.shape)
+        "Put one value per counted token, (N, ...), back to where the tokens stand, (B, T, ...); 0 elsewhere."
+        out = values.new_zeros(self.shape[0] * self.shape[1], *values.shape[1:])
+        return out.index_put((self.places,), values).view(*self.shape, *values.shape[1:])
 
 
 def _fill_rows(lengths: np.ndarray, capacity: int) -> np.ndarray:
@@ -178,5 +179,5 @@ def lay_out(
     prompt_end = seg_place[:len(heads)][block_of] + prompt_len[heads][block_of] - 1
     predicts = np.where(t > 0, comp_place[b] + t - 1, prompt_end[b])
     places = to(b * T + t)
-    return Layout(input_ids.view(R, L), to(position_ids).view(R, L), visible, to(predicts),
+    return Layout(input_ids.view(R, L), to(position_ids).view(R, L), visible, to(predicts), to(comp_place[b] + t),
                   batch["completion_ids"].flatten()[places], places, (B, T))

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['DPOConfig', 'DPOTrainer']
 
-# %% ../../nbs/offline/09_dpo_trainer.ipynb #e4899022
+# %% ../../nbs/offline/09_dpo_trainer.ipynb #6569ff12
 import math
 import warnings
 from dataclasses import dataclass, field
@@ -13,148 +13,173 @@ import torch
 from accelerate.utils import gather_object
 from datasets import IterableDataset
 
-from ..data.collate import collate_pairs
-from ..data.formats import column_names, dataset_type, first_row
-from ..data.tokens import TRUNCATION, prepare_pairs
+from ..data.formats import column_names
 from ..foundations.divergences import F_DIVERGENCES, f_score
-from ..foundations.masks import Totals
-from .preference_zoo import OF_THE_BATCH, OF_THE_CHOSEN, OF_THE_MARGIN, PAIR_LOSSES, SORTED, on_policy_weights, rank_mates, verbosity_weights
+from .preference_zoo import (OF_THE_BATCH, OF_THE_CHOSEN, OF_THE_MARGIN, PAIR_LOSSES, SORTED,
+                                              on_policy_weights, rank_mates, verbosity_weights)
+from ..training.config import LengthFields, PostConfig, ReferenceFields, option
 from ..training.heads import completion_logps
-from ..training.pairs import make_pairs, pair_metrics
-from ..training.references import ModelReference, PrecomputedReference, WithReference, disable_dropout, fingerprint, precompute_ref_logps
-from ..training.trainer import PostConfig, PostTrainer
+from ..training.pairs import PairTrainer, make_pairs
+from ..training.references import (ModelReference, PrecomputedReference, WithReference, disable_dropout,
+                                           fingerprint, precompute_ref_logps)
 
 
 @dataclass
-class DPOConfig(PostConfig):
+class DPOConfig(LengthFields, ReferenceFields, PostConfig):
     "What learning from pairs can be told; names and defaults are TRL's."
 
-    learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate of AdamW."})
-    loss_type: list[str] = field(default_factory=lambda: ["sigmoid"], metadata={"help": f"One or several of {', '.join(PAIR_LOSSES)}."})
-    loss_weights: list[float] | None = field(default=None, metadata={"help": "One weight for each loss_type; None: 1 each."})
-    beta: float = field(default=0.1, metadata={"help": "Weight of the KL to the reference: higher stays closer. IPO's tau."})
-    label_smoothing: float = field(default=0.0, metadata={"help": "Share of swapped labels that sigmoid (cDPO), robust, exo_pair and aot reckon with, in [0, 0.5)."})
-    f_divergence_type: str = field(default="reverse_kl", metadata={"help": f"The divergence that holds the policy: {', '.join(F_DIVERGENCES)}."})
-    f_alpha_divergence_coef: float = field(default=0.5, metadata={"help": "Alpha of alpha_divergence."})
-    discopop_tau: float = field(default=0.05, metadata={"help": "Temperature of discopop."})
-    ld_alpha: float | None = field(default=None, metadata={"help": "LD-DPO: what tokens beyond the shorter answer's length count, in [0, 1]; None: 1."})
-    use_weighting: bool = field(default=False, metadata={"help": "WPO: weigh each pair by how likely the policy is to write it."})
-    max_length: int | None = field(default=1024, metadata={"help": "Longest prompt with answer in tokens; None: as long as it is."})
-    truncation_mode: str = field(default="keep_start", metadata={"help": "Which end of a row that is too long is kept: 'keep_start' or 'keep_end'."})
-    disable_dropout: bool = field(default=True, metadata={"help": "Switch dropout off, so that policy and reference differ only in what was learned."})
-    precompute_ref_log_probs: bool = field(default=False, metadata={"help": "Ask the reference once before training, keep its answers (cached on disk), and let it go."})
-    precompute_ref_batch_size: int | None = field(default=None, metadata={"help": "Pairs at a time while precomputing; None: the training batch size."})
-    sync_ref_model: bool = field(default=False, metadata={"help": "TR-DPO: let the reference follow the policy."})
-    ref_model_mixup_alpha: float = field(default=0.6, metadata={"help": "TR-DPO: the policy's share in the new reference; 1 is a hard update."})
-    ref_model_sync_steps: int = field(default=512, metadata={"help": "TR-DPO: optimizer steps between two updates."})
-    padding_free: bool = field(default=False, metadata={"help": "Accepted for TRL's configs: rows are laid out without padding wherever the model can."})
-    pad_to_multiple_of: int | str | None = field(default="auto", metadata={"help": "Accepted for TRL's configs: there is hardly any padding to align."})
-    pad_token: str | None = field(default=None, metadata={"help": "Padding token; None: the tokenizer's."})
+    learning_rate: float = option(1e-6, "Initial learning rate of AdamW.")
+    loss_type: list[str] = field(default_factory=lambda: ["sigmoid"],
+                                 metadata={"help": f"One or several of {', '.join(PAIR_LOSSES)}."})
+    loss_weights: list[float] | None = option(None, "One weight for each loss_type; None: 1 each.")
+    beta: float = option(0.1, "Weight of the KL to the reference: higher stays closer. IPO's tau.", above=0)
+    label_smoothing: float = option(
+        0.0, "Share of swapped labels that sigmoid (cDPO), robust, exo_pair and aot reckon with.", low=0, below=0.5)
+    f_divergence_type: str = option(
+        "reverse_kl", "The divergence that holds the policy near the reference.", choices=F_DIVERGENCES)
+    f_alpha_divergence_coef: float = option(0.5, "Alpha of alpha_divergence.", low=-math.inf)
+    discopop_tau: float = option(0.05, "Temperature of discopop.", above=0)
+    ld_alpha: float | None = option(
+        None, "LD-DPO: what tokens beyond the shorter answer's length count; None: 1.", low=0, high=1)
+    use_weighting: bool = option(False, "WPO: weigh each pair by how likely the policy is to write it.")
+    disable_dropout: bool = option(
+        True, "Switch dropout off, so that policy and reference differ only in what was learned.")
+    precompute_ref_log_probs: bool = option(
+        False, "Ask the reference once before training, keep its answers (cached on disk), and let it go.")
+    precompute_ref_batch_size: int | None = option(
+        None, "Pairs at a time while precomputing; None: the training batch size.", low=1)
+    padding_free: bool = option(
+        False, "Accepted for TRL's configs: rows are laid out without padding wherever the model can.")
+    pad_to_multiple_of: int | str | None = option(
+        "auto", "Accepted for TRL's configs: there is hardly any padding to align.")
+    pad_token: str | None = option(None, "Padding token; None: the tokenizer's.")
 
     def __post_init__(self):
         if isinstance(self.loss_type, str): self.loss_type = [self.loss_type]
         super().__post_init__()
-        if not isinstance(self.loss_type, (list, tuple)) or not self.loss_type: raise TypeError(f"loss_type={self.loss_type!r} must be a name or a list of names")
-        for name in self.loss_type:
-            if name not in PAIR_LOSSES: raise ValueError(f"loss_type={name!r} is unknown to DPOConfig; choose one, or a list, of {', '.join(map(repr, PAIR_LOSSES))}")
-        weights = [1.0] * len(self.loss_type) if self.loss_weights is None else self.loss_weights
-        if not isinstance(weights, (list, tuple)) or len(weights) != len(self.loss_type) or not all(isinstance(w, (int, float)) and math.isfinite(w) for w in weights):
-            raise ValueError(f"loss_weights={self.loss_weights!r} needs one number for each of loss_type={self.loss_type}")
-        self.one_of("f_divergence_type", F_DIVERGENCES)
-        self.one_of("truncation_mode", [m for m in TRUNCATION if m != "drop"])
-        self.at_least("max_length", 2)  # one token to read, one to predict
-        self.at_least("ref_model_sync_steps", 1)
-        self.between("beta", 0, ends=(False, False))  # it weighs the KL that holds the policy near its reference
-        self.between("discopop_tau", 0, ends=(False, False))
-        self.between("label_smoothing", 0, 0.5, ends=(True, False))  # the share of swapped labels
-        self.between("ref_model_mixup_alpha", 0, 1)
-        self.between("f_alpha_divergence_coef", -float("inf"))
-        if self.ld_alpha is not None: self.between("ld_alpha", 0, 1)
-        self.at_least("precompute_ref_batch_size", 1)
-        if "exo_pair" in self.loss_type and not self.label_smoothing: raise ValueError("loss_type='exo_pair' takes the logarithm of label_smoothing, which must be above 0; the paper takes 1e-3")
-        if self.label_smoothing and not any("label_smoothing" in self.options_of(PAIR_LOSSES[name]) for name in self.loss_type):
-            warnings.warn(f"label_smoothing={self.label_smoothing} has no effect on loss_type={self.loss_type}", stacklevel=3)
-        if self.f_divergence_type != "reverse_kl" and (other := [t for t in self.loss_type if t not in {**OF_THE_MARGIN, **OF_THE_CHOSEN}]):
-            raise ValueError(f"f_divergence_type={self.f_divergence_type!r} works with losses of the margin, {', '.join(map(repr, OF_THE_MARGIN))}; {other} are no functions of that alone, and only there log Z(x) cancels")
-        if self.use_weighting and (other := [t for t in self.loss_type if t in OF_THE_BATCH]): raise ValueError(f"use_weighting=True weighs pairs, but {other} take pairs apart to sort them: choose one or the other")
-        if self.sync_ref_model and self.precompute_ref_log_probs: raise ValueError("sync_ref_model=True moves the reference, precompute_ref_log_probs=True asks it only once: choose one or the other")
+        self._check_losses()
+        self._check_combinations()
 
-# %% ../../nbs/offline/09_dpo_trainer.ipynb #1c563cb8
-class DPOTrainer(WithReference, PostTrainer):
+    def _check_losses(self):
+        names, weights = self.loss_type, self.loss_weights
+        if not isinstance(names, (list, tuple)) or not names:
+            raise TypeError(f"loss_type={names!r} must be a name or a list of names")
+        for name in names:
+            if name not in PAIR_LOSSES:
+                raise ValueError(f"loss_type={name!r} is unknown to DPOConfig; choose one, or a list, of "
+                                 f"{', '.join(map(repr, PAIR_LOSSES))}")
+        if weights is None: return
+        numbers = isinstance(weights, (list, tuple)) and all(isinstance(w, (int, float)) for w in weights)
+        if not numbers or len(weights) != len(names) or not all(map(math.isfinite, weights)):
+            raise ValueError(f"loss_weights={weights!r} needs one number for each of loss_type={names}")
+
+    def _check_combinations(self):
+        names = self.loss_type
+        if "exo_pair" in names and not self.label_smoothing:
+            raise ValueError("loss_type='exo_pair' takes the logarithm of label_smoothing, which must be above 0; the "
+                             "paper takes 1e-3")
+        if self.label_smoothing and not any("label_smoothing" in self.options_of(PAIR_LOSSES[name]) for name in names):
+            warnings.warn(f"label_smoothing={self.label_smoothing} has no effect on loss_type={names}", stacklevel=5)
+        of_margin = {**OF_THE_MARGIN, **OF_THE_CHOSEN}
+        if self.f_divergence_type != "reverse_kl" and (other := [t for t in names if t not in of_margin]):
+            raise ValueError(f"f_divergence_type={self.f_divergence_type!r} works with losses of the margin, "
+                             f"{', '.join(map(repr, OF_THE_MARGIN))}; {other} are no functions of that alone, and only "
+                             "there log Z(x) cancels")
+        if self.use_weighting and (other := [t for t in names if t in OF_THE_BATCH]):
+            raise ValueError(f"use_weighting=True weighs pairs, but {other} take pairs apart to sort them: choose one "
+                             "or the other")
+        if self.sync_ref_model and self.precompute_ref_log_probs:
+            raise ValueError("sync_ref_model=True moves the reference, precompute_ref_log_probs=True asks it only once: "
+                             "choose one or the other")
+
+# %% ../../nbs/offline/09_dpo_trainer.ipynb #c07ac050
+class DPOTrainer(WithReference, PairTrainer):
     """Direct preference optimisation (https://arxiv.org/abs/2305.18290) and its family. Call it as TRL's.
 
-    Datasets: `chosen` and `rejected`, with `prompt` or the prompt at their beginning; strings or messages; or `prompt_ids`, `chosen_ids`, `rejected_ids`.
-    The parameters are those of `PostTrainer`, and `ref_model`: a model or its path; by default the policy as it comes.
-    Raises ValueError and TypeError that say what is wrong with the data or the config, before the model is loaded."""
+    The datasets are those of `PairTrainer`, the parameters those of `PostTrainer`, and `ref_model`: a model or its path;
+    by default the policy as it comes. Raises ValueError and TypeError that say what is wrong with the data or the
+    config, before the model is loaded."""
 
     config_class = DPOConfig
-    averages_over = "sequences"  # pairs, see totals_of
 
-    def __init__(self, model, ref_model=None, args=None, data_collator=None, train_dataset=None, eval_dataset=None, processing_class=None, compute_metrics=None,
-                 callbacks=None, optimizers=(None, None), optimizer_cls_and_kwargs=None, preprocess_logits_for_metrics=None, peft_config=None):
+    def __init__(self, model, ref_model=None, args=None, data_collator=None, train_dataset=None, eval_dataset=None,
+                 processing_class=None, compute_metrics=None, callbacks=None, optimizers=(None, None),
+                 optimizer_cls_and_kwargs=None, preprocess_logits_for_metrics=None, peft_config=None):
         args = self.config_class.adopt(args)
-        self.take_reference(model, ref_model, args, peft_config)
-        super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics, callbacks, optimizers,
-                         optimizer_cls_and_kwargs, preprocess_logits_for_metrics, peft_config)
-        if args.precompute_ref_log_probs and isinstance(self.scorer, ModelReference): self.scorer = self.ref_model = None  # it has said all it will be asked
+        self.note_reference(model, ref_model, args, peft_config)
+        super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics,
+                         callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics, peft_config)
+        if isinstance(getattr(self.reference, "source", None), ModelReference):
+            self.reference.source = None  # it has said all that it will be asked
 
     def check(self, dataset, name):
-        self.needs_dataset(dataset, name)
+        super().check(dataset, name)
         if self.args.precompute_ref_log_probs and isinstance(dataset, IterableDataset):
-            raise ValueError(f"precompute_ref_log_probs=True asks about every row beforehand, but the {name} dataset is a stream: load it as a Dataset, or set it False")
-        if not {"prompt_ids", "chosen_ids", "rejected_ids"} <= set(first_row(dataset, "DPOTrainer")): dataset_type(dataset, among=("preference",), who="DPOTrainer")
+            raise ValueError(f"precompute_ref_log_probs=True asks about every row beforehand, but the {name} dataset is "
+                             "a stream: load it as a Dataset, or set it False")
 
     def before_preparing(self): self.adopt_tokens("pad_token")
 
-    def prepare(self, dataset, name, training):
-        return prepare_pairs(dataset, self.processing_class, max_length=self.args.max_length, truncation_mode=self.args.truncation_mode, num_proc=self.args.dataset_num_proc, name=name)
-
-    def default_collator(self): return collate_pairs
-
     # ------------------------------------------------ the reference
     def after_building(self):
-        as_it_is = self.args.precompute_ref_log_probs and self.ref_model is None and not hasattr(self.model, "peft_config")  # asked only now: no copy
-        self.add_reference(ModelReference(self.model) if as_it_is else None)
+        precompute = self.args.precompute_ref_log_probs
+        if precompute and self._given_reference is None and not hasattr(self.model, "peft_config"):
+            self.reference = ModelReference(self.model)  # it is asked only now, as it is: no copy
+        else: self.add_reference()
+        if precompute: self.reference = PrecomputedReference(self.reference)
         if self.args.disable_dropout: disable_dropout(self.model)
-        self.reference = PrecomputedReference() if self.args.precompute_ref_log_probs else self.scorer
 
     def with_model(self, dataset, name):
         args, columns = self.args, ("ref_chosen_logps", "ref_rejected_logps")
         if not args.precompute_ref_log_probs or set(columns) <= set(column_names(dataset)): return dataset
-        if self.scorer is None: raise ValueError(f"with precompute_ref_log_probs=True the reference is gone after the constructor: pass the {name} dataset there, as eval_dataset")
-        key = f"{fingerprint(self.scorer.weights(), dataset, self.scorer.settings())}-{self.accelerator.mixed_precision}"
+        source = self.reference.source
+        if source is None:
+            raise ValueError("with precompute_ref_log_probs=True the reference is gone after the constructor: pass the "
+                             f"{name} dataset there, as eval_dataset")
+        of_phase = args.per_device_train_batch_size if name == "train" else args.per_device_eval_batch_size
+        key = f"{fingerprint(source.weights(), dataset, source.settings())}-{self.accelerator.mixed_precision}"
         with self.compute_loss_context_manager():
-            return precompute_ref_logps(dataset, self.scorer.ref_logps, self.data_collator, columns, key=key, device=args.device, name=name,
-                                        batch_size=args.precompute_ref_batch_size or (args.per_device_train_batch_size if name == "train" else args.per_device_eval_batch_size),
-                                        share=(args.process_index, args.world_size), gather=gather_object)
+            return precompute_ref_logps(
+                dataset, source.logps, self.data_collator, columns, key=key, device=args.device, name=name,
+                batch_size=args.precompute_ref_batch_size or of_phase,
+                share=(args.process_index, args.world_size), gather=gather_object)
 
     # ------------------------------------------------ one step
-    def totals_of(self, batch): return Totals.of(batch["mask"][0::2])  # pairs, and the tokens of their chosen answers
-
-    def before_step(self, batches):
+    def before_step(self, batches, totals):
         "Losses that sort compare across the whole step: ask it once beforehand, unless it is one batch on one process."
-        if not (wanted := [t for t in self.args.loss_type if t in SORTED]) or len(batches) * self.args.world_size == 1: return
+        sorting = [name for name in self.args.loss_type if name in SORTED]
+        if not sorting or len(batches) * self.args.world_size == 1: return batches
         with torch.no_grad(), self.compute_loss_context_manager():
-            parts = [self.pairs(batch, completion_logps(self.model, batch), self.totals) for batch in map(self._prepare_inputs, batches)]
-        rank = self.args.process_index
-        for name in wanted:
-            mine = [torch.cat(side).cpu() for side in zip(*map(SORTED[name], parts))]
-            everyone = dict(gather_object([(rank, mine)]))  # the step's pairs, by process
-            mates = rank_mates(*(torch.cat([everyone[r][k] for r in sorted(everyone)]) for k in (0, 1)))
-            mates = mates[sum(len(everyone[r][0]) for r in range(rank)):][:len(mine[0])].to(self.args.device)
-            for batch, part in zip(batches, mates.split([len(p.chosen_logps) for p in parts])): batch[f"{name}_mates"] = part
+            batches = [self._prepare_inputs(batch) for batch in batches]
+            parts = [self.pairs(batch, completion_logps(self.model, batch)["logps"], self.reference.logps(batch), totals)
+                     for batch in batches]
+        for name in sorting:
+            mates = self._mates_in_step(name, parts).split([len(pairs.chosen_logps) for pairs in parts])
+            batches = [{**batch, f"{name}_mates": part} for batch, part in zip(batches, mates)]
+        return batches
 
-    def pairs(self, batch, out, totals):
+    def _mates_in_step(self, name, parts):
+        "For each pair of this process: what the pairs of its rank are, among all pairs of the step (P, 2)."
+        rank = self.args.process_index
+        local = [torch.cat(side).cpu() for side in zip(*map(SORTED[name], parts))]
+        by_process = dict(gather_object([(rank, local)]))
+        sides = (torch.cat([by_process[r][k] for r in sorted(by_process)]) for k in (0, 1))
+        before = sum(len(by_process[r][0]) for r in range(rank))
+        return rank_mates(*sides)[before:][:len(local[0])].to(self.args.device)
+
+    def pairs(self, batch, logps, ref_logps, totals):
         args = self.args
         score = partial(f_score, f_divergence_type=args.f_divergence_type, alpha=args.f_alpha_divergence_coef)
-        ref_logps = self.reference.ref_logps(batch)
-        if "entropy" in out: self.show_tokens({**batch, "ref_logps": ref_logps}, logps=out["logps"], entropy=out["entropy"])  # the loss asks, not the look at the whole step
-        return make_pairs(out["logps"], ref_logps, batch, totals, weights=verbosity_weights(batch["mask"], args.ld_alpha), score=score)
+        weights = verbosity_weights(batch["mask"], args.ld_alpha)
+        return make_pairs(logps, ref_logps, batch, totals, weights=weights, score=score)
 
-    def loss(self, model, batch, totals):
-        args = self.args
-        out = completion_logps(model, batch, want=("entropy", "is_top1", "mean_logit", *(["log_sum_sq_probs"] if args.use_weighting else [])))
-        pairs = self.pairs(batch, out, totals)
-        each = sum(weight * PAIR_LOSSES[name](pairs, **args.options_of(PAIR_LOSSES[name])) for name, weight in zip(args.loss_type, args.loss_weights or [1.0] * len(args.loss_type)))
-        if args.use_weighting: each = each * on_policy_weights(out["logps"], out["log_sum_sq_probs"], batch["mask"])
-        return each.sum() / totals.sequences, pair_metrics(pairs, out, batch["mask"], args.beta)
+    def pair_loss(self, pairs):
+        args, losses = self.args, [PAIR_LOSSES[name] for name in self.args.loss_type]
+        weights = args.loss_weights or [1.0] * len(losses)
+        return sum(weight * loss(pairs, **args.options_of(loss)) for loss, weight in zip(losses, weights))
+
+    def statistics(self): return (*super().statistics(), *["log_sum_sq_probs"] * self.args.use_weighting)
+
+    def weigh(self, losses, batch, out):
+        if not self.args.use_weighting: return losses
+        return losses * on_policy_weights(out["logps"], out["log_sum_sq_probs"], batch["mask"])

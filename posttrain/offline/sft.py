@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['TOKEN_LOSSES', 'nll', 'SFTConfig', 'SFTTrainer']
 
-# %% ../../nbs/offline/01_sft.ipynb #b1f767aa
-from dataclasses import dataclass, field
+# %% ../../nbs/offline/01_sft.ipynb #4d8b3845
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -20,49 +20,54 @@ def nll(
 
 TOKEN_LOSSES = {"nll": nll, "dft": dft}  # loss_type -> each token's loss, from its log-prob
 
-# %% ../../nbs/offline/01_sft.ipynb #d1aab9ed
+# %% ../../nbs/offline/01_sft.ipynb #2f7f08fd
 from ..data.collate import collate_sft
 from ..data.formats import column_names, dataset_type, first_row
 from ..data.packing import PACKING_STRATEGIES, pack_dataset
-from ..data.tokens import TRUNCATION, prepare_sft
+from ..data.tokens import prepare_sft
 from ..foundations.masks import token_weights
+from ..training.config import LengthFields, PostConfig, option
 from ..training.heads import completion_loss
 from ..training.metrics import Mean
-from ..training.trainer import PostConfig, PostTrainer
+from ..training.trainer import PostTrainer
 
 
 @dataclass
-class SFTConfig(PostConfig):
+class SFTConfig(LengthFields, PostConfig):
     "What supervised fine-tuning can be told; names and defaults are TRL's."
 
     _VALID_DICT_FIELDS = PostConfig._VALID_DICT_FIELDS + ["dataset_kwargs"]
 
-    learning_rate: float = field(default=2e-5, metadata={"help": "Initial learning rate of AdamW."})
-    loss_type: str = field(default="nll", metadata={"help": "'nll' (maximum likelihood) or 'dft' (dynamic fine-tuning)."})
-    max_length: int | None = field(default=1024, metadata={"help": "Longest row in tokens; with packing, the length of a packed row. None: as long as it is."})
-    truncation_mode: str = field(default="keep_start", metadata={"help": "Which end of a row that is too long is kept: 'keep_start' or 'keep_end'."})
-    completion_only_loss: bool | None = field(default=None, metadata={"help": "Train on completions alone; None: where the dataset has prompts and completions."})
-    assistant_only_loss: bool = field(default=False, metadata={"help": "Train on what the assistant says alone; needs generation markers in the chat template."})
-    packing: bool = field(default=False, metadata={"help": "Put several examples into one row of max_length."})
-    packing_strategy: str = field(default="bfd", metadata={"help": "'bfd' (best-fit-decreasing, cuts what is too long), 'bfd_split' (splits it), 'wrapped' (one stream, cut anywhere)."})
-    eval_packing: bool | None = field(default=None, metadata={"help": "Pack the evaluation dataset; None: as packing."})
-    dataset_text_field: str = field(default="text", metadata={"help": "Column with the text."})
-    dataset_kwargs: dict | str | None = field(default=None, metadata={"help": "Only {'skip_prepare_dataset': True}: the rows are prepared already."})
-    shuffle_dataset: bool = field(default=False, metadata={"help": "Shuffle the training dataset before it is packed."})
-    eos_token: str | None = field(default=None, metadata={"help": "Token that ends a text; None: the tokenizer's."})
-    pad_token: str | None = field(default=None, metadata={"help": "Padding token; None: the tokenizer's."})
-    padding_free: bool = field(default=False, metadata={"help": "Accepted for TRL's configs: rows are laid out without padding wherever the model can."})
-    pad_to_multiple_of: int | str | None = field(default="auto", metadata={"help": "Accepted for TRL's configs: there is hardly any padding to align."})
+    learning_rate: float = option(2e-5, "Initial learning rate of AdamW.")
+    loss_type: str = option(
+        "nll", "'nll' (maximum likelihood) or 'dft' (dynamic fine-tuning).", choices=TOKEN_LOSSES)
+    max_length: int | None = option(
+        1024, "Longest row in tokens; with packing, the length of a packed row. None: as long as it is.", low=2)
+    completion_only_loss: bool | None = option(
+        None, "Train on completions alone; None: where the dataset has prompts and completions.")
+    assistant_only_loss: bool = option(
+        False, "Train on what the assistant says alone; needs generation markers in the chat template.")
+    packing: bool = option(False, "Put several examples into one row of max_length.", choices=(True, False))
+    packing_strategy: str = option(
+        "bfd", "'bfd' (best-fit-decreasing, cuts what is too long), 'bfd_split' (splits it), 'wrapped' (one stream, cut "
+        "anywhere).", choices=PACKING_STRATEGIES)
+    eval_packing: bool | None = option(None, "Pack the evaluation dataset; None: as packing.")
+    dataset_text_field: str = option("text", "Column with the text.")
+    dataset_kwargs: dict | str | None = option(None, "Only {'skip_prepare_dataset': True}: the rows are prepared already.")
+    shuffle_dataset: bool = option(False, "Shuffle the training dataset before it is packed.")
+    eos_token: str | None = option(None, "Token that ends a text; None: the tokenizer's.")
+    pad_token: str | None = option(None, "Padding token; None: the tokenizer's.")
+    padding_free: bool = option(
+        False, "Accepted for TRL's configs: rows are laid out without padding wherever the model can.")
+    pad_to_multiple_of: int | str | None = option(
+        "auto", "Accepted for TRL's configs: there is hardly any padding to align.")
 
     def __post_init__(self):
         super().__post_init__()
-        self.one_of("loss_type", TOKEN_LOSSES)
-        self.one_of("packing_strategy", PACKING_STRATEGIES)
-        self.one_of("truncation_mode", [m for m in TRUNCATION if m != "drop"])
-        self.one_of("packing", (True, False))
-        self.at_least("max_length", 2)  # one token to read, one to predict
-        if self.packing and self.max_length is None: raise ValueError("packing=True fills rows of max_length tokens, but max_length is None; set it")
-        if unknown := set(self.dataset_kwargs or {}) - {"skip_prepare_dataset"}: raise ValueError(f"dataset_kwargs knows only 'skip_prepare_dataset', got {sorted(unknown)}")
+        if self.packing and self.max_length is None:
+            raise ValueError("packing=True fills rows of max_length tokens, but max_length is None; set it")
+        if unknown := set(self.dataset_kwargs or {}) - {"skip_prepare_dataset"}:
+            raise ValueError(f"dataset_kwargs knows only 'skip_prepare_dataset', got {sorted(unknown)}")
 
 
 class SFTTrainer(PostTrainer):
@@ -74,20 +79,21 @@ class SFTTrainer(PostTrainer):
 
     config_class = SFTConfig
 
-    def __init__(self, model, args=None, data_collator=None, train_dataset=None, eval_dataset=None, processing_class=None, compute_metrics=None,
-                 callbacks=None, optimizers=(None, None), optimizer_cls_and_kwargs=None, preprocess_logits_for_metrics=None, peft_config=None,
+    def __init__(self, model, args=None, data_collator=None, train_dataset=None, eval_dataset=None,
+                 processing_class=None, compute_metrics=None, callbacks=None, optimizers=(None, None),
+                 optimizer_cls_and_kwargs=None, preprocess_logits_for_metrics=None, peft_config=None,
                  formatting_func=None):
         self.formatting_func = formatting_func
-        super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics, callbacks, optimizers,
-                         optimizer_cls_and_kwargs, preprocess_logits_for_metrics, peft_config)
+        super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics,
+                         callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics, peft_config)
 
     def _skips_preparing(self) -> bool: return bool((self.args.dataset_kwargs or {}).get("skip_prepare_dataset"))
 
     def check(self, dataset, name):
         if self._skips_preparing(): return
         self.needs_dataset(dataset, name)
-        row = first_row(dataset, "SFTTrainer")
-        if self.formatting_func is None and not {"input_ids", "conversations", self.args.dataset_text_field} & set(row):
+        readable = {"input_ids", "conversations", self.args.dataset_text_field} & set(first_row(dataset, "SFTTrainer"))
+        if self.formatting_func is None and not readable:
             dataset_type(dataset, among=("prompt_completion", "language_modeling"), who="SFTTrainer")
 
     def before_preparing(self): self.adopt_tokens("eos_token", "pad_token")
@@ -97,9 +103,11 @@ class SFTTrainer(PostTrainer):
         if self._skips_preparing() or "seq_lengths" in column_names(dataset): return dataset  # ready, or packed already
         packing = args.packing if training or args.eval_packing is None else args.eval_packing
         splits = packing and args.packing_strategy != "bfd"  # these strategies cut long rows themselves and keep all parts
-        dataset = prepare_sft(dataset, self.processing_class, max_length=None if splits else args.max_length, truncation_mode=args.truncation_mode,
-                              completion_only_loss=args.completion_only_loss, assistant_only_loss=args.assistant_only_loss,
-                              dataset_text_field=args.dataset_text_field, formatting_func=self.formatting_func, num_proc=args.dataset_num_proc, name=name)
+        dataset = prepare_sft(
+            dataset, self.processing_class, max_length=None if splits else args.max_length,
+            truncation_mode=args.truncation_mode, completion_only_loss=args.completion_only_loss,
+            assistant_only_loss=args.assistant_only_loss, dataset_text_field=args.dataset_text_field,
+            formatting_func=self.formatting_func, num_proc=args.dataset_num_proc, name=name)
         if training and args.shuffle_dataset: dataset = dataset.shuffle(seed=args.seed)
         return pack_dataset(dataset, args.max_length, args.packing_strategy) if packing else dataset
 
@@ -107,6 +115,8 @@ class SFTTrainer(PostTrainer):
 
     def loss(self, model, batch, totals):
         weights = token_weights(batch["mask"], "token", totals=totals)  # m_t / N of the whole step
-        loss, stats = completion_loss(model, batch, TOKEN_LOSSES[self.args.loss_type], weights, want=("entropy", "is_top1"))
+        token_loss = TOKEN_LOSSES[self.args.loss_type]
+        loss, stats = completion_loss(model, batch, token_loss, weights, want=("entropy", "is_top1"))
         self.show_tokens(batch, logps=stats["logps"], entropy=stats["entropy"])
-        return loss, {"entropy": Mean.of(stats["entropy"], batch["mask"]), "mean_token_accuracy": Mean.of(stats["is_top1"], batch["mask"])}
+        names = {"entropy": "entropy", "is_top1": "mean_token_accuracy"}
+        return loss, {name: Mean.of(stats[key], batch["mask"]) for key, name in names.items()}

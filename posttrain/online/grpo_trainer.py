@@ -3,10 +3,10 @@
 # %% auto #0
 __all__ = ['GRPOConfig', 'GRPOTrainer']
 
-# %% ../../nbs/online/09_grpo_trainer.ipynb #e06e780d
+# %% ../../nbs/online/09_grpo_trainer.ipynb #e0884052
 import math
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -15,211 +15,266 @@ from torch import Tensor
 from ..foundations.advantages import group_advantages, group_std
 from ..foundations.masks import Totals, average
 from ..foundations.policy_gradient import RATIOS
-from .corrections import IMPORTANCE_MODES, EntropyController, entropy_threshold, gdpo_advantages, importance_weights, off_policy_mask, top_entropy_mask
+from .corrections import (IMPORTANCE_MODES, EntropyController, entropy_threshold, gdpo_advantages,
+                                          importance_weights, off_policy_mask, top_entropy_mask)
 from .dapo import overlong_filter
 from .grpo import grpo_loss
 from .policy_zoo import LOSS_TYPES
+from ..rollout.config import OnlineConfig
 from ..rollout.rewards import total
-from ..rollout.trainer import OnlineConfig, OnlineTrainer
+from ..rollout.trainer import OnlineTrainer
+from ..training.config import ClipFields, ReferenceFields, option
 from ..training.heads import completion_logps, scoring
-from ..training.metrics import Mean
+from ..training.metrics import Mean, policy_metrics
 
-# %% ../../nbs/online/09_grpo_trainer.ipynb #2be61c87
+# %% ../../nbs/online/09_grpo_trainer.ipynb #63e2b50a
 @dataclass
-class GRPOConfig(OnlineConfig):
-    """GRPO's fields beside those of `OnlineConfig` and `TrainingArguments`. Names and defaults are TRL's."""
+class GRPOConfig(ClipFields, ReferenceFields, OnlineConfig):
+    "GRPO's fields beside those of `OnlineConfig` and `TrainingArguments`. Names and defaults are TRL's."
 
     # the loss
-    loss_type: str = field(default="dapo", metadata={"help": "A key of online.policy_zoo.LOSS_TYPES: how the surrogate is limited and averaged."})
-    beta: float = field(default=0.0, metadata={"help": "Price of a nat of KL to the reference; 0: no reference model is made."})
-    epsilon: float = field(default=0.2, metadata={"help": "The ratio is clipped from below at 1 - epsilon."})
-    epsilon_high: float | None = field(default=None, metadata={"help": "And from above at 1 + epsilon_high; None: epsilon. For 'cispo' the cap itself, e.g. 5.0."})
-    delta: float | None = field(default=None, metadata={"help": "Cap of the ratio where the advantage is negative (two-sided clipping), above 1 + epsilon_high."})
-    importance_sampling_level: str = field(default="token", metadata={"help": "'token', or 'sequence' (GSPO)."})
-    use_bias_correction_kl: bool = field(default=True, metadata={"help": "Weigh each KL estimate with its ratio."})
-    sapo_temperature_neg: float = field(default=1.05, metadata={"help": "SAPO's gate for negative advantages."})
-    sapo_temperature_pos: float = field(default=1.0, metadata={"help": "And for positive ones."})
-    vespo_k_pos: float = field(default=2.0, metadata={"help": "VESPO: rise of the weight for advantages that are not negative."})
-    vespo_lambda_pos: float = field(default=3.0, metadata={"help": "VESPO: its decay."})
-    vespo_k_neg: float = field(default=3.0, metadata={"help": "VESPO: rise for negative advantages."})
-    vespo_lambda_neg: float = field(default=2.0, metadata={"help": "VESPO: its decay."})
+    loss_type: str = option(
+        "dapo", "A key of online.policy_zoo.LOSS_TYPES: how the surrogate is limited and averaged.",
+        choices=LOSS_TYPES)
+    beta: float = option(0.0, "Price of a nat of KL to the reference; 0: no reference model is made.", low=0)
+    delta: float | None = option(
+        None, "Cap of the ratio where the advantage is negative (two-sided clipping), above 1 + epsilon_high.")
+    importance_sampling_level: str = option("token", "'token', or 'sequence' (GSPO).", choices=RATIOS)
+    use_bias_correction_kl: bool = option(True, "Weigh each KL estimate with its ratio.")
+    sapo_temperature_neg: float = option(1.05, "SAPO's gate for negative advantages.")
+    sapo_temperature_pos: float = option(1.0, "And for positive ones.")
+    vespo_k_pos: float = option(2.0, "VESPO: rise of the weight for advantages that are not negative.")
+    vespo_lambda_pos: float = option(3.0, "VESPO: its decay.")
+    vespo_k_neg: float = option(3.0, "VESPO: rise for negative advantages.")
+    vespo_lambda_neg: float = option(2.0, "VESPO: its decay.")
     # advantages
-    scale_rewards: str = field(default="group", metadata={"help": "Divide advantages by the standard deviation of the 'group', of the 'batch', or 'none'."})
-    multi_objective_aggregation: str = field(default="sum_then_normalize", metadata={"help": "Several rewards: 'sum_then_normalize', or 'normalize_then_sum' (GDPO)."})
+    scale_rewards: str = option(
+        "group", "Divide advantages by the standard deviation of the 'group', of the 'batch', or 'none'.",
+        choices=("group", "batch", "none"))
+    multi_objective_aggregation: str = option(
+        "sum_then_normalize", "Several rewards: 'sum_then_normalize', or 'normalize_then_sum' (GDPO).",
+        choices=("sum_then_normalize", "normalize_then_sum"))
     # which tokens learn
-    mask_truncated_completions: bool = field(default=False, metadata={"help": "DAPO's overlong filtering: completions that were cut teach nothing."})
-    top_entropy_quantile: float = field(default=1.0, metadata={"help": "Only so large a share of tokens, the most uncertain ones, gets a policy gradient."})
-    off_policy_mask_threshold: float | None = field(default=None, metadata={"help": "Drop punished completions that the policy has left by so many nats per token."})
+    mask_truncated_completions: bool = option(
+        False, "Leave out completions that were cut at max_completion_length (DAPO's overlong filtering).")
+    top_entropy_quantile: float = option(
+        1.0, "Only so large a share of tokens, the most uncertain ones, gets a policy gradient.", low=0, high=1)
+    off_policy_mask_threshold: float | None = option(
+        None, "Drop punished completions that the policy has left by so many nats per token.")
     # entropy bonus
-    entropy_coef: float = field(default=0.0, metadata={"help": "Reward for a nat of entropy."})
-    use_adaptive_entropy: bool = field(default=False, metadata={"help": "Steer entropy_coef so that the entropy stays at entropy_target."})
-    entropy_target: float = field(default=0.2, metadata={"help": "Nats per token."})
-    entropy_coef_min: float = field(default=0.0, metadata={"help": "Least entropy_coef."})
-    entropy_coef_max: float = field(default=1.0, metadata={"help": "Greatest entropy_coef."})
-    entropy_coef_delta: float = field(default=0.005, metadata={"help": "Its change after a step."})
+    entropy_coef: float = option(0.0, "Reward for a nat of entropy.")
+    use_adaptive_entropy: bool = option(False, "Steer entropy_coef so that the entropy stays at entropy_target.")
+    entropy_target: float = option(0.2, "Nats per token.")
+    entropy_coef_min: float = option(0.0, "Least entropy_coef.")
+    entropy_coef_max: float = option(1.0, "Greatest entropy_coef.")
+    entropy_coef_delta: float = option(0.005, "Its change after a step.")
     # a sampler that is not the trainer
-    vllm_importance_sampling_correction: bool = field(default=True, metadata={"help": "Correct for a sampler whose probabilities are not the trainer's: vLLM, or our own in lower precision."})
-    vllm_importance_sampling_mode: str = field(default="sequence_mask", metadata={"help": "'token_truncate', 'token_mask', 'sequence_truncate' or 'sequence_mask'."})
-    vllm_importance_sampling_clip_max: float | None = field(default=3.0, metadata={"help": "Greatest ratio."})
-    vllm_importance_sampling_clip_min: float | None = field(default=None, metadata={"help": "Least ratio."})
-    vllm_importance_sampling_cap: float | None = field(default=None, metadata={"help": "TRL's old name of vllm_importance_sampling_clip_max."})
-    # the reference
-    sync_ref_model: bool = field(default=False, metadata={"help": "Let the reference follow the policy."})
-    ref_model_mixup_alpha: float = field(default=0.6, metadata={"help": "The policy's share in the new reference."})
-    ref_model_sync_steps: int = field(default=512, metadata={"help": "Optimizer steps between two updates."})
+    vllm_importance_sampling_correction: bool = option(
+        True, "Correct for a sampler whose probabilities are not the trainer's: vLLM, or our own in lower precision.")
+    vllm_importance_sampling_mode: str = option(
+        "sequence_mask", "Of tokens or of whole completions; brought back to the limits, or left out beyond them.",
+        choices=IMPORTANCE_MODES)
+    vllm_importance_sampling_clip_max: float | None = option(3.0, "Greatest ratio.")
+    vllm_importance_sampling_clip_min: float | None = option(None, "Least ratio.")
+    vllm_importance_sampling_cap: float | None = option(
+        None, "TRL's old name of vllm_importance_sampling_clip_max.")
 
     def __post_init__(self):
+        # TRL takes booleans too
+        asked = str(self.scale_rewards).lower()
+        self.scale_rewards = {"true": "group", "false": "none"}.get(asked, self.scale_rewards)
         super().__post_init__()
         if self.vllm_importance_sampling_cap is not None:
-            warnings.warn("vllm_importance_sampling_cap is now called vllm_importance_sampling_clip_max", FutureWarning, stacklevel=3)
+            warnings.warn("vllm_importance_sampling_cap is now called vllm_importance_sampling_clip_max", FutureWarning,
+                          stacklevel=3)
             self.vllm_importance_sampling_clip_max = self.vllm_importance_sampling_cap
-        self.scale_rewards = {"true": "group", "false": "none"}.get(str(self.scale_rewards).lower(), self.scale_rewards)
-        self.one_of("loss_type", tuple(LOSS_TYPES))
-        self.one_of("importance_sampling_level", RATIOS)
-        self.one_of("scale_rewards", ("group", "batch", "none"))
-        self.one_of("multi_objective_aggregation", ("sum_then_normalize", "normalize_then_sum"))
-        self.one_of("vllm_importance_sampling_mode", IMPORTANCE_MODES)
-        self.between("beta", 0)
-        self.between("epsilon", 0)
-        self.between("top_entropy_quantile", 0, 1)
-        self.between("ref_model_mixup_alpha", 0, 1)
-        self.at_least("ref_model_sync_steps", 1)
-        self.at_least("epsilon_high", 0)
-        if self.num_generations < 2: raise ValueError(f"num_generations={self.num_generations}: {type(self).__name__} compares completions of one prompt and needs at least 2")
-        high, kind = 1 + (self.epsilon if self.epsilon_high is None else self.epsilon_high), LOSS_TYPES[self.loss_type]
-        if self.delta is not None and kind.trust_region == "clip" and not self.delta > high: raise ValueError(f"delta={self.delta} caps the ratio beyond the clip and must be above 1 + epsilon_high = {high:g}")
-        if kind.caps_ratio and self.epsilon_high is None: warnings.warn(f"loss_type={self.loss_type!r} takes epsilon_high as the cap of the ratio itself; left out it is epsilon={self.epsilon}, far below 1: set it, e.g. to 5.0 (ScaleRL)", stacklevel=3)
-        if kind.weighs_answers and self.vllm_importance_sampling_correction and self.use_vllm and not self.vllm_importance_sampling_mode.startswith("token"):
-            raise ValueError(f"loss_type={self.loss_type!r} takes the sampler's correction into its own weight, token by token: set vllm_importance_sampling_mode to 'token_truncate' or 'token_mask', not {self.vllm_importance_sampling_mode!r}")
-        if self.sync_ref_model and self.beta == 0: raise ValueError("sync_ref_model=True moves a reference, but with beta=0 there is none: set beta above 0, or leave it False")
-        low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
-        if low is not None and high is not None and low >= high: raise ValueError(f"vllm_importance_sampling_clip_min={low} must be below vllm_importance_sampling_clip_max={high}")
+        if self.num_generations < 2:
+            raise ValueError(f"num_generations={self.num_generations}: {type(self).__name__} compares completions of one "
+                             "prompt and needs at least 2")
+        if self.sync_ref_model and self.beta == 0:
+            raise ValueError("sync_ref_model=True moves a reference, but with beta=0 there is none: set beta above 0, or "
+                             "leave it False")
+        self._check_limits()
 
-# %% ../../nbs/online/09_grpo_trainer.ipynb #cb3acee9
+    def _check_limits(self):
+        kind, high = LOSS_TYPES[self.loss_type], 1 + (self.epsilon if self.epsilon_high is None else self.epsilon_high)
+        if self.delta is not None and kind.trust_region == "clip" and not self.delta > high:
+            raise ValueError(f"delta={self.delta} caps the ratio beyond the clip and must be above 1 + epsilon_high = "
+                             f"{high:g}")
+        if kind.caps_ratio and self.epsilon_high is None:
+            warnings.warn(f"loss_type={self.loss_type!r} takes epsilon_high as the cap of the ratio itself; left out it is "
+                          f"epsilon={self.epsilon}, far below 1: set it, e.g. to 5.0 (ScaleRL)", stacklevel=4)
+        mode, corrects = self.vllm_importance_sampling_mode, self.vllm_importance_sampling_correction
+        if kind.weighs_answers and corrects and self.use_vllm and not mode.startswith("token"):
+            raise ValueError(f"loss_type={self.loss_type!r} takes the sampler's correction into its own weight, token by "
+                             f"token: set vllm_importance_sampling_mode to 'token_truncate' or 'token_mask', not {mode!r}")
+        least, greatest = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
+        if least is not None and greatest is not None and least >= greatest:
+            raise ValueError(f"vllm_importance_sampling_clip_min={least} must be below "
+                             f"vllm_importance_sampling_clip_max={greatest}")
+
+    def limits(self) -> dict:
+        "The settings of `grpo_loss` that are the same for every loss type, and the limits of this one."
+        # of a loss that caps the ratio, TRL's epsilon_high is the cap itself, not its distance from 1
+        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        capped = LOSS_TYPES[self.loss_type].caps_ratio
+        return dict(epsilon=self.epsilon, epsilon_high=high - 1 if capped else self.epsilon_high, delta=self.delta,
+                    importance_sampling_level=self.importance_sampling_level,
+                    use_bias_correction_kl=self.use_bias_correction_kl, max_length=self.max_completion_length)
+
+# %% ../../nbs/online/09_grpo_trainer.ipynb #7e3f7068
 class GRPOTrainer(OnlineTrainer):
     """Group relative policy optimisation (https://arxiv.org/abs/2402.03300) and its family. Call it as TRL's.
 
-    Datasets have a column `prompt`, strings or messages; reward functions get the other columns by name. The parameters are those of `OnlineTrainer`.
-    Raises ValueError and TypeError that say what is wrong with data, rewards or config, before the model is loaded."""
+    Datasets have a column `prompt`, strings or messages; reward functions get the other columns by name. The parameters
+    are those of `OnlineTrainer`. Raises ValueError and TypeError that say what is wrong with data, rewards or config,
+    before the model is loaded."""
 
     config_class = GRPOConfig
 
-    def needs_reference(self): return self.args.beta != 0
-
-    def after_building(self):
-        args = self.args
-        self.entropy = EntropyController(args.entropy_coef, args.use_adaptive_entropy, args.entropy_target, args.entropy_coef_min, args.entropy_coef_max, args.entropy_coef_delta)
-        self._entropy_of_step = Mean(0.0, 0.0)
-        super().after_building()
-
     # ------------------------------------------------ what rewards mean
-    def advantages(self, generation):
-        args = self.args
-        if args.multi_objective_aggregation == "normalize_then_sum": a = gdpo_advantages(generation.rewards, self.rewards.weights, generation.num_generations)
-        else: a = group_advantages(total(generation.rewards, self.rewards.weights), generation.num_generations, scale=args.scale_rewards)
-        generation.columns["advantages"] = a
-        if args.mask_truncated_completions:
-            whole = generation.masks or [[1] * len(ids) for ids in generation.completion_ids]
-            generation.masks = overlong_filter(whole, generation.finished)
+    def select(self, generation):
+        "Overlong filtering: a completion that was cut teaches nothing."
+        if not self.args.mask_truncated_completions: return generation
+        return replace(generation, masks=overlong_filter(generation.all_masks(), generation.finished))
+
+    def credit(self, generation, batches):
+        args, weights, G = self.args, self.rewards.weights, generation.num_generations
+        if args.multi_objective_aggregation == "normalize_then_sum":
+            return {"advantages": gdpo_advantages(generation.rewards, weights, G)}
+        return {"advantages": group_advantages(total(generation.rewards, weights), G, scale=args.scale_rewards)}
 
     def keep(self, generation):
-        "Dynamic sampling: where each reward is normalised by itself, two that differ teach something though their sum may not."
+        """Dynamic sampling: where each reward is normalised by itself, two that differ teach something though their sum
+        may not."""
         if self.args.multi_objective_aggregation == "sum_then_normalize": return super().keep(generation)
-        return torch.stack([group_std(r, generation.num_generations) for r in (generation.rewards * self.rewards.weights).T]).gt(0).any(0)
-
-    def enrich(self, batches):
-        "Old log-probs, where the policy will have moved before they are needed and the sampler's are not the trainer's; the reference's."
-        args = self.args
-        for batch in batches:
-            if self.noisy and not args.reused and self.engine is not None and not args.use_vllm: batch.pop("sampled_logps", None)  # with dropout our sampler's differ from those of every forward pass, which are then the old ones
-            if self.exact and "sampled_logps" in batch: batch["old_logps"] = batch["sampled_logps"]
-            elif args.reused:
-                with scoring(self.model), self.compute_loss_context_manager(): batch["old_logps"] = completion_logps(self.model, batch, temperature=args.temperature)["logps"]
-            if self.scorer is not None:
-                with self.compute_loss_context_manager(): batch["ref_logps"] = self.scorer.ref_logps(batch, args.temperature)
+        weighted = (generation.rewards * self.rewards.weights).T
+        return torch.stack([group_std(r, generation.num_generations) for r in weighted]).gt(0).any(0)
 
     # ------------------------------------------------ one step
     def totals_of(self, batch):
         totals = Totals.of(batch["mask"])
-        over_generation = LOSS_TYPES[self.args.loss_type].whole_generation and "token_share" in batch  # an evaluation has no steps to share
+        over_generation = LOSS_TYPES[self.args.loss_type].whole_generation and "token_share" in batch
         return Totals(batch["token_share"], totals.sequences) if over_generation else totals
 
-    def before_step(self, batches):
-        "Which tokens are the most uncertain is known only when all of the step have been asked; and a bonus is a mean over all of them."
+    def before_step(self, batches, totals):
+        """Which tokens are the most uncertain is known only when all of the step have been asked, and an entropy bonus is
+        a mean over all of them."""
         self._entropy_of_step = Mean(0.0, 0.0)
-        if self.args.top_entropy_quantile < 1:
-            with scoring(self.model), self.compute_loss_context_manager():
-                asked = [completion_logps(self.model, b, want=("entropy",), temperature=self.args.temperature)["entropy"] for b in map(self._prepare_inputs, batches)]
-            mine = torch.cat([entropy[b["mask"] != 0] for entropy, b in zip(asked, batches)]).float()
-            everyone = self.accelerator.gather(self.accelerator.pad_across_processes(mine, pad_index=-1))
-            threshold = entropy_threshold(everyone[everyone >= 0], self.args.top_entropy_quantile)
-            kept = top_entropy_mask(everyone, everyone >= 0, threshold).sum()
-            for batch, entropy in zip(batches, asked): batch |= {"top_entropy": top_entropy_mask(entropy, batch["mask"], threshold), "bonus_tokens": kept}  # asked again, a token at the threshold might fall below it
-        elif self.entropy.enabled:
-            tokens = self.accelerator.gather(sum(b["mask"].sum() for b in batches).to(self.args.device)[None]).sum()
-            for batch in batches: batch["bonus_tokens"] = tokens
+        if self.args.top_entropy_quantile < 1: return self._with_top_entropy(batches)
+        if not self.entropy.enabled: return batches
+        local = sum(batch["mask"].sum() for batch in batches).to(self.args.device)
+        tokens = self.accelerator.gather(local[None]).sum()
+        return [{**batch, "bonus_tokens": tokens} for batch in batches]
 
-    def factors(self, batch: dict, out: dict, old_logps: Tensor) -> tuple[Tensor | None, dict, dict]:
-        "What weighs the terms of the loss: factors (B, T) or (B, 1) or None, options of the trust region, and stats of the sampler."
-        args, mask, parts, options, stats = self.args, batch["mask"], [], {}, {}
-        of_answers = LOSS_TYPES[args.loss_type].weighs_answers
-        sampled = batch.get("sampled_logps", old_logps)
-        if "sampled_logps" in batch and not self.exact:
-            known = mask * ~sampled.isnan()  # an engine may not be able to say
-            gap = (old_logps - sampled).abs().masked_fill(known == 0, 0)
-            stats = {"sampling/sampling_logp_difference/mean": Mean.of(gap, known), "sampling/sampling_logp_difference/max": gap.max()}
-            if args.vllm_importance_sampling_correction:
-                w = importance_weights(old_logps, sampled, mask, mode=args.vllm_importance_sampling_mode, clip_max=args.vllm_importance_sampling_clip_max, clip_min=args.vllm_importance_sampling_clip_min)
-                counted = w.flatten() if w.shape[1] == 1 else w[mask != 0]
-                if len(counted): stats |= {f"sampling/importance_sampling_ratio/{k}": v for k, v in (("min", counted.min()), ("mean", Mean.of(counted)), ("max", counted.max()))}
-                if of_answers: options["log_importance"] = (w if w.shape[1] == 1 else w.masked_fill(mask == 0, 1)).log().clamp(math.log(1e-8), 20).sum(1, keepdim=True)
-                else: parts.append(w)
-        if of_answers: options["tokens"] = mask.sum(1, keepdim=True)
-        if args.off_policy_mask_threshold is not None: parts.append(off_policy_mask(out["logps"], sampled, batch["advantages"], mask, args.off_policy_mask_threshold))
-        if "top_entropy" in batch: parts.append(batch["top_entropy"])
-        return math.prod(parts) if parts else None, options, stats
+    def _with_top_entropy(self, batches):
+        "Each micro-batch with a mask of the step's most uncertain tokens, and with how many these are."
+        batches = [self._prepare_inputs(batch) for batch in batches]
+        options = dict(want=("entropy",), temperature=self.args.temperature)
+        with scoring(self.model), self.compute_loss_context_manager():
+            entropies = [completion_logps(self.model, batch, **options)["entropy"] for batch in batches]
+        local = torch.cat([entropy[batch["mask"] != 0] for entropy, batch in zip(entropies, batches)]).float()
+        gathered = self.accelerator.gather(self.accelerator.pad_across_processes(local, pad_index=-1))
+        threshold = entropy_threshold(gathered[gathered >= 0], self.args.top_entropy_quantile)
+        kept = top_entropy_mask(gathered, gathered >= 0, threshold).sum()
+        # kept as masks: asked again, a token at the threshold might fall below it
+        masks = [top_entropy_mask(entropy, batch["mask"], threshold) for entropy, batch in zip(entropies, batches)]
+        return [{**batch, "top_entropy": mask, "bonus_tokens": kept} for batch, mask in zip(batches, masks)]
 
     def loss(self, model, batch, totals):
-        args, mask, kind = self.args, batch["mask"], LOSS_TYPES[self.args.loss_type]
+        args, kind = self.args, LOSS_TYPES[self.args.loss_type]
         out = completion_logps(model, batch, want=("entropy",), temperature=args.temperature)
-        logps, old_logps = out["logps"], batch.get("old_logps", out["logps"].detach())
-        if args.top_entropy_quantile < 1 and "top_entropy" not in batch:  # an evaluation's batch is a step of its own
-            batch = {**batch, "top_entropy": top_entropy_mask(out["entropy"], mask, entropy_threshold(out["entropy"].detach()[mask != 0], args.top_entropy_quantile))}
-        weights, options, stats = self.factors(batch, out, old_logps)
-        trust_region = partial(kind.trust_region, **args.options_of(kind.shape), **options) if kind.shape else kind.trust_region
-        epsilon_high = (args.epsilon if args.epsilon_high is None else args.epsilon_high) - 1 if kind.caps_ratio else args.epsilon_high  # TRL's is the cap itself
-        loss, seen = grpo_loss(logps, old_logps, batch["advantages"], mask, ref_logps=batch.get("ref_logps"), beta=args.beta if "ref_logps" in batch else 0.0, epsilon=args.epsilon, epsilon_high=epsilon_high,
-                               delta=args.delta, importance_sampling_level=args.importance_sampling_level, use_bias_correction_kl=args.use_bias_correction_kl, trust_region=trust_region,
-                               average=kind.average, weights=weights, totals=totals, max_length=args.max_completion_length)
-        tokens = mask.sum()
-        ratios = mask.any(1).sum() if args.importance_sampling_level == "sequence" else tokens  # what a mean of ratios is over
-        counts = {"kl": tokens, "approx_kl": tokens, "ratio/mean": ratios, "vespo/phi_seq_mean": len(mask)} | {f"clip_ratio/{k}_mean": ratios for k in ("low", "high", "region")}
-        stats |= {kind.names.get(k, k): Mean(v * counts[k], counts[k]) if k in counts else v for k, v in seen.items()}
-        stats["entropy"] = Mean.of(out["entropy"], mask)
+        old_logps = batch.get("old_logps", out["logps"].detach())
+        correction, stats = self.sampler_correction(batch, old_logps)
+        loss, seen = grpo_loss(
+            out["logps"], old_logps, batch["advantages"], batch["mask"], ref_logps=batch.get("ref_logps"),
+            beta=args.beta if "ref_logps" in batch else 0.0, average=kind.average,
+            trust_region=self.trust_region(batch, correction),
+            weights=self.token_weights(batch, out["logps"], old_logps, correction), totals=totals, **args.limits())
+        of_completions = args.importance_sampling_level == "sequence"
+        stats |= policy_metrics(seen, batch["mask"], of_completions=of_completions, names=kind.names)
+        stats["entropy"] = Mean.of(out["entropy"], batch["mask"])
         if self.entropy.enabled: loss = self._with_bonus(loss, stats, batch, out["entropy"])
-        self.show_tokens(batch, logps=logps, old_logps=old_logps, entropy=out["entropy"])
+        self.show_tokens(batch, logps=out["logps"], old_logps=old_logps, entropy=out["entropy"])
         return loss, stats
+
+    def sampler_correction(self, batch: dict, old_logps: Tensor) -> tuple[Tensor | None, dict]:
+        "Importance weights of a sampler that is not the trainer, (B, T) or (B, 1) or None, and how far apart they are."
+        args, mask = self.args, batch["mask"]
+        if "sampled_logps" not in batch or self.sampler_is_exact: return None, {}
+        known = mask * ~batch["sampled_logps"].isnan()  # an engine may not be able to say
+        gap = (old_logps - batch["sampled_logps"]).abs().masked_fill(known == 0, 0)
+        name = "sampling/sampling_logp_difference"
+        stats = {f"{name}/mean": Mean.of(gap, known), f"{name}/max": gap.max()}
+        if not args.vllm_importance_sampling_correction: return None, stats
+        weights = importance_weights(
+            old_logps, batch["sampled_logps"], mask, mode=args.vllm_importance_sampling_mode,
+            clip_max=args.vllm_importance_sampling_clip_max, clip_min=args.vllm_importance_sampling_clip_min)
+        counted = weights.flatten() if weights.shape[1] == 1 else weights[mask != 0]
+        if not len(counted): return weights, stats
+        extremes = {"min": counted.min(), "mean": Mean.of(counted), "max": counted.max()}
+        return weights, stats | {f"sampling/importance_sampling_ratio/{k}": v for k, v in extremes.items()}
+
+    def trust_region(self, batch: dict, correction: Tensor | None):
+        "The loss type's, with its own settings; one that weighs whole answers takes the sampler's correction into that."
+        kind, mask = LOSS_TYPES[self.args.loss_type], batch["mask"]
+        if kind.shape is None: return kind.trust_region
+        settings = self.args.options_of(kind.shape)
+        if kind.weighs_answers:
+            settings["tokens"] = mask.sum(1, keepdim=True)
+            if correction is not None:
+                counted = correction if correction.shape[1] == 1 else correction.masked_fill(mask == 0, 1)
+                settings["log_importance"] = counted.log().clamp(math.log(1e-8), 20).sum(1, keepdim=True)
+        return partial(kind.trust_region, **settings)
+
+    def token_weights(self, batch: dict, logps: Tensor, old_logps: Tensor, correction: Tensor | None) -> Tensor | None:
+        "What weighs the terms of the loss: (B, T), (B, 1), or None."
+        args, factors = self.args, []
+        if correction is not None and not LOSS_TYPES[args.loss_type].weighs_answers: factors.append(correction)
+        if args.off_policy_mask_threshold is not None:
+            sampled = batch.get("sampled_logps", old_logps)
+            factors.append(off_policy_mask(logps, sampled, batch["advantages"], batch["mask"],
+                                           args.off_policy_mask_threshold))
+        if "top_entropy" in batch: factors.append(batch["top_entropy"])
+        return math.prod(factors) if factors else None
+
+    # ------------------------------------------------ the entropy bonus
+    def after_building(self):
+        args = self.args
+        self.entropy = EntropyController(args.entropy_coef, args.use_adaptive_entropy, args.entropy_target,
+                                         args.entropy_coef_min, args.entropy_coef_max, args.entropy_coef_delta)
+        self._entropy_of_step = Mean(0.0, 0.0)
+        super().after_building()
 
     def _with_bonus(self, loss, stats, batch, entropy):
         "A mean over the tokens that learn, of the whole step, whatever the loss averages over."
-        learns = batch.get("top_entropy", batch["mask"])
+        learns, training = batch.get("top_entropy", batch["mask"]), self.model.training
         tokens = learns.sum()
-        bonus = self.entropy.applied * average(entropy, learns, "token", totals=Totals(batch.get("bonus_tokens", tokens), 1))
-        stats["policy_loss"] = loss.detach() * (self.args.gradient_accumulation_steps * self.accelerator.num_processes if self.model.training else 1)  # logged is the mean of these shares
-        if self.model.training:
-            self._entropy_of_step = Mean(self._entropy_of_step.total + (entropy.detach() * learns).sum(), self._entropy_of_step.count + tokens)
+        of_step = Totals(batch.get("bonus_tokens", tokens), 1)
+        bonus = self.entropy.applied * average(entropy, learns, "token", totals=of_step)
+        # what is logged is the mean of the micro-batches' shares
+        shares = self.args.gradient_accumulation_steps * self.accelerator.num_processes if training else 1
+        stats["policy_loss"] = loss.detach() * shares
+        if training:
+            summed, count = self._entropy_of_step
+            self._entropy_of_step = Mean(summed + (entropy.detach() * learns).sum(), count + tokens)
             if self.accelerator.sync_gradients: stats["entropy_coef"] = self._steer()  # the step's last micro-batch
         return loss - bonus
 
     def _steer(self):
         "The step's entropy, over all processes, sets the coefficient of the next one."
         if self.entropy.adaptive:
-            summed, count = self.accelerator.reduce(torch.stack([x.to(torch.float32) for x in self._entropy_of_step]), "sum").tolist()
+            local = torch.stack([x.to(torch.float32) for x in self._entropy_of_step])
+            summed, count = self.accelerator.reduce(local, "sum").tolist()
             if count: self.entropy.update(summed / count)
         return self.entropy.coef
 
+    def needs_reference(self): return self.args.beta != 0
+
     # ------------------------------------------------ stopping and going on
-    def run_state(self): return {**super().run_state(), "entropy": self.entropy.state_dict()}
+    def run_state(self):
+        state = super().run_state()
+        return state and {**state, "entropy": self.entropy.state_dict()}
 
     def load_run_state(self, state):
         super().load_run_state(state)

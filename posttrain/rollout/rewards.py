@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['text_of', 'exact_match_reward', 'think_format_reward', 'accuracy_reward', 'reasoning_accuracy_reward',
            'get_soft_overlong_punishment', 'get_cosine_scaled_reward', 'get_repetition_penalty_reward', 'total',
-           'ModelReward', 'Rewards']
+           'ModelReward', 'RewardLog', 'Rewards']
 
 # %% ../../nbs/rollout/03_rewards.ipynb #436dcde5
 import asyncio
@@ -346,7 +346,7 @@ class ModelReward:
             scores.append(logits[:, 0].float().cpu())
         return torch.cat(scores)
 
-# %% ../../nbs/rollout/03_rewards.ipynb #25268854
+# %% ../../nbs/rollout/03_rewards.ipynb #45de84a0
 _GIVEN = ("prompts", "completions", "completion_ids")     # one entry per completion, from the rollout
 _SERVICES = ("trainer_state", "log_extra", "log_metric")  # from the trainer
 _REPLACED = ("prompt", "completion", "completion_ids")    # columns that functions do not get: TRL's
@@ -369,6 +369,43 @@ def _started(result):
 
 
 def _log_nothing(name, value): pass
+
+
+def _copied(value):
+    "Lists and dicts of their own, down to the leaves."
+    if isinstance(value, dict): return {k: _copied(v) for k, v in value.items()}
+    if not isinstance(value, list): return value.clone() if isinstance(value, Tensor) else value
+    flat = all(isinstance(v, (int, float, str)) for v in value)
+    return list(value) if flat else [_copied(v) for v in value]
+
+
+class RewardLog:
+    "What reward functions want to have logged beside their rewards: columns of the completions table, and metrics."
+
+    def __init__(
+        self,
+        n: int,  # completions
+    ):
+        self.n, self.columns, self.metrics = n, {}, {}
+
+    def extra(
+        self,
+        name: str,  # of a column
+        values,     # one per completion
+    ) -> None:
+        "Add a column to the table of completions. Raises ValueError unless there is a value for each of them."
+        self.columns[name] = values.tolist() if hasattr(values, "tolist") else list(values)
+        if len(self.columns[name]) != self.n:
+            raise ValueError(f"log_extra({name!r}, ...) was given {len(self.columns[name])} values for {self.n} "
+                             "completions: expected one each")
+
+    def metric(
+        self,
+        name: str,  # of a metric
+        value,      # a number; NaN: there is nothing to be said this time
+    ) -> None:
+        "Log a number; several of one name are averaged."
+        if float(value) == float(value): self.metrics.setdefault(name, []).append(float(value))
 
 
 def _finished(result): return result.result() if isinstance(result, Future) else result
@@ -536,7 +573,10 @@ class Rewards:
                 if isinstance(result, Future): result.cancel()
 
     def _call(self, k: int, rows: dict, services: dict):
-        return self.functions[k](**{n: v for n, v in (rows | services).items() if self._signatures[k].accepts(n)})
+        "Each function gets copies: what it does to them changes neither what is trained nor what the next one sees."
+        accepts = self._signatures[k].accepts
+        own = {name: _copied(values) for name, values in rows.items() if accepts(name)}
+        return self.functions[k](**own, **{name: value for name, value in services.items() if accepts(name)})
 
     def _attempt(self, k: int, rows: dict, services: dict, do: Callable):
         try: return do()

@@ -4,7 +4,7 @@
 __all__ = ['MISSING', 'RESUME', 'START', 'logprobs_mode_for', 'tells_logps', 'request', 'engine_weights', 'widen_heads',
            'VLLMColocated', 'VLLMServer', 'Served', 'serve']
 
-# %% ../../nbs/rollout/02_vllm.ipynb #b80047c4
+# %% ../../nbs/rollout/02_vllm.ipynb #7a037669
 import contextlib
 import copy
 import ctypes
@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from ..foundations.layouts import make_batch
-from .sampling import Samples, Sampling, _check, dense_weights, eos_ids
+from .sampling import Engine, Samples, Sampling, _check, dense_weights, eos_ids
 from ..training.heads import causal_lm, completion_logps, scoring
 
 # %% ../../nbs/rollout/02_vllm.ipynb #63df6db1
@@ -87,12 +87,12 @@ def _unties(model: nn.Module) -> bool:
     adapted = any(hasattr(layer, name) for layer in (lm.get_input_embeddings(), lm.get_output_embeddings()) for name in ("base_layer", "modules_to_save"))
     return adapted and bool(getattr(lm.config.get_text_config(), "tie_word_embeddings", False))
 
-# %% ../../nbs/rollout/02_vllm.ipynb #cd1d704d
+# %% ../../nbs/rollout/02_vllm.ipynb #2c3432d9
 MISSING = ("vLLM is not installed. On a machine with an NVIDIA GPU: pip install posttrain[vllm]. On a CPU: `python tools/vllm_cpu.py` in a clone of posttrain, "
            "or use_vllm=False: posttrain's own sampler needs nothing else")
 
 
-class _Engine:
+class _Engine(Engine):
     "What `VLLMColocated` and `VLLMServer` share. They have `eos`, `mode`, `max_model_len` and `_complete(prompts, seeds, sampling) -> [(ids, logps, finished)]`."
 
     verified = warned = False
