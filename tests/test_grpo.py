@@ -229,7 +229,7 @@ def test_dynamic_sampling_leaves_no_dead_group(config):
     first = logs(trainer)[0]
     assert 0 < first["dynamic_sampling/kept"] <= 1 and first["dynamic_sampling/rounds"] >= 1 and first["frac_reward_zero_std"] > 0  # rewards are those of all that was sampled
     trainer = make(config, [noisy, lambda completions, **k: [1 - r for r in noisy(completions)], lambda completions, **k: [1.0] * len(completions)], dynamic_sampling=True, multi_objective_aggregation="normalize_then_sum")
-    generation = trainer.score(trainer.sample([row for row in rows(2) for _ in range(G)], list(range(2 * G))))
+    generation = trainer.generate([row for row in rows(2) for _ in range(G)], list(range(2 * G)))
     assert trainer.keep(generation).tolist() == [True] * 2  # GDPO: two rewards that differ within a group, though their sum does not
     trainer.rewards.weights[:2] = 0
     assert trainer.keep(generation).tolist() == [False] * 2

@@ -29,7 +29,7 @@ from ..training.metrics import Mean
 from ..training.references import WithReference, disable_dropout, has_dropout
 from ..training.trainer import PostTrainer
 
-# %% ../../nbs/rollout/08_trainer.ipynb #629032a9
+# %% ../../nbs/rollout/08_trainer.ipynb #c9211acb
 class OnlineTrainer(WithReference, PostTrainer):
     """A trainer of methods that sample. Call it as TRL's GRPOTrainer.
 
@@ -74,7 +74,7 @@ class OnlineTrainer(WithReference, PostTrainer):
         args, start = self.args, time.time()
         bounds = [process * len(rows) // args.world_size for process in range(args.world_size + 1)]
         share = slice(bounds[args.process_index], bounds[args.process_index + 1])
-        local = self.score(self.sample(rows[share], seeds[share]))
+        local = self.generate(rows[share], seeds[share])
         generation = Generation.join([part for part in self._from_all_processes(local) if len(part)])
         metrics = {**self._metrics_of(generation), "time/rollout": time.time() - start}
         self.metrics["train"].add(_weighted(metrics, len(rows)))  # rounds of dynamic sampling differ in size
@@ -103,6 +103,10 @@ class OnlineTrainer(WithReference, PostTrainer):
         rewards = self.rewards([row["prompt"] for row in generation.rows], generation.completions,
                                generation.completion_ids, columns, self.state, log.extra, log.metric)
         return replace(generation, rewards=rewards, extra=generation.extra | log.columns, logged=log.metrics)
+
+    def generate(self, rows: list[dict], seeds: list[int], num_generations: int | None = None) -> Generation:
+        "Completions of these rows, sampled and scored, on this process: for looking at them, or for keeping the best."
+        return self.score(self.sample(rows, seeds, num_generations))
 
     def learnable(self, generation: Generation, parts: list[range]) -> tuple[Generation, list[dict]]:
         "The stages after scoring: the generation with its credit, and a micro-batch for each of the parts."
@@ -308,7 +312,7 @@ class OnlineTrainer(WithReference, PostTrainer):
         before = (self._evaluated * args.world_size + args.process_index) * args.eval_batch_size
         self._evaluated += 1
         seeds = completion_seeds(args.seed, before * G, len(rows) * G)
-        generation = self.score(self.sample([row for row in rows for _ in range(G)], seeds, G))
+        generation = self.generate([row for row in rows for _ in range(G)], seeds, G)
         self.metrics["eval"].add(_weighted(self._metrics_of(generation), len(rows)))
         _, (batch,) = self.learnable(generation, [range(len(generation))])
         return batch
@@ -318,8 +322,7 @@ class OnlineTrainer(WithReference, PostTrainer):
         return SequentialSampler(eval_dataset) if hasattr(eval_dataset, "__len__") else None
 
     def predict(self, *args, **kwargs):
-        """Not for methods that sample: raises NotImplementedError. `evaluate` scores completions,
-        `trainer.score(trainer.sample(rows, seeds))` makes them."""
+        "Not for methods that sample: raises NotImplementedError. `evaluate` scores completions, `generate` makes them."
         raise NotImplementedError(f"{type(self).__name__}.predict: there are no labels to predict; use "
                                   "evaluate(dataset)")
 
