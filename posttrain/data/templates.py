@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['CHATML', 'has_generation_markers', 'check_template', 'encode_chats', 'common_prefix_length', 'split_prompts',
            'apply_chat_template', 'maybe_apply_chat_template', 'load_chat_template', 'adopt_chat_template',
-           'fit_to_tokenizer', 'clone_chat_template']
+           'resize_embeddings_to_tokenizer', 'clone_chat_template']
 
 # %% ../../nbs/data/02_templates.ipynb #13ea5211
 import functools
@@ -192,7 +192,7 @@ def adopt_chat_template(
     return tokenizer.convert_tokens_to_ids([t.content for t in new])
 
 
-def fit_to_tokenizer(
+def resize_embeddings_to_tokenizer(
     model,                             # its embedding grows to hold every token, and its configs get the end-of-sequence token; changed in place
     tokenizer,                         # as after `adopt_chat_template`
     resize_to_multiple_of: int = 64,   # the embedding is grown to a multiple of this (tensor cores like 64); None: exactly
@@ -206,12 +206,12 @@ def fit_to_tokenizer(
 
 
 def clone_chat_template(
-    model,                             # as in `fit_to_tokenizer`
+    model,                             # as in `resize_embeddings_to_tokenizer`
     tokenizer,                         # as in `adopt_chat_template`
     source_tokenizer_path: str,        # the tokenizer to take them from: a folder or a name on the hub
-    resize_to_multiple_of: int = 64,   # as in `fit_to_tokenizer`
+    resize_to_multiple_of: int = 64,   # as in `resize_embeddings_to_tokenizer`
 ):  # (model, tokenizer, ids of the added tokens)
     "Give `tokenizer` and `model` the chat template of another tokenizer. Both are changed in place. Raises ValueError when the source has no template."
     new = adopt_chat_template(tokenizer, source_tokenizer_path)
-    fit_to_tokenizer(model, tokenizer, resize_to_multiple_of)
+    resize_embeddings_to_tokenizer(model, tokenizer, resize_to_multiple_of)
     return model, tokenizer, new

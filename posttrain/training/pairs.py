@@ -9,7 +9,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ..foundations.masks import Totals
-from ..foundations.preferences import Pairs, same
+from ..foundations.preferences import Pairs, identity
 from .metrics import Mean
 
 
@@ -20,7 +20,7 @@ def make_pairs(
     totals: Totals,     # of the whole step: pairs, and tokens of their chosen answers
     *,
     weights: Tensor | None = None,  # (2P, T) what each token counts in the sums; None: the mask
-    score: Callable[[Tensor], Tensor] = same,  # log-ratio -> score of another divergence than the reverse KL
+    score: Callable[[Tensor], Tensor] = identity,  # log-ratio -> score of another divergence than the reverse KL
 ) -> Pairs:
     "Log-probs of tokens -> what a loss of pairs looks at (steps 1 to 3)."
     by_pair = lambda per_answer: per_answer.view(-1, 2).unbind(1)
