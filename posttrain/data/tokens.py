@@ -287,8 +287,9 @@ def _why_nothing_is_left(row, recipe, seen, max_length, truncation_mode) -> str:
                 "message is an assistant's.")
     length = len(prompt) + max(map(len, parts))
     other = ", or truncation_mode='keep_end', which cuts the prompt instead" if truncation_mode == "keep_start" else ""
-    return (f"{seen} lose theirs to max_length={max_length} with truncation_mode={truncation_mode!r}. The first row "
-            f"has {length} tokens and is trained on from number {start + 1} on. Set max_length={length} or more{other}.")
+    return (f"{seen} lose theirs to max_length={max_length} with truncation_mode={truncation_mode!r}. "
+            f"The first row has {length} tokens and is trained on from number {start + 1} on. "
+            f"Set max_length={length} or more{other}.")
 
 # %% ../../nbs/data/03_tokens.ipynb #0fb98ba5
 def _check_tokenized(batch, indices, who, labels_are_ids=True):
