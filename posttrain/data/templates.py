@@ -148,8 +148,8 @@ def _say_not_a_prefix(lost: str):
         "The tokens of a prompt are not the first tokens of the prompt with its completion: "
         f"{lost!r} at its end is rendered or merged differently once the completion follows. "
         "The completion is taken to start where the two diverge, so the model trains on a context that differs from "
-        "the one it is prompted with. Use a chat template that renders prompts alike in both cases, or end the prompt on a "
-        "token boundary (a space belongs to the word after it). Said once; other rows may be affected."))
+        "the one it is prompted with. Use a chat template that renders prompts alike in both cases, or end the prompt "
+        "on a token boundary (a space belongs to the word after it). Said once; other rows may be affected."))
 
 # %% ../../nbs/data/02_templates.ipynb #268e58af
 def apply_chat_template(
