@@ -76,7 +76,8 @@ def collate_pairs(
     """A batch of pairs: each prompt once, its two completions beside each other.
 
     Rows may also hold `margin`, which becomes `margin` (P,), and `ref_chosen_logps` with `ref_rejected_logps`, which
-    become `ref_logps` (B, T). `pair_sides` of foundations/preferences takes chosen and rejected apart again. Raises ValueError when log-probs do not fit their tokens."""
+    become `ref_logps` (B, T). `split_pairs` of foundations/preferences takes the two sides apart again.
+    Raises ValueError when log-probs do not fit their tokens."""
     batch = make_batch([row["prompt_ids"] for row in rows], _both_sides(rows, "chosen_ids", "rejected_ids"),
                        prompt_index=[p for p in range(len(rows)) for _ in range(2)])
     if "ref_chosen_logps" in rows[0]:
