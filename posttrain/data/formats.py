@@ -19,8 +19,20 @@ def _is_messages(value):
     return isinstance(value, list) and len(value) > 0 and all(isinstance(m, dict) and "role" in m for m in value)
 
 
+def _is_text_or_messages(value):
+    return _is_text(value) or _is_messages(value)
+
+
+def _is_texts(value):
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
 def _is_flag(value):
     return isinstance(value, (bool, int)) and value in (0, 1)
+
+
+def _is_flags(value):
+    return isinstance(value, list) and all(map(_is_flag, value))
 
 
 def _is_ids(value):
@@ -28,7 +40,7 @@ def _is_ids(value):
 
 
 _MESSAGES = "a non-empty list of messages like {'role': 'user', 'content': '...'}"
-_EITHER = (lambda value: _is_text(value) or _is_messages(value), f"a string or {_MESSAGES}")
+_EITHER = (_is_text_or_messages, f"a string or {_MESSAGES}")
 _IDS = (_is_ids, "a list of token ids (integers)")
 
 #: column -> (test of a value, what it should have been)
@@ -37,12 +49,13 @@ COLUMNS = {
     "messages": (_is_messages, _MESSAGES),
     "prompt": _EITHER, "completion": _EITHER, "chosen": _EITHER, "rejected": _EITHER,
     "label": (_is_flag, "True or False"),
-    "completions": (lambda value: isinstance(value, list) and all(map(_is_text, value)), "a list of strings, one per step"),
-    "labels": (lambda value: isinstance(value, list) and all(map(_is_flag, value)), "a list of True or False, one per step"),
+    "completions": (_is_texts, "a list of strings, one per step"),
+    "labels": (_is_flags, "a list of True or False, one per step"),
     "input_ids": _IDS, "prompt_ids": _IDS, "completion_ids": _IDS, "chosen_ids": _IDS, "rejected_ids": _IDS,
 }
 
-#: type -> the sets of columns that make it, most telling type first: a row with a label is more than a prompt and a completion
+#: type -> the sets of columns that make it. The most telling type comes first: a row with a label is more than a
+#: prompt and a completion.
 DATASET_TYPES = {
     "stepwise_supervision": [("prompt", "completions", "labels")],
     "unpaired_preference": [("prompt", "completion", "label")],
@@ -66,18 +79,25 @@ _ALSO_CALLED = {
 }
 
 # %% ../../nbs/data/01_formats.ipynb #2032bab0
+def _first_split(dataset):
+    "The first split of a dictionary of datasets; any other dataset as it is."
+    return next(iter(dataset.values())) if isinstance(dataset, (DatasetDict, IterableDatasetDict)) else dataset
+
+
 def first_row(
-    dataset,                # Dataset, IterableDataset, a dict of either (its first split is looked at), or one row, a plain dict
+    dataset,  # Dataset, IterableDataset, a dict of either (its first split is looked at), or one row, a plain dict
     who: str = "this trainer",  # who asks, for the error message
 ) -> dict:
-    "The first row of `dataset`. A stream is started and left; it starts anew when it is next read. Raises ValueError when there is no row."
-    if isinstance(dataset, (DatasetDict, IterableDatasetDict)):
-        dataset = next(iter(dataset.values()))
+    """The first row of `dataset`. Raises ValueError when there is no row.
+
+    A stream is started and left; it starts anew when it is next read."""
+    dataset = _first_split(dataset)
     if isinstance(dataset, dict):
         return dataset
     row = next(iter(dataset.with_format(None)), None)  # plain Python values, whatever the dataset is set to return
     if row is None:
-        raise ValueError(f"The dataset given to {who} is empty: it has 0 rows. If it was filtered, check the filter; if it was loaded, check the split.")
+        raise ValueError(f"The dataset given to {who} is empty: it has 0 rows. "
+                         "If it was filtered, check the filter; if it was loaded, check the split.")
     return row
 
 
@@ -85,8 +105,7 @@ def column_names(
     dataset,  # as in `first_row`; a stream that does not declare its columns is asked for its first row
 ) -> list[str]:
     "The names of the columns of `dataset`."
-    if isinstance(dataset, (DatasetDict, IterableDatasetDict)):
-        dataset = next(iter(dataset.values()))
+    dataset = _first_split(dataset)
     declared = getattr(dataset, "column_names", None)
     return list(declared if declared is not None else first_row(dataset))
 
@@ -99,8 +118,11 @@ def is_conversational(
 
 # %% ../../nbs/data/01_formats.ipynb #caf68f12
 def _listed(names) -> str:
+    "'a', 'b' and 'c'"
     names = [repr(n) for n in names]
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names) or "none"
+    if len(names) < 2:
+        return names[0] if names else "none"
+    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _closest(name: str, there) -> str | None:
@@ -111,19 +133,25 @@ def _closest(name: str, there) -> str | None:
     return None
 
 
-def _missing(need, there, who: str, kind: str = "") -> ValueError:
-    missing = [n for n in need if n not in there]
-    text = f"{who} needs the column{'s' * (len(need) > 1)} {_listed(need)}{kind}, but {_listed(missing)} {'is' if len(missing) == 1 else 'are'} missing. The dataset has: {_listed(there)}."
-    spare = [c for c in there if c not in need]
+def _meant(missing, spare) -> dict[str, str]:
+    "For missing columns the spare ones that were probably meant: their name -> the right name."
     meant = {}
     for name in missing:
         if (found := _closest(name, [c for c in spare if c not in meant])) is not None:
             meant[found] = name
+    return meant
+
+
+def _missing(need, there, who: str, kind: str = "") -> ValueError:
+    "The error for columns that are not there: what is missing, what is there, and the line that repairs it."
+    missing = [n for n in need if n not in there]
+    meant = _meant(missing, [c for c in there if c not in need])
+    columns, verb = ("columns" if len(need) > 1 else "column"), ("is" if len(missing) == 1 else "are")
+    text = (f"{who} needs the {columns} {_listed(need)}{kind}, but {_listed(missing)} {verb} missing. "
+            f"The dataset has: {_listed(there)}.")
     if meant:
-        text += f" Did you mean {_listed(meant)}? Rename: dataset = dataset.rename_columns({meant!r})"
-    else:
-        text += " Rename or add them: dataset = dataset.rename_column('your_name', " + repr(missing[0]) + ")"
-    return ValueError(text)
+        return ValueError(f"{text} Did you mean {_listed(meant)}? Rename: dataset = dataset.rename_columns({meant!r})")
+    return ValueError(f"{text} Rename or add them: dataset = dataset.rename_column('your_name', {missing[0]!r})")
 
 
 def require(
@@ -131,7 +159,9 @@ def require(
     *columns: str,              # the names that must be there
     who: str = "this trainer",  # who needs them, for the error message
 ):
-    "Raise ValueError when `dataset` is empty or lacks a column; the message names what is missing, what is there, what was probably meant, and how to rename it."
+    """Raise ValueError when `dataset` is empty or lacks a column.
+
+    The message names what is missing, what is there, what was probably meant, and how to rename it."""
     first_row(dataset, who)
     there = column_names(dataset)
     if any(c not in there for c in columns):
@@ -144,17 +174,21 @@ def dataset_type(
     who: str = "this trainer",        # who asks, for the error message
 ) -> str:
     "The type of `dataset`, a key of `DATASET_TYPES`. Raises ValueError when its columns fit none of `among`."
-    there = set(column_names(dataset))
-    types = {t: columns for t, columns in DATASET_TYPES.items() if among is None or t in among}
-    for name, alternatives in types.items():
-        if any(there.issuperset(columns) for columns in alternatives):
+    there = column_names(dataset)
+    known = DATASET_TYPES if among is None else {t: DATASET_TYPES[t] for t in DATASET_TYPES if t in among}
+    types = [(name, columns) for name, alternatives in known.items() for columns in alternatives]
+    for name, columns in types:
+        if set(columns) <= set(there):
             return name
-    # None fits: speak of the one that needs the fewest changes, where a column under another name counts half.
-    def distance(columns):
-        return sum(0.5 if _closest(c, there) else 1 for c in columns if c not in there) / len(columns)
-    name, columns = min(((t, c) for t, cs in types.items() for c in cs), key=lambda pair: distance(pair[1]))
-    others = [t for t in types if t != name]
-    raise _missing(columns, column_names(dataset), who, f" ({name}{'; ' + ', '.join(others) + ' would do too' if others else ''})")
+    name, columns = min(types, key=lambda kind: _distance(kind[1], there))
+    others = [t for t in known if t != name]
+    also = f"; {', '.join(others)} would do too" if others else ""
+    raise _missing(columns, there, who, f" ({name}{also})")
+
+
+def _distance(columns, there) -> float:
+    "The share of `columns` that would have to be changed; one that is there under another name counts half."
+    return sum(0.5 if _closest(c, there) else 1 for c in columns if c not in there) / len(columns)
 
 # %% ../../nbs/data/01_formats.ipynb #c7a131e2
 def _shown(value) -> str:
@@ -168,27 +202,39 @@ def check_rows(
     indices=None,               # the row number of each value in the dataset; 0, 1, ... by default
     who: str = "this trainer",  # who asks, for the error message
 ):
-    "Raise TypeError for the first value of the wrong kind: the message names the column, the row, the value and what was expected."
+    """Raise TypeError for the first value of the wrong kind.
+
+    The message names the column, the row, the value and what was expected."""
     for name in columns:
         test, expected = COLUMNS[name]
         for i, value in enumerate(batch[name]):
             if not test(value):
-                raise TypeError(f"{who}: column {name!r}, row {i if indices is None else indices[i]}: expected {expected}, got {_shown(value)}.")
-    spelled = [n for n in columns if n in ("prompt", "completion", "chosen", "rejected")]
-    for i, values in enumerate(zip(*(batch[n] for n in spelled))):
-        if any(isinstance(v, str) != isinstance(batch[spelled[0]][0], str) for v in values):
-            kinds = ", ".join(f"{n!r} is {'a string' if isinstance(v, str) else 'a list of messages'}" for n, v in zip(spelled, values))
-            raise TypeError(f"{who}: row {i if indices is None else indices[i]}: {kinds}. Make the columns all strings, or all lists of messages, in every row: "
-                            "a string is never put through the chat template.")
+                row = i if indices is None else indices[i]
+                raise TypeError(f"{who}: column {name!r}, row {row}: expected {expected}, got {_shown(value)}.")
+    _check_spelling(batch, columns, indices, who)
+
+
+def _check_spelling(batch, columns, indices, who):
+    "All strings, or all lists of messages: the first value decides."
+    names = [n for n in columns if n in ("prompt", "completion", "chosen", "rejected")]
+    for i, values in enumerate(zip(*(batch[n] for n in names))):
+        if all(isinstance(v, str) == isinstance(batch[names[0]][0], str) for v in values):
+            continue
+        kinds = ["a string" if isinstance(v, str) else "a list of messages" for v in values]
+        found = ", ".join(f"{name!r} is {kind}" for name, kind in zip(names, kinds))
+        raise TypeError(
+            f"{who}: row {i if indices is None else indices[i]}: {found}. Make the columns all strings, or all lists "
+            "of messages, in every row: a string is never put through the chat template.")
 
 # %% ../../nbs/data/01_formats.ipynb #8b380e4d
 def extract_prompt(
     example: dict,  # one preference row; `chosen` and `rejected` are both strings or both lists of messages
 ) -> dict:          # `prompt`, `chosen`, `rejected`
-    "Split the common start of `chosen` and `rejected` off as the `prompt`. Raises ValueError when one of them is empty."
+    "Split the common start of `chosen` and `rejected` off as `prompt`. Raises ValueError when one of them is empty."
     chosen, rejected = example["chosen"], example["rejected"]
     if not chosen or not rejected:
-        raise ValueError(f"No prompt can be extracted: {'chosen' if not chosen else 'rejected'!r} is empty in {_shown(example)}.")
+        empty = "rejected" if chosen else "chosen"
+        raise ValueError(f"No prompt can be extracted: {empty!r} is empty in {_shown(example)}.")
     shortest = min(len(chosen), len(rejected))
     k = next((j for j in range(shortest) if chosen[j] != rejected[j]), shortest)
     k = min(k, shortest - 1)
@@ -200,7 +246,9 @@ def extract_prompt(
 def maybe_extract_prompt(
     example: dict,  # one row of any type
 ) -> dict:
-    "Like `extract_prompt`, for rows that need it: preference rows without a prompt, or whose string `prompt` only repeats the start of two conversations. Others come back as they are."
+    """Like `extract_prompt`, for rows that need it; others come back as they are.
+
+    A pair needs it when it has no prompt, or a string `prompt` that repeats the start of two conversations."""
     if "chosen" not in example or "rejected" not in example:
         return example
     prompt = example.get("prompt")
@@ -219,7 +267,9 @@ def unpair_preference_dataset(
     dataset,        # preference data: a Dataset, an IterableDataset, or a dict of either
     **map_kwargs,   # handed to `dataset.map`, such as `num_proc` or `batch_size`
 ):
-    "Turn each pair into two rows, `completion` with `label` True and False; other columns are repeated. Raises ValueError when a column is missing."
+    """Turn each pair into two rows, `completion` with `label` True and False; other columns are repeated.
+
+    Raises ValueError when a column is missing."""
     require(dataset, "chosen", "rejected", who="unpair_preference_dataset")
     return dataset.map(_unpair, batched=True, remove_columns=column_names(dataset), **map_kwargs)
 
@@ -241,23 +291,28 @@ def is_conversational_from_value(
 ) -> bool:
     "Whether the row holds ShareGPT conversations: a column `conversations` of messages with `from` and `value`."
     turns = example.get("conversations")
-    return isinstance(turns, list) and len(turns) > 0 and isinstance(turns[0], dict) and {"from", "value"} <= set(turns[0])
+    first = turns[0] if isinstance(turns, list) and turns else None
+    return isinstance(first, dict) and {"from", "value"} <= set(first)
 
 
 def _to_chatml(message):
     if not isinstance(message, dict) or "from" not in message:
         return message
-    renamed = {{"from": "role", "value": "content"}.get(k, k): v for k, v in message.items()}
+    names = {"from": "role", "value": "content"}
+    renamed = {names.get(k, k): v for k, v in message.items()}
     return {**renamed, "role": SHAREGPT_ROLES.get(renamed["role"], renamed["role"])}
 
 
 def maybe_convert_to_chatml(
     example: dict,  # one row of any type
 ) -> dict:
-    "Spell messages with `from` and `value` as `role` and `content`, rename the ShareGPT speakers, and call `conversations` by the name `messages`. Other rows come back unchanged."
+    """Spell ShareGPT conversations as chats; other rows come back unchanged.
+
+    `from` and `value` become `role` and `content`, the speakers are renamed, `conversations` becomes `messages`."""
     converted = {}
     for name, value in example.items():
-        if name in ("conversations", "messages", "prompt", "completion", "chosen", "rejected") and isinstance(value, list):
+        may_hold_messages = name in ("conversations", "messages", "prompt", "completion", "chosen", "rejected")
+        if may_hold_messages and isinstance(value, list):
             value = [_to_chatml(m) for m in value]
         converted["messages" if name == "conversations" else name] = value
     return converted

@@ -10,7 +10,7 @@ import pyarrow as pa
 from datasets import Features, IterableDataset, List, Value
 from .formats import column_names
 from .packing_best_fit import best_fit_decreasing
-from .packing_wrapped import wrapped
+from .packing_wrapped import Pieces, wrapped
 
 #: packing_strategy -> (lengths of the documents, seq_length) -> the plan
 PACKING_STRATEGIES = {
@@ -24,46 +24,75 @@ def _offsets(counts) -> pa.Array:
     return pa.array(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
 
 
-def _pack(table: pa.Table, seq_length: int, plan) -> pa.Table:
-    "One batch of documents -> packed rows."
-    columns = [column.chunk(0) for column in table.combine_chunks().columns]
-    for name, column in zip(table.column_names, columns):
+def _lengths(table: pa.Table) -> np.ndarray:
+    "The tokens of each document. Raises TypeError and ValueError when the columns do not have one value per token."
+    first, lengths = table.column_names[0], None
+    for name, column in zip(table.column_names, table.columns):
         if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
-            raise TypeError(f"Packing needs columns of lists, as many values as the row has tokens; column {name!r} holds {column.type}. Leave it out: dataset.select_columns(['input_ids', 'labels'])")
-    lengths = np.diff(columns[0].offsets)
-    for name, column in zip(table.column_names, columns):
-        if len(wrong := np.flatnonzero(np.diff(column.offsets) != lengths)):
-            raise ValueError(f"Packing needs columns of equal lengths, but row {wrong[0]} of a batch has {lengths[wrong[0]]} values in {table.column_names[0]!r} and {np.diff(column.offsets)[wrong[0]]} in {name!r}.")
-    starts, lengths, rows = plan(lengths, seq_length)
-    offsets = _offsets(np.add.reduceat(lengths, rows[:-1]) if len(lengths) else [])
-    in_place = np.array_equal(starts, np.cumsum(lengths) - lengths)  # a wrapped line stays as it is
-    packed = []
-    for column in columns:
-        values = column.flatten()  # flatten, not values: a table that is a slice shares its neighbours' values
-        if not in_place:
-            values = values.to_numpy(zero_copy_only=False)
-            values = np.concatenate([values[start:end] for start, end in zip(starts.tolist(), (starts + lengths).tolist())])
-        packed.append(pa.ListArray.from_arrays(offsets, values))
-    seq_lengths = pa.ListArray.from_arrays(_offsets(np.diff(rows)), pa.array(lengths.astype(np.int32)))
-    return pa.Table.from_arrays([*packed, seq_lengths], names=[*table.column_names, "seq_lengths"])
+            raise TypeError(f"Packing needs columns of lists, as many values as the row has tokens; column {name!r} "
+                            f"holds {column.type}. Leave it out: dataset.select_columns(['input_ids', 'labels'])")
+        here = np.diff(column.chunk(0).offsets)
+        lengths = here if lengths is None else lengths
+        if len(wrong := np.flatnonzero(here != lengths)):
+            row = wrong[0]
+            raise ValueError(f"Packing needs columns of equal lengths, but row {row} of a batch has {lengths[row]} "
+                             f"values in {first!r} and {here[row]} in {name!r}.")
+    return lengths
+
+
+def _move(column: pa.Array, plan: Pieces, offsets: pa.Array) -> pa.Array:
+    "One column of documents -> the same column of packed rows."
+    values = column.flatten()  # flatten, not values: a table that is a slice shares its neighbours' values
+    if _in_place(plan):
+        values = values[:int(plan.lengths.sum())]
+    else:
+        values = values.to_numpy(zero_copy_only=False)
+        ends = plan.starts + plan.lengths
+        values = np.concatenate([values[start:end] for start, end in zip(plan.starts.tolist(), ends.tolist())])
+    return pa.ListArray.from_arrays(offsets, values)
+
+
+def _in_place(plan: Pieces) -> bool:
+    "Whether the pieces stand on the line in their order and without gaps, as wrapping leaves them."
+    return np.array_equal(plan.starts, np.cumsum(plan.lengths) - plan.lengths)
+
+
+def _pack(table: pa.Table, seq_length: int, strategy) -> pa.Table:
+    "One batch of documents -> packed rows."
+    table = table.combine_chunks()
+    plan = strategy(_lengths(table), seq_length)
+    offsets = _offsets(np.add.reduceat(plan.lengths, plan.rows[:-1]) if len(plan.lengths) else [])
+    packed = [_move(column.chunk(0), plan, offsets) for column in table.columns]
+    pieces = pa.ListArray.from_arrays(_offsets(np.diff(plan.rows)), pa.array(plan.lengths.astype(np.int32)))
+    return pa.Table.from_arrays([*packed, pieces], names=[*table.column_names, "seq_lengths"])
 
 
 def pack_dataset(
-    dataset,                  # Dataset, IterableDataset or a dict of either, whose columns are lists with one value per token: `input_ids`, `labels`
+    dataset,  # Dataset, IterableDataset or a dict of either; its columns are lists with one value per token
     seq_length: int,          # L, tokens of a packed row
     strategy: str = "bfd",    # a key of `PACKING_STRATEGIES`, TRL's names
-    map_kwargs: dict = None,  # handed to `dataset.map`, such as `num_proc`, or `batch_size`, the number of documents packed together (1000)
+    # handed to `dataset.map`, such as `num_proc`, or `batch_size`, the number of documents packed together (1000)
+    map_kwargs: dict = None,
+    drop_last: bool = False,  # "wrapped" alone: whether to leave out the short row at the end of each batch
 ):  # a dataset of the same kind: the columns, packed, and `seq_lengths`, the tokens of each piece in a row
-    "Pack a dataset. Raises ValueError for an unknown strategy, a length below 1 or columns of unequal lengths, TypeError for columns that are not lists."
+    """Pack a dataset.
+
+    Raises ValueError for an unknown strategy, a length below 1, columns of unequal lengths, or `drop_last` with another
+    strategy than "wrapped"; TypeError for columns that are not lists."""
     if strategy not in PACKING_STRATEGIES:
-        raise ValueError(f"packing_strategy must be one of {', '.join(map(repr, PACKING_STRATEGIES))}; got {strategy!r}.")
+        known = ", ".join(map(repr, PACKING_STRATEGIES))
+        raise ValueError(f"packing_strategy must be one of {known}; got {strategy!r}.")
     if not isinstance(seq_length, int) or seq_length < 1:
-        raise ValueError(f"Packing needs the number of tokens of a row, a positive whole number: max_length (seq_length) is {seq_length!r}.")
-    names = column_names(dataset)
-    if "seq_lengths" in names:
+        raise ValueError("Packing needs the number of tokens of a row, a positive whole number: "
+                         f"max_length (seq_length) is {seq_length!r}.")
+    if drop_last and strategy != "wrapped":
+        raise ValueError("drop_last=True needs strategy='wrapped', where only the last row is short; "
+                         f"got {strategy!r}, which leaves short rows anywhere.")
+    if "seq_lengths" in column_names(dataset):
         raise ValueError("The dataset is packed already: it has a column 'seq_lengths'.")
-    pack = partial(_pack, seq_length=seq_length, plan=PACKING_STRATEGIES[strategy])
+    plan = partial(wrapped, drop_last=True) if drop_last else PACKING_STRATEGIES[strategy]
     settings = dict(map_kwargs or {})
     if isinstance(dataset, IterableDataset) and dataset.features:  # so that the stream still knows its columns
         settings["features"] = Features({**dataset.features, "seq_lengths": List(Value("int32"))})
+    pack = partial(_pack, seq_length=seq_length, strategy=plan)
     return dataset.with_format("arrow").map(pack, batched=True, **settings).with_format(None)

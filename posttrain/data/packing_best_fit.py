@@ -11,39 +11,49 @@ from .packing_wrapped import Pieces
 def best_fit_decreasing(
     lengths: np.ndarray,   # (documents,) tokens of each document
     seq_length: int,       # L, tokens of a row
-    split: bool = False,   # whether the rest of a document longer than a row is packed too ("bfd_split"), or dropped ("bfd")
+    split: bool = False,   # whether the rest of a document longer than a row is packed too, as in the paper, or dropped
 ) -> Pieces:
-    "Put each document into the fullest row that still takes it, the longest first (Ding et al., 2024): one sort, then O(N + L) steps. Empty documents are left out."
-    lengths = np.asarray(lengths, dtype=np.int64)
+    """Put each document into the fullest row that still takes it, the longest first (Ding et al., 2024).
+
+    One sort, then O(N + L) steps. Empty documents are left out."""
+    starts, lengths = _cut(np.asarray(lengths, dtype=np.int64), seq_length, split)
+    order = np.argsort(-lengths, kind="stable")                # step 2
+    order = order[lengths[order] > 0]
+    row_of = _place(lengths[order].tolist(), seq_length)
+    placed = order[np.argsort(row_of, kind="stable")]          # row by row, in each row as they came
+    rows = np.concatenate([[0], np.cumsum(np.bincount(row_of))])
+    return Pieces(starts[placed], lengths[placed], rows)
+
+
+def _cut(lengths, seq_length, split) -> tuple[np.ndarray, np.ndarray]:
+    "Step 1: where each piece starts on the line of all documents, and its length."
     starts = np.cumsum(lengths) - lengths
-    if split:                                                               # step 1: pieces at 0, L, 2L, ... of each document
+    if split:  # pieces at 0, L, 2L, ... of each document
         counts = -(-lengths // seq_length)
         before = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         starts = np.repeat(starts, counts) + before * seq_length
         lengths = np.repeat(lengths, counts) - before * seq_length
-    lengths = np.minimum(lengths, seq_length)                               # step 1
-    order = np.argsort(-lengths, kind="stable")                             # step 2
-    order = order[lengths[order] > 0]
+    return starts, np.minimum(lengths, seq_length)
 
-    row_of, room = [], []                                                   # the row of each piece; the room of each row
-    stack, waiting, usable_from = [], {}, seq_length + 1                    # step 5; rooms of usable_from and more are usable
-    for length in lengths[order].tolist():
-        while usable_from > length:                                         # the next piece is shorter
+
+def _place(lengths: list[int], seq_length: int) -> np.ndarray:
+    "Step 5: the row of each piece; `lengths` decreases."
+    row_of, room = [], []                                      # the row of each piece; the room of each row
+    stack, waiting = [], {}
+    usable_from = seq_length + 1                               # rows with this room or more are on the stack
+    for length in lengths:
+        while usable_from > length:                            # this piece is shorter than the last
             usable_from -= 1
-            stack += reversed(waiting.pop(usable_from, ()))                 # who waited longest comes on top
+            stack += reversed(waiting.pop(usable_from, ()))    # the one that has waited longest comes on top
         if stack:
-            row = stack.pop()                                               # best fit
+            row = stack.pop()                                  # best fit
         else:
-            row = len(room)                                                 # a new row
+            row = len(room)                                    # a new row
             room.append(seq_length)
         row_of.append(row)
         room[row] -= length
         if room[row] >= length:
-            stack.append(row)                                               # still usable, and now the fullest
+            stack.append(row)                                  # still usable, and now the fullest
         else:
             waiting.setdefault(room[row], []).append(row)
-
-    row_of = np.array(row_of, dtype=np.int64)
-    placed = order[np.argsort(row_of, kind="stable")]                       # row by row, in each row as they came
-    rows = np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=len(room)))])
-    return Pieces(starts[placed], lengths[placed], rows)
+    return np.array(row_of, dtype=np.int64)

@@ -16,13 +16,16 @@ class Pieces(NamedTuple):
 
 
 def wrapped(
-    lengths: np.ndarray,  # (documents,) tokens of each document
-    seq_length: int,      # L, tokens of a row
+    lengths: np.ndarray,      # (documents,) tokens of each document
+    seq_length: int,          # L, tokens of a row
+    drop_last: bool = False,  # whether to leave out the last row where it is short
 ) -> Pieces:
     "Cut the line of all documents every `seq_length` tokens (Raffel et al., 2020); a row is one piece."
     total = int(np.sum(lengths))
-    starts = np.arange(0, total, seq_length)                                                      # step 2
-    return Pieces(starts, np.minimum(seq_length, total - starts), np.arange(len(starts) + 1))    # step 2
+    if drop_last:
+        total -= total % seq_length
+    starts = np.arange(0, total, seq_length)                                                    # step 2
+    return Pieces(starts, np.minimum(seq_length, total - starts), np.arange(len(starts) + 1))   # step 2
 
 # %% ../../nbs/data/04_packing_wrapped.ipynb #0abfaeca
 def packing_stats(
@@ -30,11 +33,14 @@ def packing_stats(
     pieces: Pieces,       # a packing of them
     seq_length: int,      # L, tokens of a row
 ) -> dict[str, float]:
-    "`rows`, `fill` (the fraction of places that hold a token), `torn` (documents with a cut inside, or shortened), `lost` (tokens in no row)."
+    """`rows`, `fill` (the fraction of places that hold a token), `torn` and `lost` (tokens in no row).
+
+    `torn` counts the documents with a cut inside, and those that are shortened."""
     lengths = np.asarray(lengths)
     ends = np.cumsum(lengths)
     cuts = np.unique(np.concatenate([pieces.starts, pieces.starts + pieces.lengths]))
     # A document is torn when a cut lies strictly between its two ends.
     torn = np.searchsorted(cuts, ends - lengths, side="right") < np.searchsorted(cuts, ends, side="left")
     rows, kept = len(pieces.rows) - 1, int(pieces.lengths.sum())
-    return dict(rows=rows, fill=kept / max(rows * seq_length, 1), torn=int(torn.sum()), lost=int(ends[-1]) - kept if len(ends) else 0)
+    return dict(rows=rows, fill=kept / max(rows * seq_length, 1), torn=int(torn.sum()),
+                lost=int(lengths.sum()) - kept)

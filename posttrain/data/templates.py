@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['CHATML', 'has_generation_markers', 'check_template', 'encode_chats', 'common_prefix_length', 'split_prompts',
            'apply_chat_template', 'maybe_apply_chat_template', 'load_chat_template', 'adopt_chat_template',
-           'fit_to_tokenizer', 'clone_chat_template']
+           'resize_embeddings_to_tokenizer', 'clone_chat_template']
 
 # %% ../../nbs/data/02_templates.ipynb #13ea5211
 import functools
@@ -48,17 +48,24 @@ def check_template(
     tokenizer,                     # whose chat template is looked at
     assistant_only: bool = False,  # whether masks of the assistant's tokens will be asked for
 ):
-    "Raise ValueError, with the ways to repair it, when the tokenizer has no chat template, or one without the generation markers that assistant masks need."
+    """Raise ValueError when the tokenizer has no chat template, or when masks are asked for that it cannot give.
+
+    Masks of the assistant's tokens need generation markers in the template. The message lists the ways to repair it."""
     name = tokenizer.name_or_path or type(tokenizer).__name__
     template = tokenizer.chat_template
     if template is None:
-        raise ValueError(f"The rows are conversations, but the tokenizer {name!r} has no chat template. Set chat_template_path to a tokenizer that has one or to a .jinja file, "
-                         "or set tokenizer.chat_template = posttrain.data.templates.CHATML.")
+        raise ValueError(
+            f"The rows are conversations, but the tokenizer {name!r} has no chat template. Set chat_template_path to a "
+            "tokenizer that has one or to a .jinja file, or set tokenizer.chat_template = "
+            "posttrain.data.templates.CHATML.")
     texts = template.values() if isinstance(template, dict) else [template]
     if assistant_only and not any(map(has_generation_markers, texts)):
-        raise ValueError(f"assistant_only_loss=True needs to know which part of a chat the assistant wrote, but the chat template of {name!r} does not mark it. Either put {{% generation %}} before "
-                         "and {% endgeneration %} after the assistant's content and its end-of-turn token in the template; or set chat_template_path to a template that has the markers, or "
-                         "tokenizer.chat_template = posttrain.data.templates.CHATML; or use prompt and completion columns, which need no markers.")
+        raise ValueError(
+            "assistant_only_loss=True needs to know which part of a chat the assistant wrote, but the chat template "
+            f"of {name!r} does not mark it. Either put {{% generation %}} before and {{% endgeneration %}} after the "
+            "assistant's content and its end-of-turn token in the template; or set chat_template_path to a template "
+            "that has the markers, or tokenizer.chat_template = posttrain.data.templates.CHATML; or use prompt and "
+            "completion columns, which need no markers.")
 
 
 def _without_none(value):
@@ -68,12 +75,15 @@ def _without_none(value):
 
 
 def _tools(value) -> list | None:
-    "The tools of one row: a JSON string or a list. An empty list is no tools: some templates would announce tools and list none."
+    """The tools of one row, a JSON string or a list.
+
+    An empty list is no tools: some templates would announce tools and list none."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except json.JSONDecodeError as error:
-            raise ValueError(f"The column 'tools' must hold a list of JSON schemas or the same as a JSON string; {value[:80]!r} is not JSON: {error}") from None
+            raise ValueError("The column 'tools' must hold a list of JSON schemas or the same as a JSON string; "
+                             f"{value[:80]!r} is not JSON: {error}") from None
     return _without_none(value) or None
 
 
@@ -86,16 +96,20 @@ def encode_chats(
     continue_final_message: bool = False, # whether to leave the last message open, for the model to continue
     assistant_masks: bool = False,        # whether to also say which tokens the assistant wrote
 ):  # the token ids of each chat; with `assistant_masks`, a pair (ids, masks of 0/1)
-    "Render each chat with the tokenizer's template and tokenise it. Raises ValueError when there is no template, or masks are wanted and it has no generation markers."
+    """Render each chat with the tokenizer's template and tokenise it.
+
+    Raises ValueError when there is no template, or masks are wanted and it has no generation markers."""
     check_template(tokenizer, assistant_masks)
-    settings = dict(add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message, return_assistant_tokens_mask=assistant_masks, tokenize=True, return_dict=True)
+    encode = functools.partial(
+        tokenizer.apply_chat_template, tokenize=True, return_dict=True, return_assistant_tokens_mask=assistant_masks,
+        add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message)
     if tools is None and template_kwargs is None:
-        encoded = tokenizer.apply_chat_template(chats, **settings)
+        encoded = encode(chats)
         ids, masks = encoded["input_ids"], encoded.get("assistant_masks")
     else:  # options differ from row to row, so each row is rendered on its own
-        n = len(chats)
-        rows = [tokenizer.apply_chat_template(chat, **{"tools": _tools(t), **_without_none(k or {}), **settings})
-                for chat, t, k in zip(chats, tools or [None] * n, template_kwargs or [None] * n)]
+        unset = [None] * len(chats)
+        options = zip(tools or unset, template_kwargs or unset)
+        rows = [encode(chat, **{"tools": _tools(t), **_without_none(k or {})}) for chat, (t, k) in zip(chats, options)]
         ids, masks = [r["input_ids"] for r in rows], [r.get("assistant_masks") for r in rows]
     return (ids, masks) if assistant_masks else ids
 
@@ -111,22 +125,31 @@ def common_prefix_length(
 
 
 def split_prompts(
-    tokenizer,                       # only to quote the lost piece in the warning
-    prompts: list[list[int]],        # R(x): tokens of each prompt rendered alone
-    *wholes: list[list[int]],        # R(x, y): tokens of each prompt with its completion; several lists share the prompt (chosen, rejected)
-) -> tuple[list[list[int]], ...]:    # the prompts, then the completions of each of `wholes`
-    "Split each whole at the last token up to which it and all that share its prompt agree with the prompt alone. Says once when that is not the end of the prompt."
+    tokenizer,                     # only to quote the lost piece in the warning
+    prompts: list[list[int]],      # R(x): tokens of each prompt rendered alone
+    *wholes: list[list[int]],      # R(x, y): tokens of each prompt with its completion; a pair has two such lists
+) -> tuple[list[list[int]], ...]:  # the prompts, then the completions of each of `wholes`
+    """Split each whole at the last token up to which it and all that share its prompt agree with the prompt alone.
+
+    Says once when that is not the end of the prompt."""
     kept, completions = [], [[] for _ in wholes]
     for prompt, *rows in zip(prompts, *wholes):
         k = min(common_prefix_length(prompt, row) for row in rows)
         if k < len(prompt):
-            warn_once("prefix", f"The tokens of a prompt are not the first tokens of the prompt with its completion: {tokenizer.decode(prompt[k:])!r} at its end is rendered or merged differently once "
-                                "the completion follows. The completion is taken to start where the two diverge, so the model trains on a context that differs from the one it is prompted with. Use a chat template that renders "
-                                "prompts alike in both cases, or end the prompt on a token boundary (a space belongs to the word after it). Said once; other rows may be affected.")
+            _say_not_a_prefix(tokenizer.decode(prompt[k:]))
         kept.append(rows[0][:k])
         for completion, row in zip(completions, rows):
             completion.append(row[k:])
     return (kept, *completions)
+
+
+def _say_not_a_prefix(lost: str):
+    warn_once("prefix", (
+        "The tokens of a prompt are not the first tokens of the prompt with its completion: "
+        f"{lost!r} at its end is rendered or merged differently once the completion follows. "
+        "The completion is taken to start where the two diverge, so the model trains on a context that differs from "
+        "the one it is prompted with. Use a chat template that renders prompts alike in both cases, or end the prompt "
+        "on a token boundary (a space belongs to the word after it). Said once; other rows may be affected."))
 
 # %% ../../nbs/data/02_templates.ipynb #268e58af
 def apply_chat_template(
@@ -135,11 +158,14 @@ def apply_chat_template(
     tools: list = None,  # tools for a row without a column of its own
     **template_kwargs,   # options of the template
 ) -> dict:               # the same row as text; `messages` becomes `text`
-    "Render one conversational row as text. Raises ValueError when the row is of no known type or the tokenizer has no chat template."
+    """Render one conversational row as text.
+
+    Raises ValueError when the row is of no known type or the tokenizer has no chat template."""
     check_template(tokenizer)
     kind = dataset_type(example, who="apply_chat_template")
-    render = functools.partial(tokenizer.apply_chat_template, tokenize=False, tools=_tools(example.get("tools") or tools),
-                               **_without_none(example.get("chat_template_kwargs") or {}), **template_kwargs)
+    options = _without_none(example.get("chat_template_kwargs") or {})
+    tools = _tools(example.get("tools") or tools)
+    render = functools.partial(tokenizer.apply_chat_template, tokenize=False, tools=tools, **options, **template_kwargs)
     if kind == "language_modeling":
         return {"text": render(example["messages"])}
     sides = [s for s in ("completion", "chosen", "rejected") if s in example]
@@ -150,7 +176,9 @@ def apply_chat_template(
     wholes = [render(example["prompt"] + example[side]) for side in sides]
     k = min((common_prefix_length(prompt, whole) for whole in wholes), default=len(prompt))
     out = {"prompt": prompt[:k], **{side: whole[k:] for side, whole in zip(sides, wholes)}}
-    return {**out, **({"label": example["label"]} if "label" in example else {})}
+    if "label" in example:
+        out["label"] = example["label"]
+    return out
 
 
 def maybe_apply_chat_template(
@@ -163,11 +191,15 @@ def maybe_apply_chat_template(
     return apply_chat_template(example, tokenizer, tools, **template_kwargs) if is_conversational(example) else example
 
 # %% ../../nbs/data/02_templates.ipynb #2b696c43
+def _is_file(path) -> bool:
+    return str(path).endswith((".jinja", ".j2"))
+
+
 def load_chat_template(
     path: str,  # a file that ends in .jinja or .j2, or a tokenizer: a folder or a name on the hub
 ) -> str:
     "The chat template at `path`. Raises ValueError when a tokenizer there has none."
-    if str(path).endswith((".jinja", ".j2")):
+    if _is_file(path):
         with open(path, encoding="utf-8") as file:
             return file.read()
     from transformers import AutoTokenizer
@@ -177,12 +209,14 @@ def load_chat_template(
 
 
 def adopt_chat_template(
-    tokenizer,   # is given the template, and from a tokenizer also the tokens that it lacks and the end-of-sequence token
+    tokenizer,   # gets the template, and from a tokenizer the tokens that it lacks and the end-of-sequence token
     path: str,   # a file that ends in .jinja or .j2, or a tokenizer: a folder or a name on the hub
 ) -> list[int]:  # ids of the added tokens
-    "Give `tokenizer` another chat template, and the tokens that it is written with. Raises ValueError when a tokenizer at `path` has no template."
+    """Give `tokenizer` another chat template, and the tokens that it is written with.
+
+    Raises ValueError when a tokenizer at `path` has no template."""
     tokenizer.chat_template = load_chat_template(path)
-    if str(path).endswith((".jinja", ".j2")):
+    if _is_file(path):
         return []
     from transformers import AutoTokenizer
     source, known = AutoTokenizer.from_pretrained(path), tokenizer.get_vocab()
@@ -192,10 +226,10 @@ def adopt_chat_template(
     return tokenizer.convert_tokens_to_ids([t.content for t in new])
 
 
-def fit_to_tokenizer(
-    model,                             # its embedding grows to hold every token, and its configs get the end-of-sequence token; changed in place
-    tokenizer,                         # as after `adopt_chat_template`
-    resize_to_multiple_of: int = 64,   # the embedding is grown to a multiple of this (tensor cores like 64); None: exactly
+def resize_embeddings_to_tokenizer(
+    model,      # its embedding grows to hold every token, its configs get the end-of-sequence token; changed in place
+    tokenizer,  # as after `adopt_chat_template`
+    resize_to_multiple_of: int = 64,  # the embedding grows to a multiple of this (tensor cores like 64); None: exactly
 ):
     "Make a model fit a tokenizer that got new tokens. An embedding with room to spare is left as it is."
     model.config.get_text_config().eos_token_id = tokenizer.eos_token_id
@@ -206,12 +240,14 @@ def fit_to_tokenizer(
 
 
 def clone_chat_template(
-    model,                             # as in `fit_to_tokenizer`
+    model,                             # as in `resize_embeddings_to_tokenizer`
     tokenizer,                         # as in `adopt_chat_template`
     source_tokenizer_path: str,        # the tokenizer to take them from: a folder or a name on the hub
-    resize_to_multiple_of: int = 64,   # as in `fit_to_tokenizer`
+    resize_to_multiple_of: int = 64,   # as in `resize_embeddings_to_tokenizer`
 ):  # (model, tokenizer, ids of the added tokens)
-    "Give `tokenizer` and `model` the chat template of another tokenizer. Both are changed in place. Raises ValueError when the source has no template."
+    """Give `tokenizer` and `model` the chat template of another tokenizer. Both are changed in place.
+
+    Raises ValueError when the source has no template."""
     new = adopt_chat_template(tokenizer, source_tokenizer_path)
-    fit_to_tokenizer(model, tokenizer, resize_to_multiple_of)
+    resize_embeddings_to_tokenizer(model, tokenizer, resize_to_multiple_of)
     return model, tokenizer, new

@@ -20,7 +20,8 @@ def _count(r: Tensor, over: tuple) -> Tensor:
 
 
 def _mean(r: Tensor, over: tuple) -> Tensor:
-    low = torch.where(r.isnan(), torch.inf, r).amin(over, keepdim=True)  # step 10: equal rewards give exactly their value
+    # step 10: equal rewards give exactly their value
+    low = torch.where(r.isnan(), torch.inf, r).amin(over, keepdim=True)
     return low + (r - low).nansum(over, keepdim=True) / _count(r, over).clamp(min=1)
 
 
@@ -29,7 +30,7 @@ def _std(r: Tensor, over: tuple) -> Tensor:
     return (squares.nansum(over, keepdim=True) / (_count(r, over) - 1).clamp(min=1)).sqrt()  # 0 for a single reward
 
 
-def _others(r: Tensor) -> Tensor:  # step 6
+def _mean_of_others(r: Tensor) -> Tensor:  # step 6
     mean = _mean(r, GROUP)
     return mean + (mean - r) / (_count(r, GROUP) - 1).clamp(min=1)
 
@@ -37,7 +38,7 @@ def _others(r: Tensor) -> Tensor:  # step 6
 BASELINES: dict[str, Callable[[Tensor], Tensor]] = {  # rewards (P, G) -> what to subtract
     "none": torch.zeros_like,
     "group": lambda r: _mean(r, GROUP),
-    "leave_one_out": _others,
+    "leave_one_out": _mean_of_others,
     "batch": lambda r: _mean(r, BATCH),
 }
 SCALES: dict[str, Callable[[Tensor, float], Tensor | float]] = {  # rewards (P, G), eps -> what to divide by
@@ -61,14 +62,16 @@ def group_advantages(
     baseline: str = "group",  # a key of `BASELINES`; GRPO's
     scale: str = "group",  # a key of `SCALES`; TRL's `scale_rewards`
     eps: float = 1e-4,  # added to the standard deviation; TRL's
-) -> Tensor:  # (B,) without gradient, float32 or better; 0 for NaN rewards and, with a baseline per prompt, for groups of one and groups of equal rewards
+) -> Tensor:  # (B,) without gradient, float32 or better; 0 for NaN rewards
     """
     How much better each completion is than expected, from the rewards of its group or of the batch.
 
-    A reward of -inf turns its group NaN (with a baseline or scale "batch", the batch): give a finite penalty.
+    With a baseline per prompt, groups of one and groups of equal rewards have the advantage 0. A reward of -inf turns
+    its group NaN (with a baseline or scale "batch", the batch): give a finite penalty. "batch" means the rewards given
+    here: pass all of the generation batch, gathered over devices.
 
-    "batch" means the rewards given here: pass all of the generation batch, gathered over devices. Raises ValueError for an unknown
-    name and for rewards that are no whole number of groups. GRPO 2402.03300, RLOO 2402.14740, Dr. GRPO 2503.20783, REINFORCE++ 2501.03262.
+    Raises ValueError for an unknown name and for rewards that are no whole number of groups. GRPO 2402.03300,
+    RLOO 2402.14740, Dr. GRPO 2503.20783, REINFORCE++ 2501.03262.
     """
     for name, value, known in (("baseline", baseline, BASELINES), ("scale", scale, SCALES)):
         if value not in known:
@@ -104,15 +107,19 @@ def gae(
     gamma: float = 1.0,  # discount per token; the completion is short and its end matters, so 1
     lam: float = 0.95,  # trust in rewards (1) against trust in the critic (0); TRL's
 ) -> tuple[Tensor, Tensor]:  # advantages (B, T) and returns (B, T) for the critic, without gradient, 0 on masked tokens
-    "Generalised advantage estimation (1506.02438). The episode ends after the last marked token: no value is added there."
+    """Generalised advantage estimation (1506.02438).
+
+    The episode ends after the last marked token: no value is added there."""
     dtype = torch.promote_types(values.dtype, torch.float32)
     rewards, values = rewards.to(dtype), values.to(dtype)
     advantages = torch.zeros_like(values)
     later, next_value = torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):
+        real = mask[:, t].bool()
         delta = rewards[:, t] + gamma * next_value - values[:, t]  # step 13
-        now, real = delta + gamma * lam * later, mask[:, t].bool()  # step 15
-        later, next_value = torch.where(real, now, later), torch.where(real, values[:, t], next_value)  # step 17
+        now = delta + gamma * lam * later  # step 15
+        later = torch.where(real, now, later)  # step 17
+        next_value = torch.where(real, values[:, t], next_value)
         advantages[:, t] = now.masked_fill(~real, 0)
     return advantages, (advantages + values).masked_fill(mask == 0, 0)  # step 16
 
@@ -124,7 +131,7 @@ def whiten(
     shift_mean: bool = True,  # False keeps the mean, for rewards
     eps: float = 1e-8,  # added to the standard deviation; PPO's. RLOO's `normalize_advantages` uses 1e-4
 ) -> Tensor:  # as x, float32 or better, 0 where the mask is 0
-    "Divide by the standard deviation over the marked cells (Bessel), around mean zero or around the mean it had (step 18)."
+    "Divide by the standard deviation over the marked cells (Bessel), around zero or around the mean it had (step 18)."
     mask = torch.ones_like(x, dtype=torch.long) if mask is None else mask
     low = x.masked_fill(mask == 0, torch.inf).amin()  # step 10 once more: equal values must give exactly 0
     above = x.to(torch.promote_types(x.dtype, torch.float32)) - low

@@ -39,7 +39,7 @@ def token_entropy(
 STATS = ("entropy", "is_top1", "log_sum_sq_probs", "mean_logit")  # what a loss may ask for beside the log-probs
 
 
-class _Head:
+class _ChunkedHead:
     "The output layer with its three scalars, and the chunk arithmetic of steps 2 to 7."
 
     def __init__(self, hidden, weight, bias, temperature, logit_scale, softcap, chunk_mib):
@@ -116,7 +116,7 @@ class _Head:
 class _LinearLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, options, want):
-        head = _Head(hidden, weight, bias, **options)
+        head = _ChunkedHead(hidden, weight, bias, **options)
         parts = [head.reduce(head.logits(rows), targets[rows], want)[0] for rows in head.chunks]
         out = {k: torch.cat([p[k] for p in parts]) for k in ("logps", *want)}
         ctx.save_for_backward(hidden, weight, bias, targets, torch.cat([p["log_z"] for p in parts]), out.get("entropy"))
@@ -127,7 +127,7 @@ class _LinearLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g, *g_stats):
         hidden, weight, bias, targets, log_z, entropy = ctx.saved_tensors
-        head = _Head(hidden, weight, bias, **ctx.options)
+        head = _ChunkedHead(hidden, weight, bias, **ctx.options)
         g_entropy = g_stats[ctx.want.index("entropy")] if "entropy" in ctx.want else None
         if g_entropy is not None and not g_entropy.any(): g_entropy = None  # asked for, but not part of the loss
         grads = head.new_grads(dict(zip(("hidden", "weight", "bias"), ctx.needs_input_grad)))
@@ -182,7 +182,7 @@ def linear_logps(
 class _LinearTokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, token_weights, token_loss, options, want, training):
-        head = _Head(hidden, weight, bias, **options)
+        head = _ChunkedHead(hidden, weight, bias, **options)
         needed = zip(("hidden", "weight", "bias"), ctx.needs_input_grad)
         grads = head.new_grads(dict(needed) if training else {})
         loss, parts = 0.0, []

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['MARGIN_LOSSES', 'LABEL_NOISE', 'margin_loss', 'preference_probability', 'bradley_terry_loss', 'optimal_policy',
-           'implicit_reward', 'same', 'Pairs']
+           'implicit_reward', 'identity', 'Pairs']
 
 # %% ../../nbs/foundations/07_preferences.ipynb #b70d8de4
 from dataclasses import dataclass, field
@@ -116,7 +116,7 @@ def implicit_reward(
     return beta * (logps.to(dtype) - ref_logps.to(dtype))
 
 # %% ../../nbs/foundations/07_preferences.ipynb #8b4ff302
-def same(logratio: Tensor) -> Tensor: return logratio  # the score of the reverse KL
+def identity(logratio: Tensor) -> Tensor: return logratio  # the score of the reverse KL
 
 
 @dataclass
@@ -129,7 +129,7 @@ class Pairs:
     ref_rejected_logps: Tensor | float = 0.0  # (P,)
     chosen_lengths: Tensor | float = 1.0      # (P,) tokens
     rejected_lengths: Tensor | float = 1.0    # (P,) tokens
-    score: Callable[[Tensor], Tensor] = same  # log-ratio -> score, e.g. `divergences.f_score` of another divergence
+    score: Callable[[Tensor], Tensor] = identity  # log-ratio -> score, e.g. `divergences.f_score` of another divergence
     chosen_nll: Tensor | None = None          # (P,) each pair's share of the mean over chosen tokens (step 16); None: this batch is the whole step
     rank_mates: dict[str, Tensor] = field(default_factory=dict)  # what losses that sort need to know of the rest of the step, by loss
 

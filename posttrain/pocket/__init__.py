@@ -8,4 +8,5 @@ from .checkpoint import accuracy, complete, fit, mistakes, start, start_path
 from .models import config, model, tokenizer
 from .tasks import TASKS, TYPES, dataset, is_correct, judge, rows, task_of
 
-__all__ = ["TASKS", "TYPES", "accuracy", "complete", "config", "dataset", "fit", "is_correct", "judge", "mistakes", "model", "rows", "start", "start_path", "task_of", "tokenizer"]
+__all__ = ["TASKS", "TYPES", "accuracy", "complete", "config", "dataset", "fit", "is_correct", "judge", "mistakes",
+           "model", "rows", "start", "start_path", "task_of", "tokenizer"]

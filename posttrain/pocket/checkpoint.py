@@ -35,21 +35,34 @@ def prompt_ids(
 def _answers(model, tokenizer, prompts, max_new_tokens, batch_size, seed) -> list[tuple[str, bool]]:
     "Answers cut at the first EOS, and whether there was one."
     encoded, mode, answers = [prompt_ids(tokenizer, p) for p in prompts], model.training, []
+    options = dict(max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id,
+                   eos_token_id=tokenizer.eos_token_id, do_sample=seed is not None)
+    if seed is not None:
+        options["top_k"] = 0
     model.eval()
     with torch.random.fork_rng(enabled=seed is not None):  # sampling leaves the caller's random numbers alone
-        if seed is not None: torch.manual_seed(seed)
-        how = dict(do_sample=False) if seed is None else dict(do_sample=True, top_k=0)
+        if seed is not None:
+            torch.manual_seed(seed)
         for i in range(0, len(encoded), batch_size):
-            part = encoded[i:i + batch_size]
-            width = max(map(len, part))
-            ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + p for p in part], device=model.device)
-            seen = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part], device=model.device)
-            out = model.generate(ids, attention_mask=seen, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, **how)
-            for new in out[:, width:].tolist():
-                ended = tokenizer.eos_token_id in new
-                answers.append((tokenizer.decode(new[:new.index(tokenizer.eos_token_id)] if ended else new), ended))
+            ids, seen = _left_padded(encoded[i:i + batch_size], tokenizer.pad_token_id, model.device)
+            out = model.generate(ids, attention_mask=seen, **options)
+            answers += [_until_end(new, tokenizer) for new in out[:, ids.shape[1]:].tolist()]
     model.train(mode)
     return answers
+
+
+def _left_padded(prompts: list[list[int]], pad: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    "Prompts as one tensor, each ending at its right edge, and the mask of 0/1 that marks them."
+    width = max(map(len, prompts))
+    ids = [[pad] * (width - len(p)) + p for p in prompts]
+    seen = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(seen, device=device)
+
+
+def _until_end(ids: list[int], tokenizer) -> tuple[str, bool]:
+    "The text before the first EOS, and whether there was one."
+    ended = tokenizer.eos_token_id in ids
+    return tokenizer.decode(ids[:ids.index(tokenizer.eos_token_id)] if ended else ids), ended
 
 
 def complete(
@@ -72,11 +85,17 @@ def mistakes(
     seed: int = 1,  # of the questions
     max_new_tokens: int = 24,  # the longest answer of any task has 20 characters
 ):  # a `datasets.Dataset` with `prompt`, `chosen` and `rejected`
-    "Preference pairs from the model's own errors: the right answer beside a sampled wrong one. Samples that do not come to an end are left out: as text they would be taken for answers that do."
+    """Preference pairs from the model's own errors: the right answer beside a sampled wrong one.
+
+    Samples that do not come to an end are left out: as text they would be taken for answers that do."""
     from datasets import Dataset
     rows = tasks.rows(task, "prompt_completion", n, seed)
-    said = _answers(model, tokenizer, [r["prompt"] for r in rows], max_new_tokens, n, seed=0)
-    return Dataset.from_list([{"prompt": r["prompt"], "chosen": r["completion"], "rejected": answer} for r, (answer, ended) in zip(rows, said) if ended and not tasks.is_correct(task, r["prompt"], answer)])
+    samples = _answers(model, tokenizer, [r["prompt"] for r in rows], max_new_tokens, n, seed=0)
+    pairs = []
+    for row, (answer, ended) in zip(rows, samples):
+        if ended and not tasks.is_correct(task, row["prompt"], answer):
+            pairs.append({"prompt": row["prompt"], "chosen": row["completion"], "rejected": answer})
+    return Dataset.from_list(pairs)
 
 
 def accuracy(
@@ -85,10 +104,14 @@ def accuracy(
     dataset,  # rows with a `prompt` of one of the tasks, e.g. pocket.dataset("reverse", split="test", n=200)
     batch_size: int = 256,  # prompts at a time
 ) -> float:
-    "Share of prompts whose greedy answer the task's check accepts (for reverse, sort and add: exact match). Raises ValueError without rows or prompts."
+    """Share of prompts whose greedy answer the task's check accepts (for reverse, sort and add: exact match).
+
+    Raises ValueError without rows or prompts."""
     rows = list(dataset)
     if not rows or "prompt" not in rows[0]:
-        raise ValueError(f"accuracy needs rows with a 'prompt' column; got {len(rows)} rows with columns {sorted(rows[0]) if rows else []}. Use type='prompt_only' or 'prompt_completion'")
+        columns = sorted(rows[0]) if rows else []
+        raise ValueError(f"accuracy needs rows with a 'prompt' column; got {len(rows)} rows with columns {columns}. "
+                         "Use type='prompt_only' or 'prompt_completion'")
     prompts = [r["prompt"] for r in rows]
     answers = complete(model, tokenizer, prompts, batch_size=batch_size)
     return sum(tasks.is_correct(tasks.task_of(p), p, a) for p, a in zip(prompts, answers)) / len(rows)
@@ -113,24 +136,21 @@ def fit(
     learning_rate: float = 3e-3,  # of AdamW, after the warm-up
     warmup: int = 20,  # steps over which the learning rate rises
 ) -> list[float]:
-    "Supervised training on the completions, EOS included. Returns the loss of each step; the model comes back in evaluation mode. Raises ValueError without rows."
+    """Supervised training on the completions, EOS included.
+
+    Returns the loss of each step; the model comes back in evaluation mode. Raises ValueError without rows."""
     if not len(rows) or "completion" not in rows[0]:
-        raise ValueError(f"fit needs rows with 'prompt' and 'completion'; got {len(rows)} rows{f' with {sorted(rows[0])}' if len(rows) else ''}. Use pocket.rows(task)")
+        columns = f" with {sorted(rows[0])}" if len(rows) else ""
+        raise ValueError(f"fit needs rows with 'prompt' and 'completion'; got {len(rows)} rows{columns}. "
+                         "Use pocket.rows(task)")
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
-    pad, losses = torch.nn.utils.rnn.pad_sequence, []
+    losses = []
     model.train()
     with _one_thread():
         for step in range(steps):
-            ids, labels = [], []
-            for i in range(step * batch_size, (step + 1) * batch_size):
-                row = rows[i % len(rows)]
-                answer = row["completion"] if isinstance(row["completion"], str) else row["completion"][0]["content"]
-                prompt, answer = prompt_ids(tokenizer, row["prompt"]), [*tokenizer(answer)["input_ids"], tokenizer.eos_token_id]
-                ids.append(torch.tensor(prompt + answer))
-                labels.append(torch.tensor([-100] * len(prompt) + answer))
-            # Right padding needs no attention mask: no token looks ahead, and padding is not trained on.
-            logits = model(input_ids=pad(ids, batch_first=True, padding_value=tokenizer.pad_token_id)).logits
-            labels = pad(labels, batch_first=True, padding_value=-100)
+            batch = [rows[i % len(rows)] for i in range(step * batch_size, (step + 1) * batch_size)]
+            ids, labels = _encode(batch, tokenizer)
+            logits = model(input_ids=ids).logits  # right padding needs no attention mask: no token looks ahead
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -141,6 +161,20 @@ def fit(
             losses.append(loss.item())
     model.eval()
     return losses
+
+
+def _encode(rows: list[dict], tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
+    "The ids of a batch and its labels, -100 on prompts and on padding."
+    ids, labels = [], []
+    for row in rows:
+        prompt, answer = prompt_ids(tokenizer, row["prompt"]), row["completion"]
+        text = answer if isinstance(answer, str) else answer[0]["content"]
+        answer = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+        ids.append(torch.tensor(prompt + answer))
+        labels.append(torch.tensor([-100] * len(prompt) + answer))
+    pad = torch.nn.utils.rnn.pad_sequence
+    return (pad(ids, batch_first=True, padding_value=tokenizer.pad_token_id),
+            pad(labels, batch_first=True, padding_value=-100))
 
 # %% ../../nbs/pocket/03_checkpoint.ipynb #17e3f733
 @dataclass(frozen=True)
@@ -153,7 +187,8 @@ class Recipe:
     data_seed: int = 1_000_003       # its own rows, so that other seeds stay fresh
 
 
-STARTS = {"reverse": Recipe(105), "sort": Recipe(40), "add": Recipe(240), "countdown": Recipe(90), "sentiment": Recipe(100, type="unpaired_preference")}
+STARTS = {"reverse": Recipe(105), "sort": Recipe(40), "add": Recipe(240), "countdown": Recipe(90),
+          "sentiment": Recipe(100, type="unpaired_preference")}
 
 
 def train_start(
@@ -181,8 +216,9 @@ def _key(task: str, seed: int, recipe: Recipe) -> str:
     import transformers
 
     made_by = {
-        "source": [inspect.getsource(part) for part in (models, tasks, prompt_ids, fit, train_start)],
-        "task": task, "seed": seed, "recipe": asdict(recipe), "config": models.config().to_dict(), "tokenizer": models.tokenizer().backend_tokenizer.to_str(),
+        "source": [inspect.getsource(part) for part in (models, tasks, prompt_ids, fit, _encode, train_start)],
+        "task": task, "seed": seed, "recipe": asdict(recipe), "config": models.config().to_dict(),
+        "tokenizer": models.tokenizer().backend_tokenizer.to_str(),
         "versions": [torch.__version__, transformers.__version__]}
     return hashlib.sha256(json.dumps(made_by, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -206,10 +242,10 @@ def start_path(
     seed: int = 0,  # of the fresh weights
     steps: int | None = None,  # train for so many steps instead; None takes those of STARTS
 ) -> Path:
-    """The folder of a start checkpoint, as `from_pretrained` and the command line want it; trained and stored if it is not there.
+    """The folder of a start checkpoint, as `from_pretrained` and the command line want it.
 
-    Raises ValueError for an unknown task, OSError when the cache cannot be written.
-    """
+    It is trained and stored if it is not there. Raises ValueError for an unknown task, OSError when the cache cannot be
+    written."""
     if task not in STARTS:
         raise ValueError(f"task {task!r}: expected one of {', '.join(STARTS)}")
     recipe = STARTS[task] if steps is None else Recipe(**asdict(STARTS[task]) | {"steps": steps})
@@ -220,7 +256,8 @@ def start_path(
         place.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=".making-", dir=place.parent))
     except OSError as e:
-        raise OSError(f"the cache folder {place.parent} cannot be written ({e}); set POSTTRAIN_CACHE to a folder that can") from e
+        raise OSError(f"the cache folder {place.parent} cannot be written ({e}); "
+                      "set POSTTRAIN_CACHE to a folder that can") from e
     try:
         with _quiet():
             train_start(task, seed, recipe).save_pretrained(beside)
@@ -239,7 +276,7 @@ def start(
     seed: int = 0,  # of the fresh weights
     steps: int | None = None,  # train for so many steps instead; None takes those of STARTS
 ):
-    "(model, tokenizer) of a model that has begun to learn `task`; a new copy at every call. Raises what `start_path` raises."
+    "(model, tokenizer) of a model that has begun to learn `task`, a new copy each time. Raises as `start_path` does."
     from transformers import Qwen3ForCausalLM
 
     with _quiet():

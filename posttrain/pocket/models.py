@@ -31,7 +31,7 @@ CHAT_TEMPLATE = """\
 
 
 def tokenizer():
-    "A `PreTrainedTokenizerFast` with one token per printable ASCII character, a chat template, and a pad token that is not its EOS."
+    "A fast tokenizer with one token per printable ASCII character, a chat template, and a pad token beside its EOS."
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -41,8 +41,9 @@ def tokenizer():
     characters.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     characters.decoder = decoders.Fuse()  # characters join without spaces between them
     return PreTrainedTokenizerFast(
-        tokenizer_object=characters, eos_token=EOS, pad_token=PAD, unk_token=UNK, chat_template=CHAT_TEMPLATE, model_max_length=512,
-        additional_special_tokens=[f"<|{role}|>" for role in ROLES], clean_up_tokenization_spaces=False)
+        tokenizer_object=characters, eos_token=EOS, pad_token=PAD, unk_token=UNK, chat_template=CHAT_TEMPLATE,
+        model_max_length=512, additional_special_tokens=[f"<|{role}|>" for role in ROLES],
+        clean_up_tokenization_spaces=False)
 
 # %% ../../nbs/pocket/01_models.ipynb #5e27dd26
 def config(
@@ -52,8 +53,10 @@ def config(
     from transformers import Qwen3Config
 
     fields = dict(
-        vocab_size=len(ALPHABET) + len(ROLES) + 3, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4, head_dim=16, intermediate_size=192,
-        max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.08, rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        vocab_size=len(ALPHABET) + len(ROLES) + 3, hidden_size=64, intermediate_size=192, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=4, head_dim=16, max_position_embeddings=512,
+        tie_word_embeddings=True, initializer_range=0.08,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
         pad_token_id=0, eos_token_id=1, bos_token_id=None, use_cache=True)
     return Qwen3Config(**fields | overrides)
 

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import permutations, product
 
-TYPES = ("language_modeling", "prompt_completion", "prompt_only", "preference", "unpaired_preference", "stepwise_supervision")
+TYPES = ("language_modeling", "prompt_completion", "prompt_only",
+         "preference", "unpaired_preference", "stepwise_supervision")
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Task:
     sample: Callable[[random.Random], tuple]          # rng -> (prompt, right answer)
     check: Callable[[str, str], bool]                 # (prompt, completion) -> is it right?
     spoil: Callable[[random.Random, str, str], str]   # (rng, prompt, answer) -> a wrong answer of the same kind
-    steps: Callable[[str, str], list]                 # (prompt, answer) -> steps that lead to it, the last one ends with it
+    steps: Callable[[str, str], list]                 # (prompt, answer) -> steps; the last one is the answer
 
 
 def _digits(rng: random.Random) -> str:
@@ -84,20 +85,25 @@ _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.m
 
 
 def _value(expression: str) -> tuple[int, list[int]]:
-    "Value of an expression of integers with + - * and brackets, and the numbers in it. Raises ValueError for anything else."
+    """Value of an expression of integers with + - * and brackets, and the numbers in it.
+
+    Raises ValueError for anything else."""
+    error = ValueError(f"{expression[:40]!r} is not an expression of integers with + - *")
+
     def walk(node):
         if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
             (a, used_a), (b, used_b) = walk(node.left), walk(node.right)
             return _OPERATORS[type(node.op)](a, b), used_a + used_b
         if isinstance(node, ast.Constant) and type(node.value) is int:
             return node.value, [node.value]
-        raise ValueError(f"{expression!r} is not an expression of integers with + - *")
+        raise error
+
     if len(expression) > 40 or not re.fullmatch(r"[\d+\-*() ]+", expression):
-        raise ValueError(f"{expression[:40]!r} is not an expression of integers with + - *")
+        raise error
     try:
         return walk(ast.parse(expression.strip(), mode="eval").body)
     except SyntaxError:
-        raise ValueError(f"{expression!r} is not an expression of integers with + - *") from None
+        raise error from None
 
 
 def _countdown(prompt: str) -> tuple[list[int], int]:
@@ -142,8 +148,8 @@ def _check_countdown(prompt: str, completion: str) -> bool:
 def _spoil_countdown(rng: random.Random, prompt: str, answer: str) -> str:
     "The same numbers with operators that miss the target."
     numbers = re.findall(r"\d+", answer)
-    wrong = [t for f, s in product("*+-", repeat=2) if not _check_countdown(prompt, t := f"{numbers[0]}{f}{numbers[1]}{s}{numbers[2]}")]
-    return rng.choice(wrong)
+    others = [f"{numbers[0]}{f}{numbers[1]}{s}{numbers[2]}" for f, s in product("*+-", repeat=2)]
+    return rng.choice([text for text in others if not _check_countdown(prompt, text)])
 
 
 def _countdown_steps(prompt: str, answer: str) -> list[str]:
@@ -154,22 +160,27 @@ def _countdown_steps(prompt: str, answer: str) -> list[str]:
 # %% ../../nbs/pocket/02_tasks.ipynb #ebcf33ba
 KIND = ("good", "warm", "fresh", "tasty", "kind", "bright", "lovely", "crisp", "sweet", "fine")
 UNKIND = ("bad", "cold", "stale", "bland", "rude", "dull", "awful", "soggy", "sour", "poor")
-_NOUNS = ("soup", "bread", "tea", "rice", "cake", "fish", "salad", "staff", "music", "room", "table", "menu", "bar", "view", "chef", "garden", "coffee", "pie", "stew", "jam",
+_NOUNS = ("soup", "bread", "tea", "rice", "cake", "fish", "salad", "staff", "music", "room",
+          "table", "menu", "bar", "view", "chef", "garden", "coffee", "pie", "stew", "jam",
           "wine", "price", "light", "toast", "sauce", "beans", "juice", "pasta", "curry", "salt")
 
 
 def judge(
-    completion,  # what was said: a string, or messages
+    completion,  # the answer: a string, or messages
 ) -> float:
-    "The gold judge's score in [-1, 1]: 1 for two or more different kind words, −1 for two or more different unkind words, or for babble."
+    """The gold judge's score in [-1, 1].
+
+    It is 1 for two or more different kind words, −1 for two or more different unkind words, or for babble."""
     words = [w for w in _plain(completion).split() if w != "and"]
-    score, said = 0, set()
+    score, seen = 0, set()
     for word in words:
-        if word in KIND or word in UNKIND:
-            score += 0 if word in said else 1 if word in KIND else -1
+        if word in KIND:
+            score += word not in seen
+        elif word in UNKIND:
+            score -= word not in seen
         else:
             score -= 1
-        said.add(word)
+        seen.add(word)
     return score / max(2, len(words)) if words else -1.0
 
 
@@ -186,12 +197,36 @@ def _spoil_sentiment(rng: random.Random, prompt: str, answer: str) -> str:
     return " and ".join(words)
 
 # %% ../../nbs/pocket/02_tasks.ipynb #07466e26
+def _check_reverse(prompt: str, completion: str) -> bool:
+    return completion == _given(prompt)[::-1]
+
+
+def _check_sort(prompt: str, completion: str) -> bool:
+    return completion == "".join(sorted(_given(prompt)))
+
+
+def _check_add(prompt: str, completion: str) -> bool:
+    return completion == str(sum(map(int, _given(prompt).split("+"))))
+
+
+def _check_sentiment(prompt: str, completion: str) -> bool:
+    return judge(completion) == 1
+
+
+def _letters(prompt: str, answer: str) -> list[str]:
+    return [*answer, answer]
+
+
+def _words(prompt: str, answer: str) -> list[str]:
+    return [*answer.split(" and "), answer]
+
+
 TASKS = {
-    "reverse": Task("reverse ", _sample_reverse, lambda p, c: c == _given(p)[::-1], _shuffle_two, lambda p, a: list(a) + [a]),
-    "sort": Task("sort ", _sample_sort, lambda p, c: c == "".join(sorted(_given(p))), _shuffle_two, lambda p, a: list(a) + [a]),
-    "add": Task("add ", _sample_add, lambda p, c: c == str(sum(map(int, _given(p).split("+")))), _slip, _carry_steps),
+    "reverse": Task("reverse ", _sample_reverse, _check_reverse, _shuffle_two, _letters),
+    "sort": Task("sort ", _sample_sort, _check_sort, _shuffle_two, _letters),
+    "add": Task("add ", _sample_add, _check_add, _slip, _carry_steps),
     "countdown": Task("countdown ", _sample_countdown, _check_countdown, _spoil_countdown, _countdown_steps),
-    "sentiment": Task("praise ", _sample_sentiment, lambda p, c: judge(c) == 1, _spoil_sentiment, lambda p, a: a.split(" and ") + [a]),
+    "sentiment": Task("praise ", _sample_sentiment, _check_sentiment, _spoil_sentiment, _words),
 }
 
 
@@ -202,12 +237,15 @@ def _task(name: str) -> Task:
 
 
 def _plain(text) -> str:
-    "A prompt or completion as a bare string: the last message of a conversation, up to its end token, without role markers and outer blanks."
+    """A prompt or completion as a bare string.
+
+    Of a conversation it is the last message, up to its end token, without role markers and outer blanks."""
     if not isinstance(text, str):
         messages = isinstance(text, (list, tuple)) and text and isinstance(text[-1], dict) and "content" in text[-1]
         content = text[-1]["content"] if messages else None
         if not isinstance(content, str):
-            raise TypeError(f"expected a string, or messages whose last one has a string as its content, got {repr(text)[:80]}")
+            raise TypeError("expected a string, or messages whose last one has a string as its content, "
+                            f"got {repr(text)[:80]}")
         text = content
     return re.sub(r"<\|\w+\|>", "", text.split("<|end|>")[0]).strip()
 
@@ -220,7 +258,8 @@ def task_of(
     for name, task in TASKS.items():
         if plain.startswith(task.prefix):
             return name
-    raise ValueError(f"prompt {plain[:40]!r} starts like none of the tasks: {', '.join(repr(t.prefix) for t in TASKS.values())}")
+    prefixes = ", ".join(repr(task.prefix) for task in TASKS.values())
+    raise ValueError(f"prompt {plain[:40]!r} starts like none of the tasks: {prefixes}")
 
 
 def is_correct(
@@ -230,12 +269,12 @@ def is_correct(
 ) -> bool:
     """Whether a completion answers its prompt. All that is needed is in the prompt; no stored answer is looked up.
 
-    Raises ValueError for an unknown task and for a prompt that is not of this task.
-    """
-    spec, asked = _task(task), _plain(prompt)
-    if not asked.startswith(spec.prefix):
-        raise ValueError(f"prompt {asked[:40]!r} is not of the task {task!r}: expected it to start with {spec.prefix!r}")
-    return spec.check(asked, _plain(completion))
+    Raises ValueError for an unknown task and for a prompt that is not of this task."""
+    spec, plain = _task(task), _plain(prompt)
+    if not plain.startswith(spec.prefix):
+        raise ValueError(f"prompt {plain[:40]!r} is not of the task {task!r}: "
+                         f"expected it to start with {spec.prefix!r}")
+    return spec.check(plain, _plain(completion))
 
 # %% ../../nbs/pocket/02_tasks.ipynb #7a01cea6
 def split_of(
@@ -272,6 +311,7 @@ def _spoil_step(rng: random.Random, step: str) -> str:
 
 
 def _stepwise(task: str, rng: random.Random, i: int, prompt: str, answer: str) -> dict:
+    "The steps of row i; in odd rows one of them is spoiled."
     steps = _task(task).steps(prompt, answer)
     labels = [True] * len(steps)
     if i % 2:
@@ -279,6 +319,28 @@ def _stepwise(task: str, rng: random.Random, i: int, prompt: str, answer: str) -
         steps[first] = _spoil_step(rng, steps[first])
         labels[first:] = [False] * (len(steps) - first)
     return {"prompt": prompt, "completions": steps, "labels": labels}
+
+
+def _row(type: str, i: int, prompt: str, right: str, wrong: str) -> dict:
+    "Row i in standard format, of any type but stepwise supervision."
+    if type == "language_modeling":
+        return {"text": prompt + right}
+    if type == "prompt_completion":
+        return {"prompt": prompt, "completion": right}
+    if type == "prompt_only":
+        return {"prompt": prompt, "answer": right}
+    if type == "preference":
+        return {"prompt": prompt, "chosen": right, "rejected": wrong}
+    return {"prompt": prompt, "completion": wrong if i % 2 else right, "label": i % 2 == 0}
+
+
+def _as_chat(row: dict, prompt: str, right: str) -> dict:
+    "A row in conversational format."
+    def say(role, text): return [{"role": role, "content": text}]
+    if "text" in row:
+        return {"messages": say("user", prompt) + say("assistant", right)}
+    roles = {"prompt": "user", "completion": "assistant", "chosen": "assistant", "rejected": "assistant"}
+    return {name: say(roles[name], value) if name in roles else value for name, value in row.items()}
 
 
 def rows(
@@ -291,24 +353,21 @@ def rows(
 ) -> list[dict]:
     """The rows of `dataset`, as plain dicts.
 
-    Raises ValueError for an unknown task, type or split, and for conversational stepwise supervision, which has no such form.
-    """
+    Raises ValueError for an unknown task, type or split, and for conversational stepwise supervision, which does not
+    exist."""
     if type not in TYPES:
         raise ValueError(f"dataset type {type!r}: expected one of {', '.join(TYPES)}")
     if conversational and type == "stepwise_supervision":
-        raise ValueError("stepwise_supervision has no conversational form: its steps are strings; use conversational=False")
-    found, rng = problems(task, n, seed, split), random.Random(f"{task} {split} {seed} {type}")
-    ask = (lambda p: [{"role": "user", "content": p}]) if conversational else str
-    say = (lambda c: [{"role": "assistant", "content": c}]) if conversational else str
-    make = {
-        "language_modeling": lambda i, p, a, w: {"messages": ask(p) + say(a)} if conversational else {"text": p + a},
-        "prompt_completion": lambda i, p, a, w: {"prompt": ask(p), "completion": say(a)},
-        "prompt_only": lambda i, p, a, w: {"prompt": ask(p), "answer": a},
-        "preference": lambda i, p, a, w: {"prompt": ask(p), "chosen": say(a), "rejected": say(w)},
-        "unpaired_preference": lambda i, p, a, w: {"prompt": ask(p), "completion": say(w if i % 2 else a), "label": i % 2 == 0},
-        "stepwise_supervision": lambda i, p, a, w: _stepwise(task, rng, i, p, a),
-    }[type]
-    return [make(i, *problem) for i, problem in enumerate(found)]
+        raise ValueError("stepwise_supervision has no conversational form: its steps are strings; "
+                         "use conversational=False")
+    found = problems(task, n, seed, split)
+    if type == "stepwise_supervision":
+        rng = random.Random(f"{task} {split} {seed} {type}")
+        return [_stepwise(task, rng, i, prompt, right) for i, (prompt, right, _) in enumerate(found)]
+    plain = [_row(type, i, *problem) for i, problem in enumerate(found)]
+    if not conversational:
+        return plain
+    return [_as_chat(row, prompt, right) for row, (prompt, right, _) in zip(plain, found)]
 
 
 def dataset(
@@ -319,7 +378,9 @@ def dataset(
     split: str = "train",  # "train" or "test": never a prompt in common
     conversational: bool = False,  # messages instead of strings
 ):
-    "A `datasets.Dataset` of a task in any dataset type; the same arguments give the same rows on every machine. Raises what `rows` raises."
+    """A `datasets.Dataset` of a task in any dataset type.
+
+    The same arguments give the same rows on every machine. Raises what `rows` raises."""
     from datasets import Dataset
 
     return Dataset.from_list(rows(task, type, n, seed, split, conversational))

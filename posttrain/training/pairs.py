@@ -12,7 +12,7 @@ from ..data.collate import collate_pairs
 from ..data.formats import dataset_type, first_row
 from ..data.tokens import prepare_pairs
 from ..foundations.masks import Totals
-from ..foundations.preferences import Pairs, same
+from ..foundations.preferences import Pairs, identity
 from .heads import completion_logps
 from .metrics import Mean
 from .trainer import PostTrainer
@@ -25,7 +25,7 @@ def make_pairs(
     totals: Totals,     # of the whole step: pairs, and tokens of their chosen answers
     *,
     weights: Tensor | None = None,  # (2P, T) what each token counts in the sums; None: the mask
-    score: Callable[[Tensor], Tensor] = same,  # log-ratio -> score of another divergence than the reverse KL
+    score: Callable[[Tensor], Tensor] = identity,  # log-ratio -> score of another divergence than the reverse KL
 ) -> Pairs:
     "Log-probs of tokens -> what a loss of pairs looks at (steps 1 to 3)."
     def by_pair(per_answer): return per_answer.view(-1, 2).unbind(1)

@@ -14,7 +14,7 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, set_seed
 
-from ..data.templates import adopt_chat_template, fit_to_tokenizer
+from ..data.templates import adopt_chat_template, resize_embeddings_to_tokenizer
 from ..foundations.layouts import lay_out
 from ..foundations.masks import Totals
 from .config import PostConfig
@@ -212,7 +212,7 @@ class PostTrainer(Trainer):
     def _make_model(self, model, peft_config) -> nn.Module:
         model = load_model(model, self.args, self.auto_class)
         if self.new_tokens:
-            fit_to_tokenizer(model, self.processing_class)
+            resize_embeddings_to_tokenizer(model, self.processing_class)
             warnings.warn(f"the chat template of {self.args.chat_template_path} brought {len(self.new_tokens)} new "
                           "tokens, whose embeddings start untrained. With an adapter, train them too: "
                           "LoraConfig(..., modules_to_save=['embed_tokens', 'lm_head'])", stacklevel=4)
