@@ -4,13 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import TrainerCallback
+
 from test_grpo import logs, noisy, rows, weights
 from test_grpo_parity import (
     LONGEST, G, P, Rollouts, Weights, by_column, close, length_reward, models, moved, noise, prompts, same, sometimes, trl)
 
 from posttrain import RLOOConfig, RLOOTrainer, pocket
-from posttrain.online.reinforce_plus_plus import reinforce_plus_plus_advantages, reinforce_plus_plus_baseline_advantages
-from posttrain.online.rloo import rloo_advantages
+from posttrain.rollout.rewards import exact_match_reward
 
 assert models and trl  # fixtures
 
@@ -67,3 +68,148 @@ def test_like_trl(name, trl, config, models):
         of_samples = set(theirs.logs[0]) & set(ours.logs[0]) & set(skip)
         assert all(close(ours.logs[0][key], theirs.logs[0][key]) for key in of_samples - {"frac_reward_zero_std"})
     same(ours, theirs, skip=skip)
+
+
+# ---------------------------------------------------------------- ours alone
+class Generations(TrainerCallback):
+    "Every generation, and the tokens that were learned from."
+
+    def __init__(self): self.seen, self.batches = [], []
+
+    def on_generation(self, trainer, generation): self.seen.append(generation)
+
+    def on_tokens(self, trainer, batch, tokens): self.batches.append(batch)
+
+
+def make(config, rewards=noisy, callbacks=None, **options):
+    given = dict(per_device_train_batch_size=16, num_generations=4, max_completion_length=10, max_steps=1, optim="sgd",
+                 learning_rate=.1, max_grad_norm=1e9, lr_scheduler_type="constant")
+    args = config(**{**given, **options})
+    args.pop("train_sampling_strategy")
+    return RLOOTrainer(pocket.start("reverse")[0], rewards, RLOOConfig(**args), rows(), rows(8), pocket.tokenizer(),
+                       callbacks=callbacks)
+
+
+def train(config, resume=None, **options):
+    trainer = make(config, **options)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def by_hand(name, rewards, logratio, lengths, G, beta):
+    "Advantages in plain loops: one number per token of each completion."
+    B = len(rewards)
+    if name == "rloo":
+        returns = [rewards[i] - beta * sum(logratio[i][:lengths[i]]) for i in range(B)]
+        siblings = [[j for j in range(B) if j // G == i // G and j != i] for i in range(B)]
+        return [[returns[i] - sum(returns[j] for j in siblings[i]) / (G - 1)] * lengths[i] for i in range(B)]
+    if name == "reinforce_plus_plus":
+        raw = [[rewards[i] - beta * sum(logratio[i][t:lengths[i]]) for t in range(lengths[i])] for i in range(B)]
+    else:
+        raw = [[rewards[i] - sum(rewards[i // G * G:i // G * G + G]) / G] * lengths[i] for i in range(B)]
+    numbers = [a for row in raw for a in row]
+    mean = sum(numbers) / len(numbers)
+    std = (sum((a - mean) ** 2 for a in numbers) / len(numbers)) ** .5
+    return [[(a - mean) / std for a in row] for row in raw]
+
+
+@pytest.mark.parametrize("cut", [(16, 1), (4, 4)], ids=["whole", "cut"])
+@pytest.mark.parametrize("name", ["rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"])
+def test_advantages_are_the_formula(name, cut, config):
+    "Of the second step, when the policy has left its reference: what the loss saw, token by token, against loops."
+    keep, beta = Generations(), .3
+    size, accumulated = cut
+    train(config, callbacks=[keep], advantage_estimator=name, beta=beta, max_steps=2, learning_rate=.5,
+          per_device_train_batch_size=size, gradient_accumulation_steps=accumulated)
+    batches, generation = keep.batches[accumulated:], keep.seen[1]
+    lengths = [len(ids) for ids in generation.completion_ids]
+    logratio = [row.tolist() for b in batches for row in b["old_logps"] - b["ref_logps"]]
+    assert max(abs(x) for row in logratio for x in row) > 1e-2, "the policy is still its reference"
+    expected = by_hand(name, generation.rewards[:, 0].tolist(), logratio, lengths, 4, beta)
+    found = [row for b in batches for row in b["advantages"]]
+    for row, numbers in zip(found, expected, strict=True):
+        row = row.expand(len(numbers)) if row.dim() == 0 else row[:len(numbers)]
+        torch.testing.assert_close(row.float(), torch.tensor(numbers), atol=2e-5, rtol=1e-4)
+
+
+CUTS = {"rloo": dict(normalize_advantages=True, reward_clip_range=[.2, .9]),
+        "reinforce_plus_plus": dict(num_iterations=2, max_steps=2), "reinforce_plus_plus_baseline": dict(beta=.2, max_steps=2)}
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_one_gradient_for_every_cut(name, config):
+    whole = train(config, advantage_estimator=name, **CUTS[name])
+    moved = (weights(whole) - weights(pocket.start("reverse")[0])).norm()
+    assert moved > 1e-3
+    for size, accumulated in ((4, 4), (1, 16)):
+        cut = train(config, advantage_estimator=name, per_device_train_batch_size=size,
+                    gradient_accumulation_steps=accumulated, **CUTS[name])
+        assert (weights(cut) - weights(whole)).norm() <= 2e-5 * moved, (size, accumulated)
+        for a, b in zip(logs(whole), logs(cut), strict=True):
+            for key in ("loss", "kl", "entropy", "reward", "grad_norm"):
+                if key in a: assert abs(a[key] - b[key]) <= 2e-5 * max(1, abs(a[key])), (key, a[key], b[key])
+
+
+@pytest.mark.parametrize("name", ["rloo", "reinforce_plus_plus"])
+def test_resumed_in_the_middle_of_a_generation(name, config, tmp_path):
+    settings = dict(advantage_estimator=name, num_iterations=2, steps_per_generation=2, per_device_train_batch_size=8,
+                    max_steps=6, learning_rate=1e-3, optim="adamw_torch", save_strategy="steps", save_steps=3)
+    whole = train(config, **settings)
+    resumed = train(config, resume=str(tmp_path / "checkpoint-3"), **settings)
+    assert torch.equal(weights(whole), weights(resumed)) and whole.stream.state.sampled == resumed.stream.state.sampled
+
+
+def test_evaluation_goes_through_the_same_stages(config):
+    trainer = make(config, advantage_estimator="reinforce_plus_plus", num_generations_eval=2, per_device_eval_batch_size=4)
+    first, second = trainer.evaluate(), trainer.evaluate()
+    assert first["eval_reward"] == second["eval_reward"] and abs(first["eval_kl"]) < 1e-5
+    assert trainer.evaluate(rows(4))["eval_completions/mean_length"] > 0
+
+
+BAD = [
+    (dict(num_generations=1, per_device_train_batch_size=4), ValueError, "needs at least 2"),
+    (dict(advantage_estimator="grpo"), ValueError, "'rloo', 'reinforce_plus_plus'"),
+    (dict(reward_clip_range=[1.0, 0.0]), ValueError, "least and the greatest"),
+    (dict(reward_clip_range=[1.0]), ValueError, "least and the greatest"),
+    (dict(beta=-1), ValueError, "beta=-1"), (dict(epsilon="0.2"), TypeError, "must be a number"),
+    (dict(sync_ref_model=True, beta=0.0), ValueError, "there is none"),
+]
+
+
+@pytest.mark.parametrize("options, kind, words", BAD)
+def test_bad_fields_are_named(options, kind, words, config):
+    with pytest.raises(kind, match=words): RLOOConfig(**{**config(), "per_device_train_batch_size": 16, **options})
+
+
+def test_one_completion_a_prompt_is_enough_without_groups(config):
+    trainer = train(config, advantage_estimator="reinforce_plus_plus", num_generations=1)
+    assert trainer.generation.num_generations == 1 and logs(trainer)[0]["grad_norm"] > 0
+
+
+def test_every_field_of_trl_is_here():
+    import dataclasses
+
+    from trl import RLOOConfig as theirs
+    missing = {f.name for f in dataclasses.fields(theirs)} - {f.name for f in dataclasses.fields(RLOOConfig)}
+    assert not missing, missing
+    ours, their = RLOOConfig("out", use_cpu=True), {f.name: f for f in dataclasses.fields(theirs)}
+    for name in ("num_generations", "beta", "epsilon", "normalize_advantages", "learning_rate", "num_iterations"):
+        assert getattr(ours, name) == their[name].default, name
+
+
+@pytest.mark.parametrize("name", ["rloo", "reinforce_plus_plus_baseline"])
+def test_it_learns(name, tmp_path):
+    "The reward rises as it does with GRPO (tests/test_online.py), from a start that answers one question in five."
+    model, tokenizer = pocket.start("reverse")
+    test = pocket.dataset("reverse", "prompt_only", n=300, seed=2, split="test")
+    args = RLOOConfig(str(tmp_path), advantage_estimator=name, max_steps=100, per_device_train_batch_size=128,
+                      num_generations=4, dynamic_sampling=True, dynamic_sampling_rounds=6, dynamic_sampling_prompts=64,
+                      max_completion_length=12, learning_rate=1.5e-3, beta=0.0, logging_steps=10, save_strategy="no",
+                      report_to="none", disable_tqdm=True, use_cpu=True)
+    trainer = RLOOTrainer(model, exact_match_reward, args, processing_class=tokenizer,
+                          train_dataset=pocket.dataset("reverse", "prompt_only", n=8000, seed=1))
+    before = pocket.accuracy(model, tokenizer, test)
+    trainer.train()
+    after = pocket.accuracy(trainer.model, tokenizer, test)
+    print(f"{name}: {before:.2f} -> {after:.2f}", [row["reward"] for row in trainer.state.log_history if "reward" in row])
+    assert before < .25 and after > before + .2

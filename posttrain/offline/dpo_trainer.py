@@ -20,8 +20,8 @@ from .preference_zoo import (OF_THE_BATCH, OF_THE_CHOSEN, OF_THE_MARGIN, PAIR_LO
 from ..training.config import LengthFields, PostConfig, ReferenceFields, option
 from ..training.heads import completion_logps
 from ..training.pairs import PairTrainer, make_pairs
-from ..training.references import (ModelReference, PrecomputedReference, WithReference, disable_dropout,
-                                           fingerprint, precompute_ref_logps)
+from ..training.precompute import fingerprint, precompute_ref_logps
+from ..training.references import ModelReference, PrecomputedReference, WithReference, disable_dropout
 
 
 @dataclass

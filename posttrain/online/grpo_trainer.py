@@ -91,9 +91,6 @@ class GRPOConfig(ClipFields, ReferenceFields, OnlineConfig):
         if self.num_generations < 2:
             raise ValueError(f"num_generations={self.num_generations}: {type(self).__name__} compares completions of one "
                              "prompt and needs at least 2")
-        if self.sync_ref_model and self.beta == 0:
-            raise ValueError("sync_ref_model=True moves a reference, but with beta=0 there is none: set beta above 0, or "
-                             "leave it False")
         self._check_limits()
 
     def _check_limits(self):

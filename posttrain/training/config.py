@@ -160,6 +160,12 @@ class ReferenceFields:
     ref_model_mixup_alpha: float = option(0.6, "The policy's share in the new reference; 1 is a hard update.", low=0, high=1)
     ref_model_sync_steps: int = option(512, "Optimizer steps between two updates.", low=1)
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.sync_ref_model and getattr(self, "beta", None) == 0:
+            raise ValueError("sync_ref_model=True moves a reference, but with beta=0 there is none: set beta above 0, or "
+                             "leave it False")
+
 
 @dataclass
 class LengthFields:

@@ -2,23 +2,19 @@
 
 # %% auto #0
 __all__ = ['BASE_CHANGING', 'ModelReference', 'AdapterReference', 'PrecomputedReference', 'freeze', 'disable_dropout',
-           'has_dropout', 'prepare_frozen', 'frozen', 'freeze_adapter', 'copy_adapter', 'make_reference', 'fingerprint',
-           'precompute_ref_logps', 'sync_weights', 'SyncRefModelCallback', 'WithReference']
+           'has_dropout', 'prepare_frozen', 'frozen', 'freeze_adapter', 'copy_adapter', 'make_reference',
+           'sync_weights', 'SyncRefModelCallback', 'WithReference']
 
-# %% ../../nbs/training/06_references.ipynb #6feaea50
+# %% ../../nbs/training/06_references.ipynb #e68cc391
 import copy
-import hashlib
 import json
 import os
 import re
-import warnings
-import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
@@ -241,93 +237,6 @@ def _adapter_reference(policy: nn.Module, fresh_adapter: bool) -> AdapterReferen
         raise ValueError(f"without its adapter this model is not what training starts from (init_lora_weights={start!r}, "
                          f"bias={bias!r} change the weights below it): pass ref_model, the model as it was")
     return AdapterReference(policy)
-
-# %% ../../nbs/training/06_references.ipynb #e6013ab1
-def fingerprint(
-    weights: Iterable[tuple[str, Tensor]],  # as of `weights()` of a reference
-    dataset,  # prepared rows
-    settings: str = "",  # as of `settings()` of a reference
-) -> str:  # 32 hex digits
-    "What log-probs depend on: every weight, how it is used, and every token of the dataset."
-    hasher = hashlib.blake2b(settings.encode(), digest_size=16)
-    for name, p in weights:
-        p = p.full_tensor() if hasattr(p, "full_tensor") else p  # FSDP2 holds shards
-        hasher.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
-        hasher.update(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    for column, lengths, ids in _token_columns(dataset):
-        for part in (column.encode(), lengths.astype(np.int64).tobytes(), ids.astype(np.int64).tobytes()): hasher.update(part)
-    return hasher.hexdigest()
-
-
-def _token_columns(dataset):
-    "The columns of token ids, a thousand rows at a time: name, lengths of the rows, all ids one after the other. Never as Python lists, which a large dataset would take minutes to make."
-    for column in sorted(c for c in dataset.column_names if c.endswith("_ids")):
-        for table in dataset.with_format("arrow").select_columns([column]).iter(1000):
-            rows = table[column].combine_chunks()
-            yield column, rows.value_lengths().to_numpy(), rows.flatten().to_numpy()
-
-
-def _cache_folder() -> Path:
-    import datasets
-    return Path(datasets.config.HF_DATASETS_CACHE) / "posttrain-ref-logps"
-
-
-def _saved(path: Path, columns: dict[str, tuple]) -> None:
-    "Write all columns or nothing."
-    arrays = {f"{c}.{k}": v for c, pair in columns.items() for k, v in zip(("values", "lengths"), pair)}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            np.savez(f := Path(folder) / "part.npz", **arrays)
-            os.replace(f, path)
-    except OSError as e: warnings.warn(f"the reference log-probs could not be kept in {path.parent} ({e}); the next run will compute them again")
-
-
-def _loaded(path: Path, names) -> dict[str, tuple] | None:
-    "Values and lengths of each column; None where the file is of no use."
-    try:
-        with np.load(path) as arrays: return {c: (arrays[f"{c}.values"], arrays[f"{c}.lengths"]) for c in names}
-    except Exception as e:  # cut off by a full disk or a crash: it can be computed again
-        warnings.warn(f"{path} cannot be read ({type(e).__name__}: {e}); the reference log-probs are computed anew")
-        path.unlink(missing_ok=True)
-
-
-def precompute_ref_logps(
-    dataset,                    # a Dataset of prepared rows
-    ref_logps: Callable[[dict], Tensor],  # batch -> (B, T), e.g. `ref_logps` of a reference
-    collate: Callable[[list], dict],      # rows -> batch; each row gives as many completions as there are columns
-    columns: tuple = ("ref_chosen_logps", "ref_rejected_logps"),  # one per completion of a row
-    *,
-    batch_size: int = 8,        # rows at a time
-    key: str | None = None,     # as from `fingerprint`: look in the cache first, and leave the result there; None: compute
-    device="cpu",               # of the model
-    name: str = "train",        # what the dataset is called on the progress bar
-    share: tuple = (0, 1),      # this process and the number of processes
-    gather=lambda parts: parts, # list of one process -> list of all, e.g. accelerate.utils.gather_object
-):  # the dataset with the columns added: a list of floats per completion, one per token
-    "Ask a reference once about every token of a dataset. Each process does its share, longest rows first; the first one writes the cache."
-    import pyarrow as pa
-    from datasets import Dataset, concatenate_datasets, is_caching_enabled
-    from datasets.table import InMemoryTable
-    from tqdm.auto import tqdm
-    path = _cache_folder() / f"{key}.npz" if key and is_caching_enabled() else None
-    found = _loaded(path, columns) if path is not None and path.exists() else None
-    if not all(gather([found is not None])):  # all processes or none: they compute together
-        lengths = {}
-        for column, part, _ in _token_columns(dataset): lengths.setdefault(column, []).append(part)
-        order = np.argsort(-sum(map(np.concatenate, lengths.values())), kind="stable").tolist()[share[0]::share[1]]
-        parts = []
-        for i in tqdm(range(0, len(order), batch_size), desc=f"Reference log-probs of the {name} dataset", disable=None if share[0] == 0 else True):
-            rows = order[i:i + batch_size]
-            batch = {k: v.to(device) for k, v in collate(dataset.select(rows).to_list()).items()}
-            logps, counts = ref_logps(batch).float().cpu().numpy(), batch["completion_lengths"].tolist()
-            per_completion = [l[:n] for l, n in zip(logps, counts)]
-            parts += [(r, per_completion[k * len(columns):(k + 1) * len(columns)]) for k, r in enumerate(rows)]
-        by_row = dict(gather(parts))
-        found = {c: (np.concatenate([by_row[r][k] for r in range(len(dataset))]), np.array([len(by_row[r][k]) for r in range(len(dataset))])) for k, c in enumerate(columns)}
-        if path is not None and share[0] == 0: _saved(path, found)
-    arrow = {c: pa.ListArray.from_arrays(pa.array(np.concatenate([[0], lengths.cumsum()]).astype(np.int32)), pa.array(values.astype(np.float32))) for c, (values, lengths) in found.items()}
-    return concatenate_datasets([dataset, Dataset(InMemoryTable(pa.table(arrow)), fingerprint=key or os.urandom(8).hex())], axis=1)
 
 # %% ../../nbs/training/06_references.ipynb #3e48dc48
 @torch.no_grad()

@@ -92,7 +92,7 @@ def last_complete_checkpoint(
     raise ValueError(f"there is no complete checkpoint in {folder} to resume from; train from the start with "
                      "resume_from_checkpoint=None" + (", or use one of another run by its path" if not steps else ""))
 
-# %% ../../nbs/training/04_trainer.ipynb #c7de71db
+# %% ../../nbs/training/04_trainer.ipynb #67fc5c3b
 class PostTrainer(Trainer):
     """transformers' Trainer with one rule of normalisation.
 
@@ -417,11 +417,10 @@ class PostTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir):
         "Before the trainer's state is written, which makes a checkpoint complete: what each process must remember."
+        Path(output_dir).mkdir(parents=True, exist_ok=True)  # this process may be ahead of the one that makes it
         super()._save_optimizer_and_scheduler(output_dir)
         state = self.run_state()
-        if not state: return
-        Path(output_dir).mkdir(parents=True, exist_ok=True)  # this process may be ahead of the one that makes it
-        torch.save({"processes": self.args.world_size, **state}, self._run_state_file(output_dir, self.args.process_index))
+        if state: torch.save({"processes": self.args.world_size, **state}, self._run_state_file(output_dir, self.args.process_index))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
