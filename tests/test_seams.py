@@ -18,7 +18,7 @@ REFERENCES = {"copy": {}, "adapter off": dict(peft_config=adapter), "own model":
 @pytest.mark.parametrize("name", REFERENCES)
 def test_dpo_in_bfloat16_starts_at_log_2(name, config, tmp_path, monkeypatch):
     "Before the first step policy and reference are one model, in mixed precision too: the margin is 0 to the bit."
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path))  # nothing from an earlier run
     options = dict(REFERENCES[name])
     made = {key: options.pop(key)() for key in ("peft_config", "ref_model") if key in options}
     args = DPOConfig(**{**config(), "bf16": True, "max_steps": 1, **options})
