@@ -2,28 +2,34 @@
 
     python tools/notebooks.py text  NB.ipynb ...    notebook -> NB.py (jupytext percent) beside it, to edit as text
     python tools/notebooks.py build NB.py ...       text -> notebook (keeps outputs of unchanged cells), then export it
-    python tools/notebooks.py run   NB.ipynb ...    execute in a fresh kernel, keep the outputs, clean, stamp
-    python tools/notebooks.py check [--no-sync]     structure, cleanliness, stamps, links, export in sync
+    python tools/notebooks.py run   [NB.ipynb ...]  execute in a fresh kernel, keep the outputs, clean, stamp
     python tools/notebooks.py test  [NB.ipynb ...]  execute without saving: every assert must hold
+    python tools/notebooks.py check [--no-sync]     structure, cleanliness, own code as run, links, export in sync
+    python tools/notebooks.py lint                  ruff over the package, notebooks, tests and tools
     python tools/notebooks.py readme [--check]      README.md from nbs/index.ipynb
 
-`run` stamps a notebook with the hash of the code whose run made its outputs; `check` compares, so a notebook that was
-edited after its last run is found.
+`run` writes two things. Into the notebook goes the hash of the code whose run made its outputs; `check` compares it, so
+that a notebook which was edited after its last run is found. Into nbs/stamps.txt goes the stamp of tools/stamps.py, which
+covers all that the results depend on. `run --stale` and `test --stale` leave out notebooks whose stamp is still true;
+`test --stale` runs a tenth of these anyway, another one with each commit.
 """
 import argparse
 import ast
 import base64
 import copy
 import hashlib
+import json
 import os
 import re
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import nbformat
+import stamps
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS, PACKAGE = ROOT / "nbs", ROOT / "posttrain"
@@ -56,12 +62,15 @@ def tool(name: str) -> str:
     return str(Path(sys.executable).parent / name)
 
 
-def code_of(nb) -> str:
-    return "\n\0\n".join(c.source for c in nb.cells if c.cell_type == "code")
+def code_cells(nb) -> list[str]:
+    return [c.source for c in nb.cells if c.cell_type == "code"]
 
 
-def stamp(nb) -> str:
-    return hashlib.sha256(code_of(nb).encode()).hexdigest()[:16]
+def is_as_run(nb) -> bool:
+    """Whether the code is that whose run made the outputs. Comments and line breaks may differ."""
+    plain = hashlib.sha256("\n\0\n".join(code_cells(nb)).encode()).hexdigest()[:16]
+    # Notebooks that ran before stamps looked at syntax trees hold the hash of their plain text.
+    return nb.metadata.get("posttrain", {}).get("source") in (stamps.code_stamp(code_cells(nb)), plain)
 
 
 def is_export(cell) -> bool:
@@ -157,35 +166,104 @@ def tidy_outputs(nb) -> None:
             kept.append(out)
         cell.outputs = kept
     nb.metadata.pop("widgets", None)
-    nb.metadata["posttrain"] = {"source": stamp(nb)}
+    nb.metadata["posttrain"] = {"source": stamps.code_stamp(code_cells(nb))}
 
 
-def run(path: Path) -> None:
-    start = time.time()
-    nb = execute(read(path), path.parent)
-    tidy_outputs(nb)
-    write(nb, path)
-    print(f"{path.relative_to(ROOT)}  {time.time() - start:.1f} s", flush=True)
+@dataclass
+class Result:
+    """What became of one notebook."""
+    name: str        # its path from the root
+    seconds: float
+    error: str  # empty: every assert held
+    stamp: str  # of what it ran with
 
 
-def test(path: Path) -> tuple[Path, float, str]:
-    start, error = time.time(), ""
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def records_file() -> Path:
+    return NBS / "stamps.txt"
+
+
+def run(path: Path, keep: bool = True) -> Result:
+    """Execute a notebook; with `keep`, its outputs go into the file. The error is reported, not raised."""
+    nb, start, error = read(path), time.time(), ""
+    stamp = stamps.Dependencies(ROOT, PACKAGE).stamp(path, code_cells(nb))
     try:
-        execute(read(path), path.parent)
+        execute(nb, path.parent)
+        if keep:
+            tidy_outputs(nb)
+            write(nb, path)
     except Exception as e:  # the report must name every notebook that fails, not only the first
         error = f"{type(e).__name__}: {e}"
-    return path, time.time() - start, error
+    return Result(name_of(path), time.time() - start, error, stamp)
 
 
-def test_all(paths: list[Path], workers: int) -> int:
-    failed = 0
+def record(result: Result, keep: bool) -> None:
+    """Write a run into the file of stamps. A notebook that failed loses its stamp: it runs until it passes."""
+    records = stamps.read_records(records_file())
+    before = records.get(result.name)
+    if result.error:
+        records.pop(result.name, None)
+    elif keep:
+        seconds = stamps.rounded(result.seconds, before.seconds if before else None)
+        records[result.name] = stamps.Record({result.stamp}, seconds)
+    if records.get(result.name) != before:
+        stamps.write_records(records_file(), records)
+
+
+def true_stamps(paths: list[Path]) -> list[Path]:
+    """Those notebooks whose stamp is of what stands there now: to run them would give the same again."""
+    records, dependencies = stamps.read_records(records_file()), stamps.Dependencies(ROOT, PACKAGE)
+    return [p for p in paths if (known := records.get(name_of(p)))
+            and dependencies.stamp(p, code_cells(read(p))) in known.stamps]
+
+
+def slowest_first(paths: list[Path]) -> list[Path]:
+    """In the order in which they are started, so that no long one begins at the end. A new one may be long."""
+    records = stamps.read_records(records_file())
+    return sorted(paths, key=lambda p: -records[name_of(p)].seconds if name_of(p) in records else -float("inf"))
+
+
+def run_all(paths: list[Path], workers: int, keep: bool) -> list[Result]:
+    results = []
     with ThreadPoolExecutor(workers) as pool:
-        for path, seconds, error in pool.map(test, paths):
-            print(f"{'FAIL' if error else 'ok  '} {path.relative_to(ROOT)}  {seconds:.1f} s", flush=True)
-            if error:
-                failed += 1
-                print(error[-3000:], flush=True)
-    print(f"notebooks: {len(paths) - failed} passed, {failed} failed", flush=True)
+        running = [pool.submit(run, path, keep) for path in slowest_first(paths)]
+        for done in as_completed(running):
+            result = done.result()
+            results.append(result)
+            record(result, keep)
+            print(f"{'FAIL' if result.error else 'ok  '} {result.name}  {result.seconds:.1f} s", flush=True)
+            if result.error:
+                print(result.error[-3000:], flush=True)
+    return results
+
+
+def choose(paths: list[Path], stale: bool, keep: bool) -> tuple[list[Path], list[Path], set[str]]:
+    """Which notebooks to run, which to take from their stamps, and the tenth that runs though its stamps are true."""
+    if not stale:
+        return paths, [], set()
+    known = true_stamps(paths)
+    picked = set() if keep else stamps.tenth(map(name_of, paths), stamps.turn(ROOT)) & set(map(name_of, known))
+    stamped = [p for p in known if name_of(p) not in picked]
+    return [p for p in paths if p not in stamped], stamped, picked
+
+
+def execute_all(paths: list[Path], workers: int, stale: bool, keep: bool, report: Path | None = None) -> int:
+    """Run notebooks and say what was run and what was not. Returns how many failed."""
+    todo, stamped, picked = choose(paths, stale, keep)
+    if stale:
+        print(f"{len(todo) - len(picked)} notebooks have no true stamp and are run, {len(stamped)} are taken from theirs")
+    if picked:
+        print("run though their stamps are true, as this turn's tenth: " + ", ".join(sorted(picked)), flush=True)
+    results = run_all(todo, workers, keep)
+    failed = sum(bool(r.error) for r in results)
+    if report:
+        report.parent.mkdir(parents=True, exist_ok=True)
+        report.write_text(json.dumps({"run": [asdict(r) for r in results], "picked": sorted(picked),
+                                      "stamped": [name_of(p) for p in stamped]}), encoding="utf-8")
+    print(f"notebooks: {len(results) - failed} passed, {failed} failed, {len(stamped)} taken from their stamps", flush=True)
     return failed
 
 
@@ -237,7 +315,7 @@ def check_notebook(path: Path) -> list[str]:
         bad.append(f"exported but never checked in a later cell: {', '.join(names)}")
     if NBS in path.parents and any(is_export(c) for c in code) and not any("assert" in c.source for c in code if not is_export(c)):
         bad.append("exports code but asserts nothing")
-    if nb.metadata.get("posttrain", {}).get("source") != stamp(nb):
+    if not is_as_run(nb):
         bad.append("edited after its last run: `python tools/notebooks.py run` it")
     for i, c in enumerate(code):
         if any(o.output_type == "error" for o in c.outputs):
@@ -361,28 +439,38 @@ def readme(check_only: bool = False) -> list[str]:
     return bad
 
 
-def main() -> int:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["text", "build", "run", "test", "check", "readme", "export"])
+    parser.add_argument("command", choices=["text", "build", "run", "test", "check", "lint", "readme", "export"])
     parser.add_argument("paths", nargs="*", type=Path)
     parser.add_argument("--check", action="store_true", help="readme: compare only")
     parser.add_argument("--no-sync", action="store_true", help="check: leave out the export comparison")
-    parser.add_argument("--workers", type=int, default=2, help="test: notebooks at a time")
+    parser.add_argument("--workers", type=int, default=2, help="run, test: notebooks at a time")
+    parser.add_argument("--stale", action="store_true", help="run, test: leave out notebooks whose stamp is true")
+    parser.add_argument("--report", type=Path, help="run, test: a file for the results, as JSON")
     args = parser.parse_args()
-    paths = [p.resolve() for p in args.paths]
+    args.paths = [p.resolve() for p in args.paths]
+    return args
+
+
+def main() -> int:
+    args = arguments()
     if args.command == "check":
         return bool(check(sync=not args.no_sync))
+    if args.command == "lint":
+        return lint()
     if args.command == "readme":
         bad = readme(args.check)
         print("\n".join(bad) if args.check and bad else "README.md")
         return bool(args.check and bad)
-    if args.command == "test":
-        return bool(test_all(paths or all_notebooks(), args.workers))
+    if args.command in ("run", "test"):
+        keep = args.command == "run"
+        return bool(execute_all(args.paths or all_notebooks(), args.workers, args.stale, keep, args.report))
     if args.command == "export":
         subprocess.run([tool("nbdev-export")], check=True, cwd=ROOT)
         return 0
-    for path in paths or ([] if args.command in ("text", "build") else all_notebooks()):
-        {"text": to_text, "build": build, "run": run}[args.command](path)
+    for path in args.paths:
+        {"text": to_text, "build": build}[args.command](path)
     return 0
 
 
