@@ -1,8 +1,8 @@
 """Stamps: a short hash of everything that the results of a notebook depend on.
 
-A stamp covers the notebook's code, the sources of all modules of the package that it imports (also inside functions, and
-what those import), the files that it says it reads (`#| reads: PATTERN ...`), constraints.txt and Python's minor version.
-Comments and line breaks do not count, unless the notebook or the module reads sources (`inspect.getsource`).
+A stamp covers the notebook's code, the sources of all modules of the package that it imports (also inside functions,
+and what those import), the files that it says it reads (`#| reads: PATTERN ...`), constraints.txt and Python's minor
+version. Comments and line breaks do not count, unless the notebook or the module reads sources (`inspect.getsource`).
 `nbs/stamps.txt` holds one line for each notebook: its path, the stamp of its last run, and the seconds that this took.
 """
 import ast
@@ -233,7 +233,7 @@ class Dependencies:
         return found & modules - {self.top}
 
     def files(self, path: Path, cells: list[str]) -> list[str]:
-        """Hashes of the files that `#| reads:` names, from the notebook's folder; of notebooks, only the prose counts."""
+        """Hashes of the files that `#| reads:` names, seen from the notebook's folder; of notebooks, of their prose."""
         found = []
         for pattern in " ".join(re.findall(r"^#\|\s*reads:(.*)$", "\n".join(cells), re.M)).split():
             for file in sorted(path.parent.glob(pattern)):
