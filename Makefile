@@ -27,8 +27,8 @@ notebooks: $(VENV)/.ready-dev ## run notebooks whose stamp is not true, and a te
 outputs: $(VENV)/.ready-dev ## run notebooks whose stamp is not true, keep their outputs and stamp them
 	$(BIN)/python tools/notebooks.py run --stale
 
-pytest: $(VENV)/.ready-dev ## two at a time, each on one core; the half that is done early takes over from the other
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+pytest: $(VENV)/.ready-dev ## two files at a time, each on one core, the longest first
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: $(VENV)/.ready-dev ## posttrain against TRL, side by side in one run
 	$(BIN)/python benchmarks/sft.py

@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from gsm8k import bpe_tokenizer, gsm8k, gsm8k_pairs, ten_million
+from gsm8k import bpe_tokenizer, gsm8k, gsm8k_pairs, needs_gsm8k, ten_million
 from posttrain import DPOConfig, DPOTrainer, pocket
 from posttrain.data.collate import collate_pairs
 from posttrain.foundations.preferences import margin_loss
@@ -50,7 +50,7 @@ def adapter(**kw):
 
 
 # ---------------------------------------------------------------- learning
-@pytest.mark.slow
+@needs_gsm8k
 def test_gsm8k_right_against_wrong_solutions(config):
     data = gsm8k_pairs(800)
     tokenizer = bpe_tokenizer([*gsm8k(n=2000), *data])

@@ -15,6 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SLOWEST = 10
+# Whole files to each of two workers, in the order of tests/conftest.py.
+TWO_WORKERS = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
 
 
 @dataclass
@@ -86,7 +88,7 @@ def run_suite(everything: bool, folder: Path) -> int:
         return checked
     which = [] if everything else ["--stale"]
     ran, run_time = step("notebooks", [*tool, "test", *which, "--report", str(notebooks)])
-    pytest = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "worksteal", f"--junitxml={tests}"]
+    pytest = [sys.executable, "-m", "pytest", *TWO_WORKERS, f"--junitxml={tests}"]
     live = {"POSTTRAIN_LIVE": "1"} if everything else {}
     tested, test_time = step("tests", pytest, {"OMP_NUM_THREADS": "1", **live})
 
