@@ -1,5 +1,6 @@
 """What every test needs: no network, no telemetry, a fixed seed, short quiet runs. And the order of files, and what CI may not skip."""
 import os
+import sys
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
 
@@ -8,6 +9,7 @@ import pytest
 from gsm8k import may_be_missing
 
 # Files that take a minute or more. Workers take whole files (so that each makes its engines and models once), these first.
+COUNTS = {}
 LONG = ("test_online", "test_vllm", "test_grpo", "test_dpo", "test_browser", "test_grpo_parity", "test_dpo_parity",
         "test_distributed", "test_parity", "test_sft", "test_compat", "test_sampling")
 
@@ -34,6 +36,25 @@ def pytest_runtest_makereport(item, call):
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector):
     return not_on_ci((yield))
+
+
+def pytest_sessionfinish(session):
+    """A worker tells how it got the answers of TRL's trainers."""
+    if hasattr(session.config, "workeroutput") and "oracle" in sys.modules:
+        session.config.workeroutput["oracles"] = sys.modules["oracle"].COUNTS
+
+
+def pytest_testnodedown(node, error):
+    for kind, count in getattr(node, "workeroutput", {}).get("oracles", {}).items():
+        COUNTS[kind] = COUNTS.get(kind, 0) + count
+
+
+def pytest_terminal_summary(terminalreporter):
+    counts = COUNTS or (sys.modules["oracle"].COUNTS if "oracle" in sys.modules else {})
+    if any(counts.values()):
+        changed = f", {counts['changed']} live because their inputs changed: python tests/oracles/record.py"
+        terminalreporter.write_line(f"answers of TRL: {counts['recorded']} recorded, {counts['live']} live and compared"
+                                    + (changed if counts["changed"] else ""))
 
 
 @pytest.fixture(autouse=True)
