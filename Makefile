@@ -1,24 +1,34 @@
-# Two commands matter: `make demo` (watch a model learn) and `make test` (everything that CI checks).
+# Two commands matter: `make demo` (watch a model learn) and `make test` (what CI checks).
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 BUILD_FILES := constraints.txt settings.ini setup.py pyproject.toml
 
-.PHONY: demo test check notebooks pytest bench docs clean
+.PHONY: demo test test-all check lint notebooks pytest outputs bench clean
 
 demo: $(VENV)/.ready-demo ## train the pocket model, print accuracy before and after, draw the curve
 	$(BIN)/posttrain demo
 
-test: check notebooks pytest ## everything that CI checks
+test: $(VENV)/.ready-dev ## check, notebooks and pytest, and a report at the end: what CI runs for every change
+	$(BIN)/python tools/suite.py
 
-check: $(VENV)/.ready-dev ## export in sync, notebooks clean, executed and well-formed, README up to date
+test-all: $(VENV)/.ready-dev ## the same, but every notebook runs and every oracle is live: what CI runs each night
+	$(BIN)/python tools/suite.py --all
+
+check: $(VENV)/.ready-dev ## lint, export in sync, notebooks clean, executed and well-formed, README up to date
 	$(BIN)/python tools/notebooks.py check
 
-notebooks: $(VENV)/.ready-dev ## run every notebook; every assert in them must hold
-	$(BIN)/python tools/notebooks.py test --workers 2
+lint: $(VENV)/.ready-dev ## ruff over the package, notebooks, tests and tools; part of check
+	$(BIN)/python tools/notebooks.py lint
 
-pytest: $(VENV)/.ready-dev ## two at a time, each on one core; the half that is done early takes over from the other
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+notebooks: $(VENV)/.ready-dev ## run notebooks whose stamp is not true, and a tenth of the others
+	$(BIN)/python tools/notebooks.py test --stale
+
+outputs: $(VENV)/.ready-dev ## run notebooks whose stamp is not true, keep their outputs and stamp them
+	$(BIN)/python tools/notebooks.py run --stale
+
+pytest: $(VENV)/.ready-dev ## two files at a time, each on one core, the longest first
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: $(VENV)/.ready-dev ## posttrain against TRL, side by side in one run
 	$(BIN)/python benchmarks/sft.py

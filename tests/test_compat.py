@@ -41,8 +41,16 @@ def run(tmp_path, path=None):
     return json.loads(done.stdout.split("RESULT")[1])
 
 
+def install_old(folder, *requirements):
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--retries", "1", "--target", str(folder)]
+    done = subprocess.run([*pip, *requirements], capture_output=True, text=True)
+    if "Failed to establish a new connection" in done.stderr or "Temporary failure in name resolution" in done.stderr:
+        pytest.skip("no network: the oldest transformers cannot be installed beside the newest")
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_oldest_transformers_trains_the_same(tmp_path, oldest):
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path / "old"), f"transformers=={oldest}.*", "tokenizers==0.22.*", "huggingface-hub>=1.5,<2"], check=True, capture_output=True)
+    install_old(tmp_path / "old", f"transformers=={oldest}.*", "tokenizers==0.22.*", "huggingface-hub>=1.5,<2")
     old, new = run(tmp_path, tmp_path / "old"), run(tmp_path)
     assert old["version"].startswith(oldest) and not new["version"].startswith(oldest)
     for key in ("full", "lora", "dpo", "dpo lora"):

@@ -22,23 +22,37 @@ SCRIPT = LEAVE + """
 import json, os, sys, torch
 import posttrain
 from posttrain import pocket
-out, size, accumulate, options = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
-method = options.pop("method", "SFT")
-def data(**kw):
+
+def data(method, **kw):
     if method == "SFT": return pocket.dataset("reverse", "prompt_completion", **kw)
     rows = pocket.dataset("sort", "preference", **kw)
-    return rows.map(lambda row, i: {"rejected": row["rejected"][: 2 + i % 3] if i % 2 else row["rejected"] + row["chosen"][:3]}, with_indices=True)
-rows = data(n=64, seed=1)
-if options.pop("stream", False): rows = rows.to_iterable_dataset()
-args = getattr(posttrain, method + "Config")(out, use_cpu=True, ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None, optim="sgd", lr_scheduler_type="constant", max_grad_norm=1e9, max_steps=2, per_device_train_batch_size=size,
-                 gradient_accumulation_steps=accumulate, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, train_sampling_strategy="sequential", **{"learning_rate": 1.0, **options})
-model = pocket.model(seed=0)
-trainer = getattr(posttrain, method + "Trainer")(model, args=args, train_dataset=rows, eval_dataset=data(n=16, seed=2, split="test"), processing_class=pocket.tokenizer())
-trainer.train()
-metrics = trainer.evaluate()
-if trainer.accelerator.is_main_process:
-    torch.save(torch.cat([p.detach().flatten() for p in model.parameters()]), out + "/weights.pt")
-    json.dump({"log": [r for r in trainer.state.log_history if "loss" in r], "eval": metrics, "processes": trainer.accelerator.num_processes}, open(out + "/log.json", "w"))
+    def unequal(row, i):
+        return {"rejected": row["rejected"][: 2 + i % 3] if i % 2 else row["rejected"] + row["chosen"][:3]}
+    return rows.map(unequal, with_indices=True)
+
+def train(out, method, size, accumulate, stream=False, **options):
+    os.makedirs(out, exist_ok=True)  # two processes make it
+    rows = data(method, n=64, seed=1)
+    backend = "gloo" if "WORLD_SIZE" in os.environ else None
+    args = getattr(posttrain, method + "Config")(out, **{**dict(
+        use_cpu=True, ddp_backend=backend, optim="sgd", lr_scheduler_type="constant", max_grad_norm=1e9, max_steps=2,
+        per_device_train_batch_size=size, gradient_accumulation_steps=accumulate, logging_steps=1, save_strategy="no",
+        report_to="none", disable_tqdm=True, train_sampling_strategy="sequential", learning_rate=1.0), **options})
+    model = pocket.model(seed=0)
+    trainer = getattr(posttrain, method + "Trainer")(
+        model, args=args, train_dataset=rows.to_iterable_dataset() if stream else rows,
+        eval_dataset=data(method, n=16, seed=2, split="test"), processing_class=pocket.tokenizer())
+    trainer.train()
+    metrics = trainer.evaluate()
+    if trainer.accelerator.is_main_process:
+        torch.save(torch.cat([p.detach().flatten() for p in model.parameters()]), out + "/weights.pt")
+        log = [r for r in trainer.state.log_history if "loss" in r]
+        with open(out + "/log.json", "w") as file:
+            json.dump({"log": log, "eval": metrics, "processes": trainer.accelerator.num_processes}, file)
+    return trainer
+
+for job in json.load(open(sys.argv[1])):
+    trainer = train(**{**job, "out": sys.argv[2] + "/" + job["out"]})
 leave(trainer.accelerator.wait_for_everyone)
 """
 
@@ -78,45 +92,67 @@ leave(dist.barrier)
 
 
 def launch(processes, *command):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else [sys.executable]
-    done = subprocess.run([*launcher, *command], capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"})
+    one = [sys.executable]
+    several = [*one, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run([*(several if processes > 1 else one), *command], capture_output=True, text=True,
+                          timeout=500, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def train(folder, processes, size, accumulate, **options):
-    folder.mkdir()
+SFT = {"nll": {}, "packed dft": {"loss_type": "dft", "packing": True, "max_length": 48}, "stream": {"stream": True}}
+DPO = {"losses that sort": {"loss_type": ["sigmoid", "aot", "aot_unpaired", "sft"]},
+       "precomputed": {"precompute_ref_log_probs": True, "loss_type": ["ipo"]},
+       "following reference": {"sync_ref_model": True, "ref_model_sync_steps": 1}}
+# One pass over eight rows; on two processes two passes over two rows each, and for one case one pass over four.
+ALONE = [*(dict(options, method="SFT", out=name, size=8, accumulate=1) for name, options in SFT.items()),
+         *(dict(options, method="DPO", out=name, size=8, accumulate=1, learning_rate=.1) for name, options in DPO.items())]
+TOGETHER = [*(dict(job, size=2, accumulate=2) for job in ALONE), dict(ALONE[0], out="nll, whole", size=4)]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """All jobs in one process and in two: (processes, name) -> weights and log. To start a process takes seconds."""
+    folder, found = tmp_path_factory.mktemp("runs"), {}
     (folder / "train.py").write_text(SCRIPT)
-    launch(processes, str(folder / "train.py"), str(folder), str(size), str(accumulate), json.dumps(options))
-    return torch.load(folder / "weights.pt"), json.loads((folder / "log.json").read_text())
+    for processes, jobs in ((1, ALONE), (2, TOGETHER)):
+        here = folder / str(processes)
+        here.mkdir()
+        (here / "jobs.json").write_text(json.dumps(jobs))
+        launch(processes, str(folder / "train.py"), str(here / "jobs.json"), str(here))
+        for job in jobs:
+            log = json.loads((here / job["out"] / "log.json").read_text())
+            found[processes, job["out"]] = torch.load(here / job["out"] / "weights.pt"), log
+    return found
 
 
-@pytest.mark.parametrize("options", [{}, {"loss_type": "dft", "packing": True, "max_length": 48}, {"stream": True}], ids=["nll", "packed dft", "stream"])
-def test_two_processes_are_one(tmp_path, options):
-    alone, log = train(tmp_path / "one", 1, 8, 1, **options)
-    cuts = [("two accumulating", 2, 2)] + ([] if options else [("two", 4, 1)])
-    for name, size, accumulate in cuts:
-        together, other = train(tmp_path / name, 2, size, accumulate, **options)
-        assert other["processes"] == 2
-        assert torch.allclose(alone, together, atol=1e-5), (name, (alone - together).abs().max())
-        for a, b in zip(log["log"], other["log"], strict=True):
-            for key in ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens"):
-                assert abs(a[key] - b[key]) <= 1e-4 * max(1, abs(a[key])), (name, key, a[key], b[key])
-        # 16 rows: with a number that does not divide evenly, accelerate evaluates a few rows twice
-        assert abs(log["eval"]["eval_loss"] - other["eval"]["eval_loss"]) < 1e-4
-
-
-@pytest.mark.parametrize("options", [{"loss_type": ["sigmoid", "aot", "aot_unpaired", "sft"]}, {"precompute_ref_log_probs": True, "loss_type": ["ipo"]}, {"sync_ref_model": True, "ref_model_sync_steps": 1}],
-                         ids=["losses that sort", "precomputed", "following reference"])
-def test_two_processes_learn_from_pairs_as_one(tmp_path, options):
-    options = {"method": "DPO", "learning_rate": .1, **options}
-    alone, log = train(tmp_path / "one", 1, 8, 1, **options)
-    together, other = train(tmp_path / "two", 2, 2, 2, **options)
-    assert other["processes"] == 2 and torch.allclose(alone, together, atol=1e-5), (alone - together).abs().max()
+def agree(one, two, keys):
+    """The same weights, and the same metrics in each step."""
+    (alone, log), (together, other) = one, two
+    assert log["processes"] == 1 and other["processes"] == 2
+    assert torch.allclose(alone, together, atol=1e-5), (alone - together).abs().max()
     for a, b in zip(log["log"], other["log"], strict=True):
-        for key in ("loss", "grad_norm", "rewards/margins", "rewards/accuracies", "logps/chosen", "logits/rejected", "entropy", "mean_token_accuracy", "num_tokens"):
-            if key == "rewards/accuracies" and abs(a["rewards/margins"]) < 1e-6: continue  # a tie but for rounding: the policy is the reference
+        for key in keys:
+            # A tie but for rounding: the policy is the reference.
+            if key == "rewards/accuracies" and abs(a["rewards/margins"]) < 1e-6: continue
             assert abs(a[key] - b[key]) <= 1e-4 * max(1, abs(a[key])), (key, a[key], b[key])
-    if "aot" not in options.get("loss_type", ()): assert abs(log["eval"]["eval_loss"] - other["eval"]["eval_loss"]) < 1e-4  # a sort in evaluation is that of a batch
+
+
+# In evaluation 16 rows: with a number that does not divide evenly, accelerate evaluates a few rows twice.
+@pytest.mark.parametrize("name", SFT)
+def test_two_processes_are_one(runs, name):
+    for cut in [name] + (["nll, whole"] if name == "nll" else []):
+        agree(runs[1, name], runs[2, cut], ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens"))
+        assert abs(runs[1, name][1]["eval"]["eval_loss"] - runs[2, cut][1]["eval"]["eval_loss"]) < 1e-4
+
+
+@pytest.mark.parametrize("name", DPO)
+def test_two_processes_learn_from_pairs_as_one(runs, name):
+    one, two = runs[1, name], runs[2, name]
+    agree(one, two, ("loss", "grad_norm", "rewards/margins", "rewards/accuracies", "logps/chosen", "logits/rejected",
+                     "entropy", "mean_token_accuracy", "num_tokens"))
+    # A loss that sorts compares with others of its batch: in evaluation, of that process.
+    if name != "losses that sort": assert abs(one[1]["eval"]["eval_loss"] - two[1]["eval"]["eval_loss"]) < 1e-4
 
 
 def test_fsdp2_gathers_and_reduces_through_the_head(tmp_path):

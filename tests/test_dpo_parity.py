@@ -7,8 +7,10 @@ import json
 import pytest
 import torch
 
+from oracle import Answer, oracle
 from posttrain import DPOConfig, DPOTrainer, pocket
 from posttrain.offline.preference_zoo import PAIR_LOSSES
+from stamps import short_hash
 
 pytestmark = pytest.mark.parity
 LOGGED = ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens", "rewards/chosen", "rewards/rejected", "rewards/accuracies",
@@ -55,17 +57,26 @@ def one_step(trainer_class, config_class, models, dataset, options, peft=None):
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
     trainer.train()
     gradient = {n: before[n] - p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}
-    return gradient, next(row for row in trainer.state.log_history if "loss" in row)
+    row = next(row for row in trainer.state.log_history if "loss" in row)
+    return Answer([torch.cat([g.flatten() for g in gradient.values()])], [{**row, "trained": short_hash(*gradient)}])
 
 
 def same(ours, theirs, skip=(), norm=1e-3):
-    (gradient, mine), (other, their) = ours, theirs
-    assert gradient.keys() == other.keys()
-    a, b = (torch.cat([g[n].flatten() for n in g]) for g in (gradient, other))
+    (a,), (b,), (mine,), (their,) = ours.gradients, theirs.gradients, ours.logs, theirs.logs
+    assert mine["trained"] == their["trained"], "other names of weights"
     assert b.norm() > norm
     assert (a - b).norm() <= 1e-5 * max(1, b.norm()), f"gradients differ by {(a - b).norm():.2e} of {b.norm():.2e}"
     for key in LOGGED:
         if key not in skip: assert abs(mine[key] - their[key]) <= 1e-5 * max(1, abs(their[key])), f"{key}: {mine[key]} against TRL's {their[key]}"
+
+
+def both(name, trl, config, models, dataset, options, peft=None):
+    """Our step, and TRL's on the same rows, live or recorded. `dataset` is a function that makes them."""
+    options = config(**options)
+    inputs = [one_step, models, dataset(), {**options, "output_dir": None}, peft]
+    theirs = oracle(name, inputs, lambda: one_step(trl.DPOTrainer, trl.DPOConfig, models, dataset(), options, peft),
+                    "test_dpo_parity")
+    return one_step(DPOTrainer, DPOConfig, models, dataset(), options, peft), theirs
 
 
 BATCH = dict(per_device_train_batch_size=ROWS)
@@ -89,8 +100,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_loss_gradient_and_metrics_equal_trl(case, config, trl, models):
-    options = config(**{**BATCH, **CASES[case]})
-    same(one_step(DPOTrainer, DPOConfig, models, rows(), options), one_step(trl.DPOTrainer, trl.DPOConfig, models, rows(), options), norm=1e-5)
+    same(*both(case, trl, config, models, rows, {**BATCH, **CASES[case]}), norm=1e-5)
 
 
 def chats(**columns): return rows(conversational=True).map(lambda row: columns)
@@ -108,8 +118,8 @@ DATA = {
 
 @pytest.mark.parametrize("case", DATA)
 def test_every_form_of_data(case, config, trl, models):
-    options = config(**BATCH, loss_type=["sigmoid", "sigmoid_norm", "sft"])
-    same(*(one_step(t, c, models, DATA[case](), options) for t, c in ((DPOTrainer, DPOConfig), (trl.DPOTrainer, trl.DPOConfig))))
+    options = dict(**BATCH, loss_type=["sigmoid", "sigmoid_norm", "sft"])
+    same(*both(f"data: {case}", trl, config, models, DATA[case], options))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -119,7 +129,7 @@ def test_other_models(family, config, trl):
     n = len(pocket.tokenizer())
     model = {"llama": lambda: LlamaForCausalLM(LlamaConfig(vocab_size=n, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=False)),
              "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=n, n_embd=32, n_layer=2, n_head=2, n_positions=128, bos_token_id=1, eos_token_id=1))}[family]()  # with dropout .1
-    same(*(one_step(t, c, (moved(model, 1, .3), model), rows(), config(**BATCH)) for t, c in ((DPOTrainer, DPOConfig), (trl.DPOTrainer, trl.DPOConfig))))
+    same(*both(f"model: {family}", trl, config, (moved(model, 1, .3), model), rows, BATCH))
 
 
 def test_defaults_are_trls(trl, tmp_path):
@@ -148,8 +158,9 @@ def lora(trained):
 @pytest.mark.parametrize("loss", list(PAIR_LOSSES))
 def test_with_an_adapter(loss, trained, config, trl, models):
     """A PEFT model as the policy: the reference is the adapter as it came."""
-    options = config(**BATCH, loss_type=[loss], label_smoothing=1e-3 if loss == "exo_pair" else 0.0)
-    same(*(one_step(t, c, models, rows(), options, lora(trained)) for t, c in ((DPOTrainer, DPOConfig), (trl.DPOTrainer, trl.DPOConfig))), norm=1e-6)
+    options = dict(**BATCH, loss_type=[loss], label_smoothing=1e-3 if loss == "exo_pair" else 0.0)
+    name = f"adapter: {loss}, {'trained' if trained else 'fresh'}"
+    same(*both(name, trl, config, models, rows, options, lora(trained)), norm=1e-6)
 
 
 def test_a_fresh_adapter_refers_to_the_model_without_it(config, trl, models):
@@ -170,14 +181,14 @@ def test_where_trl_is_wrong(config, trl, models):
     """Label smoothing, which TRL's sigmoid drops; WPO with losses that it cannot weigh; what ours does instead, to the digit."""
     from posttrain.foundations.preferences import margin_loss
     plain, smooth = config(**BATCH, loss_type=["sigmoid"]), config(**BATCH, loss_type=["sigmoid"], label_smoothing=.2)
-    theirs = [one_step(trl.DPOTrainer, trl.DPOConfig, models, rows(), o)[1]["loss"] for o in (plain, smooth)]
+    theirs = [one_step(trl.DPOTrainer, trl.DPOConfig, models, rows(), o).logs[0]["loss"] for o in (plain, smooth)]
     assert theirs[0] == theirs[1], "TRL takes label_smoothing into account now: compare it"
-    ours = [one_step(DPOTrainer, DPOConfig, models, rows(), o)[1] for o in (plain, smooth)]
+    ours = [one_step(DPOTrainer, DPOConfig, models, rows(), o).logs[0] for o in (plain, smooth)]
     assert abs(ours[0]["loss"] - theirs[0]) < 1e-5
     # softplus(m) = softplus(-m) + m, so cDPO's mean is DPO's plus eps times the mean margin
     assert abs(ours[1]["loss"] - (ours[0]["loss"] + .2 * ours[0]["rewards/margins"])) < 1e-5
     assert float(margin_loss(torch.tensor(1.0), label_smoothing=.2)) > float(margin_loss(torch.tensor(1.0)))
     weighted = config(**BATCH, use_weighting=True, loss_type=["sft"])
     with pytest.raises(RuntimeError): one_step(trl.DPOTrainer, trl.DPOConfig, models, rows(), weighted)
-    gradient, logged = one_step(DPOTrainer, DPOConfig, models, rows(), weighted)
+    logged, = one_step(DPOTrainer, DPOConfig, models, rows(), weighted).logs
     assert 0 < logged["loss"] < ours[0]["loss"] + 20 and logged["grad_norm"] > 0

@@ -8,7 +8,9 @@ import gc
 import hashlib
 import itertools
 import math
+import os
 import random
+from operator import attrgetter
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +18,7 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 
+from oracle import Answer, described, oracle, stamps
 from posttrain import GRPOConfig, GRPOTrainer, pocket
 from posttrain.foundations.layouts import make_batch
 from posttrain.online.policy_zoo import LOSS_TYPES
@@ -156,7 +159,16 @@ def same(ours, theirs, skip=(), tolerance=1e-5):
         for key in set(ALWAYS) - set(skip): assert key in mine and key in their, key
 
 
-def both(trl, config, models, **options): return [run(which, trl, config, models, **options) for which in ("ours", "trl")]
+def their_run(trl, config, models, **options):
+    """TRL's run, live or recorded; its record has the test's name, and a mark where a test has several."""
+    test = os.environ["PYTEST_CURRENT_TEST"].split("::", 1)[1].removesuffix(" (call)").removeprefix("test_")
+    inputs = [run, models, {**config(), "output_dir": None}, options]
+    live = lambda: Answer(*attrgetter("gradients", "logs", "eval")(run("trl", trl, config, models, **options)))
+    return oracle(f"{test} {stamps.short_hash(described(options))[:4]}", inputs, live, "test_grpo_parity")
+
+
+def both(trl, config, models, **options):
+    return [run("ours", trl, config, models, **options), their_run(trl, config, models, **options)]
 
 
 # ------------------------------------------------ one step, on policy
@@ -292,7 +304,7 @@ def test_an_adapter_and_the_model_without_it(trl, config, models):
 def test_evaluation(options, trl, config, models):
     g = options.get("num_generations_eval", G)
     # TRL counts completions in an evaluation batch, here prompts are counted
-    ours, theirs = run("ours", trl, config, models, evaluate=True, per_device_eval_batch_size=4, **options), run("trl", trl, config, models, evaluate=True, per_device_eval_batch_size=4 * g, **options)
+    ours, theirs = run("ours", trl, config, models, evaluate=True, per_device_eval_batch_size=4, **options), their_run(trl, config, models, evaluate=True, per_device_eval_batch_size=4 * g, **options)
     for key in set(theirs.eval) - {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_num_tokens", "epoch", "step"}:
         if not key.startswith("eval_profiling"): assert close(ours.eval[key], theirs.eval[key]), f"{key}: {ours.eval[key]} against TRL's {theirs.eval[key]}"
     assert "eval_reward" in theirs.eval and "eval_rewards/noise/mean" in ours.eval
@@ -405,7 +417,7 @@ def test_a_foreign_sampler_without_vllm(trl, config, models):
 
 def test_far_away_a_ratio_stays_finite(trl, config, models):
     """A learning rate that throws the policy out of the window: TRL's ratio overflows and the weights are NaN from the next step on; ours are held below e^20."""
-    ours, theirs = both(trl, config, models, steps=3, num_iterations=3, beta=.1, learning_rate=1.0)
+    ours, theirs = (run(who, trl, config, models, steps=3, num_iterations=3, beta=.1, learning_rate=1.0) for who in ("ours", "trl"))
     assert theirs.gradients[2].isnan().any() and not ours.gradients[2].isnan().any()
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+from oracle import Answer, oracle
 from posttrain import SFTConfig, SFTTrainer, pocket
 
 pytestmark = pytest.mark.parity
@@ -52,14 +53,17 @@ def one_step(trainer_class, config_class, dataset, options):
     trainer = trainer_class(model=model, args=args, train_dataset=dataset, processing_class=pocket.tokenizer())
     trainer.train()
     gradient = torch.cat([(b - a.detach()).flatten() for a, b in zip(model.parameters(), before)])
-    return gradient, next(row for row in trainer.state.log_history if "loss" in row)
+    return Answer([gradient], [next(row for row in trainer.state.log_history if "loss" in row)])
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_loss_gradient_and_metrics_equal_trl(case, config, trl):
     make, options = CASES[case]
-    ours, mine = one_step(SFTTrainer, SFTConfig, make(), config(**options))
-    theirs, other = one_step(trl.SFTTrainer, trl.SFTConfig, make(), config(**options))
+    answer = one_step(SFTTrainer, SFTConfig, make(), config(**options))
+    inputs = [one_step, pocket.start("add")[0], make(), {**config(**options), "output_dir": None}]
+    recorded = oracle(case, inputs, lambda: one_step(trl.SFTTrainer, trl.SFTConfig, make(), config(**options)), "test_parity")
+    (ours,), (theirs,) = answer.gradients, recorded.gradients
+    (mine,), (other,) = answer.logs, recorded.logs
     assert ours.norm() > 1e-3
     assert (ours - theirs).norm() <= 1e-5 * max(1, theirs.norm()), f"gradients differ by {(ours - theirs).norm():.2e} of {theirs.norm():.2e}"
     averaged = options.get("gradient_accumulation_steps", 1) > 1  # TRL averages these two over micro-batches, we over tokens

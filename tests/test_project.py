@@ -115,9 +115,13 @@ def test_readme_leads_to_every_notebook():
 
 def test_the_workflow_runs_what_ci_runs():
     import yaml
-    steps = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["test"]["steps"]
-    assert steps[-1]["run"] == "bash .ci/run"
-    assert (ROOT / ".ci/run").read_text().rstrip().endswith("make test")
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    steps = workflow["jobs"]["test"]["steps"]
+    nightly = "(github.event_name == 'schedule' || github.event_name == 'workflow_dispatch')"
+    assert steps[-1]["run"] == f"bash .ci/run ${{{{ {nightly} && 'test-all' || 'test' }}}}"
+    # YAML reads the key `on` as true.
+    assert "schedule" in workflow[True]
+    assert (ROOT / ".ci/run").read_text().rstrip().endswith('make "${1:-test}"')
 
 
 def test_contributing_shows_the_newest_preference_loss_as_it_is():

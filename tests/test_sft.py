@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
-from gsm8k import bpe_tokenizer, gsm8k, ten_million
+from gsm8k import bpe_tokenizer, gsm8k, needs_gsm8k, ten_million
 from posttrain import SFTConfig, SFTTrainer, pocket
 
 
@@ -31,7 +31,7 @@ def losses(trainer):
 
 
 # ---------------------------------------------------------------- learning
-@pytest.mark.slow
+@needs_gsm8k
 def test_gsm8k_packed_with_a_trained_bpe_tokenizer(config):
     data = gsm8k(n=2000)
     tokenizer = bpe_tokenizer(data)

@@ -1,14 +1,17 @@
 """tools/notebooks.py on small made-up projects: it lets a good notebook pass and finds each kind of damage."""
-import importlib.util
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-spec = importlib.util.spec_from_file_location("notebooks", Path(__file__).parent.parent / "tools" / "notebooks.py")
-tools = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tools)
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+import notebooks as tools
+import stamps
+import suite
 
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="  # one pixel
 TEXT = """# %% [markdown]
@@ -41,7 +44,7 @@ def project(tmp_path, monkeypatch):
 def save(path, *cells, stamped=True):
     """A notebook, as if it had been run if `stamped`."""
     nb = new_notebook(cells=list(cells))
-    if stamped: nb.metadata["posttrain"] = {"source": tools.stamp(nb)}
+    if stamped: nb.metadata["posttrain"] = {"source": stamps.code_stamp(tools.code_cells(nb))}
     path.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(nb, path)
     return path
@@ -171,7 +174,7 @@ def test_a_failing_assert_fails_the_test_run(project, capsys):
     wrong = save(project / "nbs/b.ipynb", *GOOD, code("assert double(1) == 3"))
     skipped = save(project / "nbs/c.ipynb", *GOOD, code("#| eval: false\nassert False"))
     before = wrong.read_bytes()
-    assert tools.test_all([good, wrong, skipped], workers=1) == 1
+    assert tools.execute_all([good, wrong, skipped], workers=1, stale=False, keep=False) == 1
     said = capsys.readouterr().out
     assert "FAIL nbs/b.ipynb" in said and "AssertionError" in said and "2 passed, 1 failed" in said
     assert wrong.read_bytes() == before
@@ -184,7 +187,7 @@ def test_tidy_outputs():
     tools.tidy_outputs(nb)
     stream, picture = nb.cells[0].outputs
     assert stream.text == "kept" and picture.data == {"text/plain": "Box()", "text/html": "<svg/>"}
-    assert "widgets" not in nb.metadata and nb.metadata["posttrain"]["source"] == tools.stamp(nb)
+    assert "widgets" not in nb.metadata and tools.is_as_run(nb)
 
 
 def test_readme(project):
@@ -232,3 +235,282 @@ def test_check_fails_as_a_command(project, capsys, monkeypatch):
     assert tools.main() == 0 and "agree" in capsys.readouterr().out
     save(project / "nbs/a.ipynb", *DAMAGE["holds an error output"])
     assert tools.main() == 1 and "nbs/a.ipynb: code cell 2 holds an error output" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- stamps
+BASE = "from toy.low import twice\n\n\ndef four(x):\n    return twice(twice(x))\n"
+USES = [md("# Uses"), code("from toy.high import four\nassert four(1) == 4")]
+
+
+@pytest.fixture
+def package(project):
+    """toy.high imports toy.low inside a function; toy.other is imported by nobody; toy.Public leads to toy.high."""
+    files = {"low": "def twice(x): return 2 * x\n", "other": "def half(x): return x / 2\n",
+             "high": "def four(x):\n    from .low import twice\n    return twice(twice(x))\n",
+             "__init__": '_HOMES = {"Public": "high", "Half": "other"}\n\n\ndef __getattr__(name): ...\n'}
+    for name, text in files.items():
+        (project / f"toy/{name}.py").write_text(text)
+    (project / "constraints.txt").write_text("torch==1.0\n")
+    return project
+
+
+def stamp_of(path):
+    return stamps.Dependencies(tools.ROOT, tools.PACKAGE).stamp(path, tools.code_cells(tools.read(path)))
+
+
+def append(path, text):
+    path.write_text(path.read_text() + text)
+
+
+def changes(path, file, text):
+    """Whether the stamp of the notebook `path` changes when `text` is written at the end of `file`."""
+    before = stamp_of(path)
+    append(file, text)
+    return stamp_of(path) != before
+
+
+def test_stamp_covers_what_is_imported_at_any_depth(package):
+    path = save(package / "nbs/a.ipynb", *USES)
+    assert changes(path, package / "toy/low.py", "def thrice(x): return 3 * x\n")
+    assert changes(path, package / "toy/high.py", "EIGHT = 8\n")
+    assert changes(path, package / "toy/__init__.py", "def __dir__(): return []\n")
+    assert not changes(path, package / "toy/other.py", "THIRD = 1 / 3\n")
+
+
+def test_stamp_covers_versions(package, monkeypatch):
+    path = save(package / "nbs/a.ipynb", *USES)
+    assert changes(path, package / "constraints.txt", "numpy==2.0\n")
+    before = stamp_of(path)
+    monkeypatch.setattr(stamps.sys, "version_info", type("Version", (), {"major": 3, "minor": 99}))
+    assert stamp_of(path) != before
+
+
+def test_comments_and_line_breaks_do_not_count(package):
+    path = save(package / "nbs/a.ipynb", *USES)
+    before, run_with = stamp_of(path), tools.read(path)
+    low = package / "toy/low.py"
+    low.write_text("# A comment.\ndef twice(\n    x,  # a number\n):\n    return 2 * x\n")
+    run_with.cells[1].source = "from toy.high import (\n    four,\n)\n# one\nassert four(1) == 4  # 2 * 2"
+    nbformat.write(run_with, path)
+    assert stamp_of(path) == before
+    assert tools.is_as_run(run_with), "check, too, looks at the code alone"
+    run_with.cells[1].source = "#| eval: false\n" + run_with.cells[1].source
+    nbformat.write(run_with, path)
+    assert stamp_of(path) != before, "a directive says what is run"
+
+
+def test_who_reads_sources_depends_on_their_text(package):
+    reads = code("import inspect\nfrom toy.high import four\nprint(inspect.getsource(four))")
+    path = save(package / "nbs/a.ipynb", md("# Reads"), reads)
+    assert changes(path, package / "toy/high.py", "# a comment\n")
+    assert not changes(path, package / "toy/low.py", "# what it shows is of toy.high\n")
+    nb = tools.read(path)
+    nb.cells[1].source += "  # a comment"
+    assert not tools.is_as_run(nb)
+
+
+def test_a_module_that_reads_sources_depends_on_their_text(package):
+    reads = "import inspect\nfrom . import low\nTEXT = inspect.getsource(low)\n"
+    (package / "toy/reads.py").write_text(reads)
+    path = save(package / "nbs/a.ipynb", md("# Uses"), code("from toy.reads import TEXT"))
+    assert changes(path, package / "toy/low.py", "# a comment\n")
+
+
+EVERYTHING = {
+    "a program that it starts": "import subprocess, sys\nsubprocess.run([sys.executable, '-c', 'import toy.other'])",
+    "a line of the shell": "!python -m toy.other",
+    "a cell of the shell": "%%bash\npython -m toy.other",
+    "a name that is put together": "from importlib import import_module\nimport_module('toy.' + name)",
+    "the package handed on": "import toy\ngetattr(toy, name)",
+    "all public names": "import toy\ntoy.__all__",
+}
+
+
+@pytest.mark.parametrize("how", EVERYTHING)
+def test_what_may_import_anything_depends_on_everything(package, how):
+    path = save(package / "nbs/a.ipynb", md("# Anything"), code(EVERYTHING[how]))
+    assert changes(path, package / "toy/other.py", "THIRD = 1 / 3\n")
+
+
+ONE_MODULE = {
+    "a public name": "from toy import Public",
+    "an attribute of the package": "import toy\ntoy.Public",
+    "a module as an attribute": "import toy.high\ntoy.high.four(1)",
+    "a name in a call": "from importlib import import_module\nimport_module('toy.high')",
+    "beside a line of the shell": "![ -e /content ] && pip install -q toy\nfrom toy.high import four",
+    "inside a function": "def f():\n    from toy import high\n    return high.four(1)",
+}
+
+
+@pytest.mark.parametrize("how", ONE_MODULE)
+def test_which_module_is_imported(package, how):
+    path = save(package / "nbs/a.ipynb", md("# One"), code(ONE_MODULE[how]))
+    assert changes(path, package / "toy/low.py", "TWO = 2\n")
+    assert not changes(path, package / "toy/other.py", "THIRD = 1 / 3\n")
+
+
+def test_a_new_public_name_concerns_only_those_who_use_it(package):
+    path = save(package / "nbs/a.ipynb", md("# One"), code("from toy import Public"))
+    before = stamp_of(path)
+    init = package / "toy/__init__.py"
+    init.write_text(init.read_text().replace('"Half"', '"Third": "other", "Half"'))
+    assert stamp_of(path) == before
+    init.write_text(init.read_text().replace('"Public": "high"', '"Public": "other"'))
+    assert stamp_of(path) != before
+
+
+def test_a_notebook_depends_on_its_cells_and_not_on_the_module_that_it_exports(package):
+    cells = [md("# High"), code("#| default_exp high"), code("#| export\nfrom toy.low import twice"), code("twice(2)")]
+    path = save(package / "nbs/high.ipynb", *cells)
+    assert not changes(path, package / "toy/high.py", "EIGHT = 8\n")
+    assert changes(path, package / "toy/low.py", "TWO = 2\n")
+
+
+def test_files_that_a_notebook_reads(package):
+    path = save(package / "nbs/a.ipynb", md("# Reads"), code("#| reads: ../data/*.csv room/*.ipynb\n1"))
+    before = stamp_of(path)
+    (package / "data").mkdir()
+    (package / "data/a.csv").write_text("1")
+    assert stamp_of(path) != before
+    other = save(package / "nbs/room/b.ipynb", md("# B"), code("1"))
+    before = stamp_of(path)
+    save(other, md("# B"), code("2"))
+    assert stamp_of(path) == before, "of a notebook the prose is read"
+    save(other, md("# C"), code("2"))
+    assert stamp_of(path) != before
+
+
+def test_stamps_of_all_notebooks_are_made_quickly():
+    notebooks = {path: tools.code_cells(tools.read(path)) for path in tools.all_notebooks()}
+    start = tools.time.process_time()
+    dependencies = stamps.Dependencies(tools.ROOT, tools.PACKAGE)
+    assert all(dependencies.stamp(path, cells) for path, cells in notebooks.items())
+    # 3 s of one busy core for 68 notebooks; most of it is Python's parser.
+    assert tools.time.process_time() - start < .2 * len(notebooks)
+
+
+# ---------------------------------------------------------------- which notebooks run
+def execute(keep, stale=True):
+    return tools.execute_all(tools.all_notebooks(), workers=2, stale=stale, keep=keep)
+
+
+def quick_run(monkeypatch, wrong=()):
+    """Executing takes no time and fails for the notebooks in `wrong`. Returns the list of what was executed."""
+    ran = []
+    def executes(nb, cwd):
+        name = nb.cells[0].source.removeprefix("# ")
+        ran.append(name)
+        assert name not in wrong, "an assert of the notebook"
+    monkeypatch.setattr(tools, "execute", executes)
+    monkeypatch.setattr(tools, "write", lambda nb, path: nbformat.write(nb, path))
+    return ran
+
+
+def test_a_true_stamp_is_trusted_and_a_tenth_runs_anyway(package, monkeypatch, capsys):
+    names = [f"n{i:02}" for i in range(20)]
+    for name in names:
+        save(package / f"nbs/{name}.ipynb", md(f"# {name}"), code(f"from toy.{'low' if name < 'n05' else 'other'} import *"))
+    ran = quick_run(monkeypatch)
+    monkeypatch.setattr(stamps, "turn", lambda root: 7)
+    assert execute(keep=True) == 0 and sorted(ran) == names
+    ran.clear()
+    assert execute(keep=True) == 0 and ran == [], "run --stale has nothing to do"
+    assert execute(keep=False) == 0 and sorted(ran) == ["n07", "n17"]
+    output = capsys.readouterr().out
+    assert "this turn's tenth: nbs/n07.ipynb, nbs/n17.ipynb" in output
+    assert "18 taken from their stamps" in output
+    ran.clear()
+    append(package / "toy/low.py", "TWO = 2\n")
+    assert execute(keep=False) == 0 and sorted(ran) == ["n00", "n01", "n02", "n03", "n04", "n07", "n17"]
+    ran.clear()
+    assert execute(keep=False, stale=False) == 0 and sorted(ran) == names
+
+
+def test_ten_turns_run_every_notebook_once():
+    names = [f"n{i}" for i in range(68)]
+    picked = [stamps.tenth(names, turn) for turn in range(31, 41)]
+    assert set().union(*picked) == set(names) and sum(map(len, picked)) == len(names)
+    assert max(map(len, picked)) <= 7
+
+
+def test_the_turn_counts_commits_and_days_where_there_is_no_history(package, monkeypatch):
+    day = stamps.date.today().toordinal()
+    assert stamps.turn(package) in (day, day + 1), "no git"
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@example.org"]
+    subprocess.run([*git, "init", "-q"], cwd=package, check=True)
+    for n in (1, 2):
+        subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "one"], cwd=package, check=True)
+        assert stamps.turn(package) == n
+
+
+def test_a_notebook_that_failed_loses_its_stamp(package, monkeypatch):
+    for name in ("a", "b"):
+        save(package / f"nbs/{name}.ipynb", md(f"# {name}"), code("1"))
+    monkeypatch.setattr(stamps, "turn", lambda root: 0)
+    quick_run(monkeypatch)
+    assert execute(keep=True) == 0
+    quick_run(monkeypatch, wrong={"a"})
+    assert execute(keep=False) == 1, "the tenth of this turn"
+    monkeypatch.setattr(stamps, "turn", lambda root: 5)
+    ran = quick_run(monkeypatch, wrong={"a"})
+    assert execute(keep=False) == 1 and ran == ["a"], "it runs until it passes"
+    assert execute(keep=True) == 1 and "nbs/a.ipynb" not in stamps.read_records(tools.records_file())
+    quick_run(monkeypatch)
+    assert execute(keep=True) == 0 and execute(keep=False) == 0
+
+
+def test_check_does_not_mind_a_changed_import(package):
+    path = save(package / "nbs/a.ipynb", *USES)
+    append(package / "toy/low.py", "TWO = 2\n")
+    assert tools.check_notebook(path) == []
+
+
+def test_records(tmp_path):
+    file = tmp_path / "stamps.txt"
+    file.write_text("# head\na.ipynb 11 3.5\n<<<<<<< ours\na.ipynb 22 4\n")
+    records = stamps.read_records(file)
+    assert records == {"a.ipynb": stamps.Record({"11", "22"}, 4.0)}, "after a merge the runs of both sides count"
+    stamps.write_records(file, records)
+    assert stamps.read_records(file) == records
+    assert stamps.rounded(3.0, 4.0) == 4.0 and stamps.rounded(9.04, 4.0) == 9.0 and stamps.rounded(3.04, None) == 3.0
+
+
+def test_the_slowest_start_first(package, monkeypatch):
+    paths = [save(package / f"nbs/{name}.ipynb", md(f"# {name}")) for name in "abc"]
+    seconds = {"nbs/a.ipynb": 3.0, "nbs/c.ipynb": 9.0}
+    stamps.write_records(tools.records_file(), {name: stamps.Record({"0"}, s) for name, s in seconds.items()})
+    assert [p.stem for p in tools.slowest_first(paths)] == ["b", "c", "a"], "a new one may be long"
+
+
+# ---------------------------------------------------------------- the report of the suite
+JUNIT = """<testsuites><testsuite><testcase classname="tests.test_a" name="test_long" time="12.5"/>
+<testcase classname="tests.test_a" name="test_short" time="0.1"><failure message="no"/></testcase>
+<testcase classname="tests.test_b" name="test_c" time="0"><skipped message="GSM8K is not here"/></testcase>
+</testsuite></testsuites>"""
+
+
+def test_the_report_tells_what_was_run_and_what_was_slow(tmp_path):
+    (tmp_path / "tests.xml").write_text(JUNIT)
+    part = suite.tests_part(tmp_path / "tests.xml")
+    assert part.failed == ["test_a::test_short"] and list(part.ran) == ["test_a::test_long", "test_a::test_short"]
+    text = "\n".join(suite.describe("tests", part))
+    assert "tests: 2 run, 1 left out, 1 failed" in text and "FAILED test_a::test_short" in text
+    assert "1 left out, GSM8K is not here: test_b::test_c" in text and "12.5 s  test_a::test_long" in text
+    result = {"run": [{"name": "a.ipynb", "seconds": 3, "error": "", "stamp": "1"}], "picked": [], "stamped": ["b.ipynb"]}
+    (tmp_path / "notebooks.json").write_text(json.dumps(result))
+    text = "\n".join(suite.describe("notebooks", suite.notebooks_part(tmp_path / "notebooks.json")))
+    assert "notebooks: 1 run, 1 left out, 0 failed" in text and "1 left out, its stamp is true: b.ipynb" in text
+
+
+@pytest.mark.parametrize("failing, status", [("nothing", 0), ("check", 1), ("test", 1), ("pytest", 1)])
+def test_a_part_that_fails_fails_the_suite(tmp_path, monkeypatch, capsys, failing, status):
+    ran = []
+    def pretend(command, **kw):
+        part = next(p for p in ("check", "test", "pytest") if p in command)
+        ran.append(part)
+        return subprocess.CompletedProcess(command, int(part == failing))
+    monkeypatch.setattr(suite.subprocess, "run", pretend)
+    assert suite.run_suite(False, tmp_path) == status
+    assert ran == (["check"] if failing == "check" else ["check", "test", "pytest"])
+    if failing != "check":
+        assert ("FAILED" if status else "passed in") in capsys.readouterr().out

