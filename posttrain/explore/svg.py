@@ -14,9 +14,9 @@ from .cells import heatmap, strip
 from .elements import DASHES, FAINT, FONT, GRID, INK, LETTER, PALETTE, element, figure, legible
 from .elements import numbers, px, short, text, upright
 
-_all_ = ["Axes", "box_sign", "cross_sign", "dot_sign", "legend", "limits", "line_sign", "path", "pen", "ticks"]
-_all_ = ["DASHES", "FAINT", "FONT", "GRID", "INK", "LETTER", "PALETTE", "element", "figure", "legible"]
-_all_ = ["heatmap", "strip", "numbers", "px", "short", "text", "upright"]
+_all_ = ["Axes", "box_sign", "cross_sign", "dot_sign", "legend", "limits", "line_sign", "path", "pen", "ticks",
+         "DASHES", "FAINT", "FONT", "GRID", "INK", "LETTER", "PALETTE", "element", "figure", "legible",
+         "heatmap", "strip", "numbers", "px", "short", "text", "upright"]
 
 # %% ../../nbs/explore/01_svg.ipynb #fe24a626
 def _check_lengths(what: str, series: dict, count: int, names: str) -> None:
@@ -151,11 +151,8 @@ def _bar(axes: Axes, x: float, thick: float, v: float, fill: str, write: bool) -
 
 def _bar_words(labels, groups, ylabel) -> str:
     "The picture in words: every height."
-    return f"Bars of {ylabel or 'values'}. " + " ".join(_row_words(name, zip(labels, vs)) for name, vs in groups.items())
-
-
-def _row_words(name: str, pairs) -> str:
-    return f"{name}: " + ", ".join(f"{label} {short(v)}" for label, v in pairs) + "."
+    listed = [", ".join(f"{label} {short(v)}" for label, v in zip(labels, vs)) for vs in groups.values()]
+    return f"Bars of {ylabel or 'values'}. " + " ".join(f"{name}: {words}." for name, words in zip(groups, listed))
 
 # %% ../../nbs/explore/01_svg.ipynb #dcd7b711
 def _size(svg: str) -> tuple[float, float]:
