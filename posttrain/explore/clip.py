@@ -196,15 +196,15 @@ def fates(
 def _scatter(tokens: Tokens, push: Tensor, ranges: dict, most: int, title: str, more: str) -> str:
     "Tokens by ratio and advantage; a dot is alive, a cross dead."
     ratio, advantage = tokens.ratio[tokens.counted], tokens.advantages[tokens.counted]
-    alive, every, reach = push[tokens.counted] != 0, math.ceil(len(ratio) / most), 1.1 * advantage.abs().max().item()
+    alive, every = push[tokens.counted] != 0, math.ceil(len(ratio) / most)
+    reach = 1.1 * advantage.abs().max().item()
     dots, crosses = {"fill": svg.PALETTE[0], "fill_opacity": 0.7}, {"stroke": svg.PALETTE[1], "stroke_width": 1.6}
     signs = {"alive": svg.dot_sign(**dots), "dead": svg.cross_sign(**crosses)}
     names = [(t, svg.short(t) + (" and more" if t == RATIOS[1] else "")) for t in svg.ticks(*RATIOS, 6)]
     axes = svg.Axes(RATIOS, (-reach, reach), title=title, xlabel="the token's own ratio", ylabel="advantage",
                     signs=signs, xticks=names, yticks=4, right=34, width=908, height=270)
     half = {1.0: (0, math.inf), -1.0: (-math.inf, 0)}
-    body = [axes.band(span, half[sign], fill=_SHADE)
-            for sign, spans in ranges.items() for span in spans]
+    body = [axes.band(span, half[sign], fill=_SHADE) for sign, spans in ranges.items() for span in spans]
     note = f"one token in {every} is drawn"
     note += "; shaded: where a token by itself would be dead" if any(ranges.values()) else ""
     x, y, alive = ratio[::every].clamp(max=RATIOS[1]), advantage[::every], alive[::every]
