@@ -215,8 +215,9 @@ def draw_zero_loss(
             f"{now.clipped.mean():.0%} clipped.")
     rows = svg.figure(_table(now, rewards, verdict, _FINE if learns else _BAD), _WIDTH, _BOTTOM + 64,
                       f"Step {step}, average {average}", desc)
-    curves = svg.line_plot(range(1, STEPS + 2), {"mean reward": earned, "loss": losses}, title="All steps on this group",
-                           xlabel="before step", vline=step, ylim=(-0.55, 1.05), width=268, height=_BOTTOM + 64, desc="")
+    lines = {"mean reward": earned, "loss": losses}
+    curves = svg.line_plot(range(1, STEPS + 2), lines, title="All steps on this group", xlabel="before step",
+                           vline=step, ylim=(-0.55, 1.05), width=268, height=_BOTTOM + 64, desc="")
     return svg.beside(rows, curves, gap=4)
 
 
@@ -224,8 +225,8 @@ def zero_loss_explorer() -> Explorer:
     "The explorer of both zeros; completions are right or wrong in twos, so that all settings can be saved."
     def draw(average, step, **right):
         return draw_zero_loss(tuple(int(r) for r in right.values() for _ in range(2)), average, step)
-    question = ("With the average per sequence the loss of the first step is 0 whatever you flip. For which rewards is it "
-                "0 with the average over tokens, and why is that zero the bad one?")
+    question = ("With the average per sequence the loss of the first step is 0 whatever you flip. For which rewards is "
+                "it 0 with the average over tokens, and why is that zero the bad one?")
     return Explorer(
         draw, title="The loss is 0 and that is fine, or not", question=question,
         one=toggle(True, label="1 and 2 tokens: right"), two=toggle(label="3 and 4: right"),
