@@ -282,11 +282,12 @@ class Watcher:
 
     def _open(self, folder, name: str, resumed: bool, last: int) -> list[dict]:
         "Begin the file, or go on with its rows up to the step `last`. Returns these rows."
-        self.path = Path(folder) / name
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        known = read_lines(self.path) if resumed and self.path.exists() else []
+        path = Path(folder) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        known = read_lines(path) if resumed and path.exists() else []
         kept = [row for row in known if row.get("step", 0) <= last]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        self.path = path
         return kept
 
     def _write(self, row: dict) -> None:

@@ -214,7 +214,8 @@ def _recorded(completion: dict, what: str) -> list[float]:
     if values is None:
         others = ("tokens", "special", "left_out", "scores", "name")
         has = ", ".join(k for k in completion if k not in others)
-        raise ValueError(f"{what} needs {' and '.join(QUANTITIES[what].needs)}, which this run did not show; it has {has}")
+        needs = " and ".join(QUANTITIES[what].needs)
+        raise ValueError(f"{what} needs {needs}, which this run did not show; it has {has}")
     return values
 
 
