@@ -9,133 +9,200 @@ import inspect
 import os
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 
 import posttrain
 
 # %% ../nbs/cli.ipynb #ed2adfd7
 SHOWN = 3  # answers printed before and after
+_KINDS = ("png", "svg", "pdf", "jpg")  # pictures that can be drawn
 
 
 def demo_config(
-    folder: str,       # output_dir
+    folder: str,  # output_dir
     steps: int = 280,  # optimizer steps
-    seed: int = 0,     # of prompts and samples
+    seed: int = 0,  # of prompts and samples
 ):  # a GRPOConfig
-    "Settings with which the pocket model learns to reverse digits. Many prompts with few attempts each, and only groups that are not all right or all wrong: the gradient is then the least noisy for its price."
+    """Settings with which the pocket model learns to reverse digits.
+
+    A step has many prompts with few attempts each, and only groups that are neither all right nor all wrong.
+    The gradient then has the least noise for its cost."""
     from posttrain import GRPOConfig
-    return GRPOConfig(folder, max_steps=steps, per_device_train_batch_size=128, num_generations=4, dynamic_sampling=True, dynamic_sampling_rounds=6, dynamic_sampling_prompts=64, max_completion_length=12, learning_rate=1.5e-3, lr_scheduler_type="linear", warmup_steps=20,
-                      beta=1e-3, logging_steps=max(steps // 15, 1), save_strategy="no", report_to="none", seed=seed)
+    return GRPOConfig(
+        folder, max_steps=steps, per_device_train_batch_size=128, num_generations=4, dynamic_sampling=True,
+        dynamic_sampling_rounds=6, dynamic_sampling_prompts=64, max_completion_length=12, learning_rate=1.5e-3,
+        lr_scheduler_type="linear", warmup_steps=20, beta=1e-3, logging_steps=max(steps // 15, 1), save_strategy="no",
+        report_to="none", seed=seed)
 
 
 def demo(
     out: str = "posttrain-demo.png",  # where the picture of the curves goes
     steps: int = 280,  # optimizer steps of 128 completions: what a start at .2 needs to pass .9
-    seed: int = 0,     # of prompts and samples
+    seed: int = 0,  # of prompts and samples
 ) -> dict:  # accuracy "before" and "after", the path of the "picture", and the trainer's "log"
-    "Let the pocket model find out how to write digits in reverse, and draw how it learned. Raises ValueError if `out` names a kind of picture that cannot be drawn."
-    kinds = ("png", "svg", "pdf", "jpg")
-    if Path(out).suffix.lstrip(".").lower() not in kinds: raise ValueError(f"--out must end in one of {', '.join('.' + k for k in kinds)}; got {out!r}")
-    print("importing torch and transformers", flush=True)
+    """Let the pocket model find out how to write digits in reverse, and draw how it learned.
+
+    Raises ValueError if `out` names a kind of picture that cannot be drawn."""
+    if Path(out).suffix.lstrip(".").lower() not in _KINDS:
+        raise ValueError(f"--out must end in one of {', '.join('.' + k for k in _KINDS)}; got {out!r}")
+    _say("importing torch and transformers")
+    from posttrain import pocket
+    from posttrain.training.progress import clock, plot_run
+    start = time.time()
+    _say("making the start: a Qwen3 that has seen a little of the task (a few seconds the first time, then cached)")
+    model, tokenizer = pocket.start("reverse")
+    test = pocket.dataset("reverse", "prompt_only", n=300, seed=2, split="test")
+    size = sum(p.numel() for p in model.parameters())
+    _say(f"{size:,} parameters; the task: {test[0]['prompt']}{test[0]['answer']}")
+    before, first = _examine(model, tokenizer, test)
+    _say(f"exactly right before: {before:.0%} of {len(test)} questions; "
+         "from here on it only learns which of its own attempts are right\n")
+    trainer = _learn(model, tokenizer, steps, seed)
+    after, last = _examine(trainer.model, tokenizer, test)
+    for row, a, b in zip(test, first, last):
+        print(f"\n  {row['prompt']:22} before: {a:12} after: {b:12} right: {row['answer']}", end="")
+    title = f"GRPO on the pocket model: {before:.0%} right before, {after:.0%} after"
+    plot_run(trainer.state.log_history, ["reward", "kl", "entropy"], title=title).savefig(out, dpi=120)
+    _say(f"\n\nexactly right: {before:.0%} before, {after:.0%} after, in {clock(time.time() - start)} on this machine\n"
+         f"the curves are in {out}\nthe line of maths that did it: nbs/online/01_grpo.ipynb")
+    return {"before": before, "after": after, "picture": out, "log": trainer.state.log_history}
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _examine(model, tokenizer, test) -> tuple[float, list[str]]:
+    "The share of questions that are answered exactly right, and the first few answers."
+    from posttrain import pocket
+    return pocket.accuracy(model, tokenizer, test), pocket.complete(model, tokenizer, test["prompt"][:SHOWN])
+
+
+def _learn(model, tokenizer, steps: int, seed: int):
+    "A GRPOTrainer that has trained the model."
     import tempfile
 
     from posttrain import GRPOTrainer, pocket
     from posttrain.rollout.rewards import exact_match_reward
-    from posttrain.training.progress import clock, plot_run
-    start = time.time()
-    print("making the start: a Qwen3 that has seen a little of the task (a few seconds the first time, then cached)", flush=True)
-    model, tokenizer = pocket.start("reverse")
-    test = pocket.dataset("reverse", "prompt_only", n=300, seed=2, split="test")
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters; the task: {test[0]['prompt']}{test[0]['answer']}", flush=True)
-    before, first = pocket.accuracy(model, tokenizer, test), pocket.complete(model, tokenizer, test["prompt"][:SHOWN])
-    print(f"exactly right before: {before:.0%} of {len(test)} questions; from here on it only learns which of its own attempts are right\n", flush=True)
+    prompts = pocket.dataset("reverse", "prompt_only", n=8000, seed=1)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = GRPOTrainer(model, exact_match_reward, demo_config(folder, steps, seed), train_dataset=pocket.dataset("reverse", "prompt_only", n=8000, seed=1), processing_class=tokenizer)
+        trainer = GRPOTrainer(model, exact_match_reward, demo_config(folder, steps, seed), train_dataset=prompts,
+                              processing_class=tokenizer)
         trainer.train()
-    after, last = pocket.accuracy(trainer.model, tokenizer, test), pocket.complete(trainer.model, tokenizer, test["prompt"][:SHOWN])
-    for row, a, b in zip(test, first, last): print(f"\n  {row['prompt']:22} before: {a:12} after: {b:12} right: {row['answer']}", end="")
-    plot_run(trainer.state.log_history, ["reward", "kl", "entropy"], title=f"GRPO on the pocket model: {before:.0%} right before, {after:.0%} after").savefig(out, dpi=120)
-    print(f"\n\nexactly right: {before:.0%} before, {after:.0%} after, in {clock(time.time() - start)} on this machine\nthe curves are in {out}")
-    print("the line of maths that did it: nbs/online/01_grpo.ipynb", flush=True)
-    return {"before": before, "after": after, "picture": out, "log": trainer.state.log_history}
+    return trainer
 
 # %% ../nbs/cli.ipynb #98955a69
+def _flag(help: str, default=MISSING):
+    "A field of a dataclass of flags."
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass
 class ScriptArguments:
     "What a training command needs beside the trainer's config; names are TRL's."
 
-    model_name_or_path: str = field(metadata={"help": "Folder or hub id of the model."})
-    dataset_name: str = field(metadata={"help": "Hub id, a folder written by save_to_disk, or a .json, .jsonl, .csv or .parquet file."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the hub dataset."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on, where eval_strategy asks for it."})
-    dataset_streaming: bool = field(default=False, metadata={"help": "Read the dataset as a stream."})
-    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter."})
-    lora_r: int = field(default=16, metadata={"help": "LoRA rank."})
-    lora_alpha: int = field(default=32, metadata={"help": "LoRA alpha."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "LoRA dropout."})
-    lora_target_modules: list[str] | None = field(default=None, metadata={"help": "Modules with an adapter; default all linear layers."})
+    model_name_or_path: str = _flag("Folder or hub id of the model.")
+    dataset_name: str = _flag(
+        "Hub id, a folder written by save_to_disk, or a .json, .jsonl, .csv or .parquet file.")
+    dataset_config: str | None = _flag("Configuration of the hub dataset.", None)
+    dataset_train_split: str = _flag("Split to train on.", "train")
+    dataset_test_split: str = _flag("Split to evaluate on, where eval_strategy asks for it.", "test")
+    dataset_streaming: bool = _flag("Read the dataset as a stream.", False)
+    use_peft: bool = _flag("Train a LoRA adapter.", False)
+    lora_r: int = _flag("LoRA rank.", 16)
+    lora_alpha: int = _flag("LoRA alpha.", 32)
+    lora_dropout: float = _flag("LoRA dropout.", 0.05)
+    lora_target_modules: list[str] | None = _flag("Modules with an adapter; default all linear layers.", None)
+
+    def peft_config(self):  # a LoraConfig or None
+        "The adapter that the flags ask for."
+        if not self.use_peft:
+            return None
+        from peft import LoraConfig
+        return LoraConfig(r=self.lora_r, lora_alpha=self.lora_alpha, lora_dropout=self.lora_dropout,
+                          task_type="CAUSAL_LM", target_modules=self.lora_target_modules or "all-linear")
 
 
 @dataclass
 class RewardArguments:
     "What methods that sample need besides; names are TRL's."
 
-    reward_funcs: list[str] | None = field(default=None, metadata={"help": "Reward functions: names in posttrain.rollout.rewards, such as accuracy_reward, or import paths, such as my_rewards.brevity."})
-    reward_model_name_or_path: str | None = field(default=None, metadata={"help": "A reward model beside them."})
+    reward_funcs: list[str] | None = _flag(
+        "Reward functions: names in posttrain.rollout.rewards, such as accuracy_reward, "
+        "or import paths, such as my_rewards.brevity.", None)
+    reward_model_name_or_path: str | None = _flag("A reward model beside them.", None)
 
     def functions(self) -> list:
         "The functions and the model's path. Raises ValueError for a name that leads nowhere, or when there are none."
-        from importlib import import_module
-        found = []
-        for name in self.reward_funcs or []:
-            module, _, function = name.rpartition(".")
-            if module and os.getcwd() not in sys.path: sys.path.insert(0, os.getcwd())  # one's own file beside the command
-            try: found.append(getattr(import_module(module or "posttrain.rollout.rewards"), function))
-            except (ImportError, AttributeError) as e: raise ValueError(f"--reward_funcs {name}: {e}; expected the name of a function in posttrain.rollout.rewards, or module.function") from e
+        found = [_reward_function(name) for name in self.reward_funcs or []]
         found += [self.reward_model_name_or_path] if self.reward_model_name_or_path else []
-        if not found: raise ValueError("--reward_funcs or --reward_model_name_or_path is needed: what shall the model be rewarded for?")
+        if not found:
+            raise ValueError("--reward_funcs or --reward_model_name_or_path is needed: "
+                             "what shall the model be rewarded for?")
         return found
 
 
+def _reward_function(name: str):
+    "The function that a name or an import path leads to."
+    from importlib import import_module
+    module, _, function = name.rpartition(".")
+    if module and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # one's own file beside the command
+    try:
+        return getattr(import_module(module or "posttrain.rollout.rewards"), function)
+    except (ImportError, AttributeError) as e:
+        raise ValueError(f"--reward_funcs {name}: {e}; expected the name of a function in posttrain.rollout.rewards, "
+                         "or module.function") from e
+
+
 def load_data(
-    script: ScriptArguments,
+    script: ScriptArguments,  # names the dataset
 ):  # a DatasetDict or IterableDatasetDict
     "The dataset that the arguments name. Raises FileNotFoundError for a file that is not there."
     from datasets import load_dataset, load_from_disk
     path = Path(script.dataset_name)
     kind = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(path.suffix)
     if kind:
-        if not path.exists(): raise FileNotFoundError(f"--dataset_name {path} is not there")
-        return load_dataset(kind, data_files={script.dataset_train_split: str(path)}, streaming=script.dataset_streaming)
-    if path.is_dir(): return load_from_disk(str(path))
+        if not path.exists():
+            raise FileNotFoundError(f"--dataset_name {path} is not there")
+        files = {script.dataset_train_split: str(path)}
+        return load_dataset(kind, data_files=files, streaming=script.dataset_streaming)
+    if path.is_dir():
+        return load_from_disk(str(path))
     return load_dataset(script.dataset_name, script.dataset_config, streaming=script.dataset_streaming)
 
 
+def _parse(method: str, argv: list[str], classes: tuple) -> tuple:
+    "One object of each class, from flags or from one .yaml or .json file."
+    from transformers import HfArgumentParser
+    parser = HfArgumentParser(classes, prog=f"posttrain {method}")
+    if len(argv) == 1 and argv[0].endswith((".yaml", ".yml")):
+        return parser.parse_yaml_file(argv[0])
+    if len(argv) == 1 and argv[0].endswith(".json"):
+        return parser.parse_json_file(argv[0])
+    return parser.parse_args_into_dataclasses(argv)
+
+
 def train(
-    method: str,     # a key of TRAINERS
+    method: str,  # a key of TRAINERS
     argv: list[str],  # flags, or one .yaml or .json file with them
 ):  # the trainer, after training and saving
     "Train with the flags of the method's config."
-    from transformers import HfArgumentParser
-
-    import posttrain
     config, trainer = (getattr(posttrain, name) for name in TRAINERS[method])
     rewarded = "reward_funcs" in inspect.signature(trainer).parameters
-    parser = HfArgumentParser((ScriptArguments, config, *([RewardArguments] if rewarded else [])), prog=f"posttrain {method}")
-    if len(argv) == 1 and argv[0].endswith((".yaml", ".yml")): script, args, *rewards = parser.parse_yaml_file(argv[0])
-    elif len(argv) == 1 and argv[0].endswith(".json"): script, args, *rewards = parser.parse_json_file(argv[0])
-    else: script, args, *rewards = parser.parse_args_into_dataclasses(argv)
+    classes = (ScriptArguments, config, RewardArguments) if rewarded else (ScriptArguments, config)
+    script, args, *rewards = _parse(method, argv, classes)
     more = {"reward_funcs": rewards[0].functions()} if rewarded else {}
-    data, peft_config = load_data(script), None
-    for split in (script.dataset_train_split, *([script.dataset_test_split] if args.eval_strategy != "no" else [])):
-        if split not in data: raise SystemExit(f"posttrain {method}: {script.dataset_name} has no split {split!r}; it has {', '.join(data)}")
-    if script.use_peft:
-        from peft import LoraConfig
-        peft_config = LoraConfig(r=script.lora_r, lora_alpha=script.lora_alpha, lora_dropout=script.lora_dropout, task_type="CAUSAL_LM", target_modules=script.lora_target_modules or "all-linear")
-    running = trainer(script.model_name_or_path, args=args, train_dataset=data[script.dataset_train_split],
-                      eval_dataset=data[script.dataset_test_split] if args.eval_strategy != "no" else None, peft_config=peft_config, **more)
+    data, evaluated = load_data(script), args.eval_strategy != "no"
+    splits = [script.dataset_train_split] + ([script.dataset_test_split] if evaluated else [])
+    for split in splits:
+        if split not in data:
+            raise SystemExit(f"posttrain {method}: {script.dataset_name} has no split {split!r}; "
+                             f"it has {', '.join(data)}")
+    train_dataset, eval_dataset = data[splits[0]], data[splits[1]] if evaluated else None
+    running = trainer(script.model_name_or_path, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
+                      peft_config=script.peft_config(), **more)
     running.train(resume_from_checkpoint=args.resume_from_checkpoint)
     running.save_model()
     print(f"saved in {args.output_dir}")
@@ -144,34 +211,54 @@ def train(
 
 TRAINERS = {  # command -> config and trainer, by their public names
     name.removesuffix("Trainer").lower(): (name.replace("Trainer", "Config"), name)
-    for name in posttrain.__all__ if name.endswith("Trainer")}
+    for name in posttrain.__all__ if name.endswith("Trainer")
+}
 
 
-def main(argv: list[str] | None = None) -> int:  # exit status
-    "The `posttrain` command."
-    argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser("posttrain", description="Post-training of language models.", epilog="`posttrain COMMAND --help` lists a command's flags.")
+def _parser() -> argparse.ArgumentParser:
+    "The command's own flags; those of a training command are its config's."
+    parser = argparse.ArgumentParser("posttrain", description="Post-training of language models.",
+                                     epilog="`posttrain COMMAND --help` lists a command's flags.")
+    parser.add_argument("--version", action="store_true", help="print the version")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     show = commands.add_parser("demo", help="watch a small model learn, in under a minute on a CPU")
-    show.add_argument("--out", default="posttrain-demo.png", help="where the picture of the curves goes (default: %(default)s)")
+    show.add_argument("--out", default="posttrain-demo.png",
+                      help="where the picture of the curves goes (default: %(default)s)")
     show.add_argument("--steps", type=int, default=280, help="optimizer steps (default: %(default)s)")
     show.add_argument("--seed", type=int, default=0, help="of prompts and samples (default: %(default)s)")
-    for name, (config, _) in TRAINERS.items(): commands.add_parser(name, help=f"train with the fields of {config} as flags, or with one YAML or JSON file", add_help=False)
-    parser.add_argument("--version", action="store_true", help="print the version")
+    for name, (config, _) in TRAINERS.items():
+        what = f"train with the fields of {config} as flags, or with one YAML or JSON file"
+        commands.add_parser(name, help=what, add_help=False)
+    return parser
+
+
+def _run(argv: list[str]) -> None:
+    if argv and argv[0] in TRAINERS:
+        train(argv[0], argv[1:])
+        return
+    args = _parser().parse_args(argv)
+    # So small a model gains nothing from a second thread, and loses much where the cores are busy.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    demo(args.out, args.steps, args.seed)
+
+
+def main(
+    argv: list[str] | None = None,  # the command's arguments; None: those that the process was started with
+) -> int:  # exit status
+    "The `posttrain` command."
+    argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["--version"]:
         import posttrain
         print(posttrain.__version__)
         return 0
-    if argv and argv[0] in TRAINERS: call = lambda: train(argv[0], argv[1:])
-    else:
-        args = parser.parse_args(argv)
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # so small a model gains nothing from a second thread, and loses much where the cores are busy
-        call = lambda: demo(args.out, args.steps, args.seed)
-    try: call()
-    except (ValueError, TypeError, FileNotFoundError, FloatingPointError) as e:  # they say what to do; a traceback would hide it
+    try:
+        _run(argv)
+    except (ValueError, TypeError, FileNotFoundError, FloatingPointError) as e:
+        # These errors say what to do; a traceback would hide it.
         print(f"posttrain {argv[0]}: {e}", file=sys.stderr)
         return 2
     return 0
 
 # %% ../nbs/cli.ipynb #ba8c49ce
-if __name__ == "__main__": sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

@@ -36,7 +36,8 @@ def preference_loss(
     logps = logits.log_softmax(-1)
     won, lost = (~torch.eye(len(logits), dtype=torch.bool)).nonzero().unbind(1)
     chance = preference_probability(rewards[won], rewards[lost])
-    return (chance * dpo(Pairs(logps[won], logps[lost], ref_logps[won], ref_logps[lost]), beta=beta)).sum()
+    pairs = Pairs(logps[won], logps[lost], ref_logps[won], ref_logps[lost])
+    return (chance * dpo(pairs, beta=beta)).sum()
 
 
 def trained_policy(
@@ -47,7 +48,8 @@ def trained_policy(
     steps: int = 100,  # of gradient descent
 ) -> Tensor:  # (N,) log-probs
     "A softmax trained with the DPO loss. Raises ValueError unless beta > 0."
-    if not beta > 0: raise ValueError(f"beta weighs the KL to the reference, expected a number above 0, got {beta}")
+    if not beta > 0:
+        raise ValueError(f"beta weighs the KL to the reference, expected a number above 0, got {beta}")
     logits, rate = ref_logps.clone(), 4 / (len(ref_logps) * beta**2)
     for _ in range(steps):
         leaf = logits.requires_grad_()
@@ -76,20 +78,28 @@ def draw_beta(
     "Reward; reference, best and trained policy; what is spent and earned."
     rewards = REWARDS[shape]
     star, trained = optimal_policy(REFERENCE, rewards, beta), trained_policy(REFERENCE, rewards, beta)
-    reward = svg.bar_plot(ANSWERS, {"reward": rewards}, title="Reward", ylabel="reward", ylim=(0, 3.2), width=200, height=270)
-    policies = svg.bar_plot(ANSWERS, {"reference": REFERENCE.exp(), "π*: the formula": star.exp(), "trained on comparisons": trained.exp()}, title=f"Policies, β = {svg.short(beta)}",
-                            ylabel="probability", ylim=(0, 1), values=False, width=400, height=270)
-    frontier = [spent_and_earned(optimal_policy(REFERENCE, rewards, b), REFERENCE, rewards) for b in _BETAS]
+    reward = svg.bar_plot(ANSWERS, {"reward": rewards}, title="Reward", ylabel="reward", ylim=(0, 3.2),
+                          width=200, height=270)
+    shown = {"reference": REFERENCE.exp(), "π*: the formula": star.exp(), "trained on comparisons": trained.exp()}
+    policies = svg.bar_plot(ANSWERS, shown, title=f"Policies, β = {svg.short(beta)}", ylabel="probability",
+                            ylim=(0, 1), values=False, width=400, height=270)
+    return svg.beside(reward, policies, _draw_frontier(rewards, trained, beta), gap=4)
+
+
+def _draw_frontier(rewards: Tensor, trained: Tensor, beta: float) -> str:
+    "The best policies by KL and reward, the line of slope beta, and a dot for the trained policy."
+    spent, best = zip(*(spent_and_earned(optimal_policy(REFERENCE, rewards, b), REFERENCE, rewards) for b in _BETAS))
     kl, earned = spent_and_earned(trained, REFERENCE, rewards)
-    tangent = [earned + beta * (k - kl) for k, _ in frontier]
-    curve = svg.line_plot([k for k, _ in frontier], {"π* for every β": [r for _, r in frontier], "slope β": tangent}, title=f"{svg.short(earned, 2)} reward for {svg.short(kl, 2)} nats", xlabel="KL(π‖ref) (nats)",
-                          ylabel="expected reward", xlim=(0, 3.1), ylim=(0, 1.05 * rewards.max().item()), marker=(kl, earned), width=330, height=270)
-    return svg.beside(reward, policies, curve, gap=4)
+    lines = {"π* for every β": best, "slope β": [earned + beta * (k - kl) for k in spent]}
+    return svg.line_plot(
+        spent, lines, title=f"{svg.short(earned, 2)} reward for {svg.short(kl, 2)} nats",
+        xlabel="KL(π‖ref) (nats)", ylabel="expected reward", xlim=(0, 3.1), ylim=(0, 1.05 * rewards.max().item()),
+        marker=(kl, earned), width=330, height=270)
 
 
 def beta_explorer() -> Explorer:
     "The explorer of beta: reward, reference, best policy and the softmax that DPO trained."
-    return Explorer(
-        draw_beta, title="What β means",
-        question="Make the ladder three times as steep: at which β do you get the old policy back? And when two answers are equally good, does any β make the policy indifferent between them?",
-        shape=choice(*REWARDS, label="reward"), beta=slider(0.1, 8.1, value=0.3, steps=9, log=True, label="β"))
+    question = ("Make the ladder three times as steep: at which β do you get the old policy back? "
+                "And when two answers are equally good, does any β make the policy indifferent between them?")
+    return Explorer(draw_beta, title="What β means", question=question, shape=choice(*REWARDS, label="reward"),
+                    beta=slider(0.1, 8.1, value=0.3, steps=9, log=True, label="β"))

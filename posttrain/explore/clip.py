@@ -19,19 +19,23 @@ from ..foundations.masks import Totals
 from ..online.grpo import grpo_loss
 from ..online.policy_zoo import LOSS_TYPES
 
+
 class Variant(NamedTuple):
     "A trust region of the family."
-    loss: dict     # what `grpo_loss` is told
+    loss: dict  # keywords of `grpo_loss`
     limits: tuple  # which of its limits this variant looks at
-    note: str = "" # how to read its objective
+    note: str = ""  # how to read its objective
 
 
-_ALL, CLIP = ("epsilon", "epsilon_high", "delta"), "clip (PPO, GRPO, DAPO)"
+CLIP = "clip (PPO, GRPO, DAPO)"
+_ALL = ("epsilon", "epsilon_high", "delta")
+_REGION = {name: LOSS_TYPES[name].trust_region for name in ("grpo", "cispo", "sapo")}
+_CISPO = "its objective is a weight times log π, here of a token that was sampled with probability ¼; "
 VARIANTS = {
-    CLIP: Variant(dict(trust_region=LOSS_TYPES["grpo"].trust_region), _ALL),
-    "GSPO": Variant(dict(trust_region=LOSS_TYPES["grpo"].trust_region, importance_sampling_level="sequence"), _ALL),
-    "CISPO": Variant(dict(trust_region=LOSS_TYPES["cispo"].trust_region), ("epsilon_high",), "its objective is a weight times log π, here of a token that was sampled with probability ¼; "),
-    "SAPO": Variant(dict(trust_region=LOSS_TYPES["sapo"].trust_region), ()),
+    CLIP: Variant(dict(trust_region=_REGION["grpo"]), _ALL),
+    "GSPO": Variant(dict(trust_region=_REGION["grpo"], importance_sampling_level="sequence"), _ALL),
+    "CISPO": Variant(dict(trust_region=_REGION["cispo"]), ("epsilon_high",), _CISPO),
+    "SAPO": Variant(dict(trust_region=_REGION["sapo"]), ()),
 }
 
 
@@ -42,43 +46,68 @@ class Tokens(NamedTuple):
     advantages: Tensor  # (B, T)
     mask: Tensor        # (B, T) of 0/1
 
+    @property
+    def ratio(self) -> Tensor:
+        "(B, T) each token's own ratio."
+        return (self.logps - self.old_logps).exp()
+
+    @property
+    def counted(self) -> Tensor:
+        "(B, T) True for the tokens that have an advantage."
+        return (self.mask != 0) & (self.advantages != 0)
+
 
 def objective(
-    tokens: Tokens,
+    tokens: Tokens,  # what the loss is computed on
     variant: str = CLIP,  # a key of VARIANTS
     *,
-    epsilon: float = 0.2,       # the lower limit is 1 - epsilon; PPO's
+    epsilon: float = 0.2,  # the lower limit is 1 - epsilon; PPO's
     epsilon_high: float = 0.2,  # the upper limit is 1 + epsilon_high; DAPO's is 0.28
-    delta: float | None = None, # the cap for negative advantages; INTELLECT-2's is 4
-    limited: bool = True,       # False: the variant's ratio without its trust region
+    delta: float | None = None,  # the cap for negative advantages; INTELLECT-2's is 4
+    limited: bool = True,  # False: the variant's ratio without its trust region
 ) -> tuple[float, Tensor]:  # minus the loss, summed over the tokens, and (B, T) each token's push, float64
-    "What a variant makes of these tokens: minus its loss without any averaging, and the derivative of that by each log-prob. Raises KeyError for an unknown variant, and what `grpo_loss` raises."
-    logps, settings = tokens.logps.detach().double().requires_grad_(), VARIANTS[variant].loss | ({} if limited else dict(trust_region="none"))
-    loss, _ = grpo_loss(logps, tokens.old_logps.double(), tokens.advantages.double(), tokens.mask, beta=0, epsilon=epsilon, epsilon_high=epsilon_high, delta=delta,
-                        average="token", totals=Totals(torch.tensor(1), torch.tensor(1)), **settings)  # 1: a sum over tokens
+    """Minus the loss of a variant without any averaging, and its derivative by each log-prob.
+
+    Raises KeyError for an unknown variant, and what `grpo_loss` raises."""
+    settings = VARIANTS[variant].loss | ({} if limited else {"trust_region": "none"})
+    one = Totals(torch.tensor(1), torch.tensor(1))  # divides by 1: a sum over tokens
+    logps = tokens.logps.detach().double().requires_grad_()
+    loss, _ = grpo_loss(
+        logps, tokens.old_logps.double(), tokens.advantages.double(), tokens.mask, beta=0, epsilon=epsilon,
+        epsilon_high=epsilon_high, delta=delta, average="token", totals=one, **settings)
     loss.backward()
     return -loss.item(), -logps.grad
 
 # %% ../../nbs/explore/11_clip.ipynb #5d17ccef
 class KeepTokens(TrainerCallback):
-    "Keeps the tokens of one step of a GRPOTrainer: `callbacks=[keep := KeepTokens(7)]`, and after the run `keep.tokens()`."
+    """Keeps the tokens of one step of a GRPOTrainer.
+
+    `callbacks=[keep := KeepTokens(7)]`, and after the run `keep.tokens()`."""
 
     def __init__(
         self,
-        step: int,  # optimizer steps that were done before: 0 keeps the first step's tokens, all of whose ratios are 1
+        step: int,  # optimizer steps that were done before; 0 keeps the first step's tokens, all of whose ratios are 1
     ):
         self.step, self.parts = step, []
 
     def on_tokens(self, trainer, batch, tokens):
-        if trainer.model.training and trainer.state.global_step == self.step:
-            a, mask = batch["advantages"], batch["mask"]
-            self.parts.append([x.float().cpu() for x in (tokens["logps"], tokens["old_logps"], a[:, None].expand_as(mask) if a.dim() == 1 else a, mask)])
+        "The loss of a micro-batch was computed."
+        if not trainer.model.training or trainer.state.global_step != self.step:
+            return
+        mask, advantages = batch["mask"], batch["advantages"]
+        if advantages.dim() == 1:
+            advantages = advantages[:, None].expand_as(mask)
+        part = tokens["logps"], tokens["old_logps"], advantages, mask
+        self.parts.append([x.float().cpu() for x in part])
 
     def tokens(self) -> Tokens:
         "All micro-batches of this process, padded to one width. Raises ValueError when the run did not get there."
-        if not self.parts: raise ValueError(f"no tokens of step {self.step}: the run was shorter, or its trainer does not call on_tokens")
+        if not self.parts:
+            raise ValueError(f"no tokens of step {self.step}: the run was shorter, "
+                             "or its trainer does not call on_tokens")
         width = max(part[0].shape[1] for part in self.parts)
-        return Tokens(*(torch.cat([torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in column]) for column in zip(*self.parts)))
+        padded = [[torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in part] for part in self.parts]
+        return Tokens(*map(torch.cat, zip(*padded)))
 
 # %% ../../nbs/explore/11_clip.ipynb #c8aa51ef
 RATIOS, SIGNS = (0.0, 3.0), {"A = 1": 1.0, "A = −1": -1.0}
@@ -91,38 +120,54 @@ def curves(
     **limits,  # epsilon, epsilon_high and delta, as in `objective`
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:  # (N,) ratios, and by a name in SIGNS (N,) values and pushes
     "The objective and the push of a completion of one token, over its ratio."
-    defaults = dict(epsilon=0.2, epsilon_high=0.2, delta=None) | limits
-    return _curves(variant, **{name: defaults[name] for name in VARIANTS[variant].limits})
+    given = dict(epsilon=0.2, epsilon_high=0.2, delta=None) | limits
+    return _curves(variant, **{name: given[name] for name in VARIANTS[variant].limits})
 
 
 @lru_cache(maxsize=None)
-def _curves(variant, **limits):
-    steps, near = torch.linspace(*RATIOS, 25, dtype=torch.float64).clamp(min=0.01), 1e-6
-    corners = [1 - limits.get("epsilon", 0), 1 + limits.get("epsilon_high", 0), limits.get("delta") or 1]
-    ratios = torch.cat([steps, *(torch.tensor([c - near, c + near], dtype=torch.float64) for c in corners if c != 1)]).sort().values  # a jump is drawn as one
-    logps, one = ratios.log()[:, None] + _STARTED, torch.ones(len(ratios), 1)
-    each = {name: Tokens(logps, torch.full_like(logps, _STARTED), A * one, one) for name, A in SIGNS.items()}
-    values = {name: torch.tensor([objective(Tokens(*(x[i:i + 1] for x in t)), variant, **limits)[0] for i in range(len(ratios))], dtype=torch.float64) for name, t in each.items()}
-    return ratios, values, {name: objective(t, variant, **limits)[1][:, 0] for name, t in each.items()}
+def _curves(variant: str, **limits):
+    ratios = _ratios(**limits)
+    old, one = torch.full((len(ratios), 1), _STARTED, dtype=torch.float64), torch.ones(len(ratios), 1)
+    values, pushes = {}, {}
+    for name, A in SIGNS.items():
+        tokens = Tokens(ratios.log()[:, None] + _STARTED, old, A * one, one)
+        rows = [Tokens(*(x[i:i + 1] for x in tokens)) for i in range(len(ratios))]
+        values[name] = torch.tensor([objective(row, variant, **limits)[0] for row in rows], dtype=torch.float64)
+        pushes[name] = objective(tokens, variant, **limits)[1][:, 0]
+    return ratios, values, pushes
+
+
+def _ratios(epsilon: float = 0, epsilon_high: float = 0, delta: float | None = None) -> Tensor:
+    "Where the curves are computed: evenly, and on both sides of each corner, so that a jump is drawn as one."
+    even, near = torch.linspace(*RATIOS, 25, dtype=torch.float64).clamp(min=0.01), 1e-6
+    corners = [c for c in (1 - epsilon, 1 + epsilon_high, delta or 1) if c != 1]
+    sides = [torch.tensor([c - near, c + near], dtype=torch.float64) for c in corners]
+    return torch.cat([even, *sides]).sort().values
 
 
 def dead_ranges(
     ratios: Tensor,  # (N,) rising
-    push: Tensor,    # (N,) there
+    push: Tensor,  # (N,) there
 ) -> list[tuple[float, float]]:  # from, to; infinity where the axis ends
     "Where a token is dead."
-    found, zero = [], (push == 0).tolist()
-    for i, dead in enumerate(zero):
-        if dead and (i == 0 or not zero[i - 1]): found.append([ratios[i].item() if i else 0.0, math.inf])
-        if not dead and i and zero[i - 1]: found[-1][1] = ratios[i - 1].item()
-    return [(a, b) for a, b in found]
+    found, dead = [], (push == 0).tolist()
+    for i, now in enumerate(dead):
+        before = i > 0 and dead[i - 1]
+        if now and not before:
+            found.append((ratios[i].item() if i else 0.0, math.inf))
+        if before and not now:
+            found[-1] = (found[-1][0], ratios[i - 1].item())
+    return found
 
 
 def _words(name: str, ratios: Tensor, push: Tensor) -> str:
     "A curve of pushes in a sentence."
-    says = [f"dead from {svg.short(a)} on" if b == math.inf else f"dead up to {svg.short(b)}" for a, b in dead_ranges(ratios, push)] or ["nowhere dead"]
+    ranges = [f"dead from {svg.short(a)} on" if b == math.inf else f"dead up to {svg.short(b)}"
+              for a, b in dead_ranges(ratios, push)]
+    where = " and ".join(ranges) or "nowhere dead"
     strongest = push.abs().argmax()
-    return f"{name}: {' and '.join(says)}, strongest at ratio {svg.short(ratios[strongest].item())}, {svg.short(push[strongest].item())}"
+    at, most = svg.short(ratios[strongest].item()), svg.short(push[strongest].item())
+    return f"{name}: {where}, strongest at ratio {at}, {most}"
 
 # %% ../../nbs/explore/11_clip.ipynb #4d55130d
 def fates(
@@ -130,79 +175,107 @@ def fates(
     variant: str = CLIP,  # a key of VARIANTS
     **limits,  # epsilon, epsilon_high and delta, as in `objective`
 ) -> dict[str, float]:
-    """What becomes of the tokens that have an advantage: how many there are, how many are dead; how many of these would be alive if each token were a completion by itself,
-    and how many are alive that would then be dead; and which share of the push is left, compared with the same ratio and no limit."""
-    counted = (tokens.mask != 0) & (tokens.advantages != 0)
-    push, free = objective(tokens, variant, **limits)[1], objective(tokens, variant, **limits, limited=False)[1]
-    alone = objective(Tokens(*(x.reshape(-1, 1) for x in tokens)), variant, **limits)[1].view(push.shape)
-    number = lambda which: int((counted & which).sum())
-    return {"tokens": number(push == push), "dead": number(push == 0), "died with others": number((push == 0) & (alone != 0)), "saved by others": number((push != 0) & (alone == 0)),
-            "push left": (push.abs().sum() / free.abs().sum()).item()}
+    """What becomes of the tokens that have an advantage.
+
+    `tokens` and `dead` are counts. `died with others` counts dead ones that would be alive as a completion by
+    themselves, and `saved by others` living ones that would then be dead. `push left` is the share of the push that
+    the same ratios have without a limit."""
+    push = objective(tokens, variant, **limits)[1]
+    free = objective(tokens, variant, **limits, limited=False)[1]
+    single = Tokens(*(x.reshape(-1, 1) for x in tokens))
+    alone = objective(single, variant, **limits)[1].view(push.shape)
+    dead, would_die = push == 0, alone == 0
+
+    def number(which: Tensor) -> int:
+        return int((tokens.counted & which).sum())
+    return {
+        "tokens": int(tokens.counted.sum()), "dead": number(dead), "died with others": number(dead & ~would_die),
+        "saved by others": number(~dead & would_die), "push left": (push.abs().sum() / free.abs().sum()).item()}
 
 
-def _scatter(tokens: Tokens, push: Tensor, ranges: dict, most: int, title: str, more: str, width: int = 908, height: int = 270) -> str:
+def _scatter(tokens: Tokens, push: Tensor, ranges: dict, most: int, title: str, more: str) -> str:
     "Tokens by ratio and advantage; a dot is alive, a cross dead."
-    counted = (tokens.mask != 0) & (tokens.advantages != 0)
-    ratio, advantage, alive = (tokens.logps - tokens.old_logps).exp()[counted], tokens.advantages[counted], push[counted] != 0
-    every = math.ceil(len(ratio) / most)
-    left, right, top, bottom = 58.0, width - 24.0, 46.0, height - 42.0
+    ratio, advantage = tokens.ratio[tokens.counted], tokens.advantages[tokens.counted]
+    alive, every = push[tokens.counted] != 0, math.ceil(len(ratio) / most)
     reach = 1.1 * advantage.abs().max().item()
-    px, py = (lambda x: left + (min(x, RATIOS[1]) - RATIOS[0]) / (RATIOS[1] - RATIOS[0]) * (right - left)), (lambda y: (top + bottom) / 2 - y / reach * (bottom - top) / 2)
-    body = []
-    for sign, edge in ((1, top), (-1, py(0.0))):
-        body += [svg.element("rect", x=px(a), y=edge, width=px(b) - px(a), height=(bottom - top) / 2, fill=_SHADE) for a, b in ranges.get(sign, ())]
-    body += [svg.element("line", x1=left, x2=right, y1=py(t), y2=py(t), stroke=svg.GRID) for t in svg.ticks(-reach, reach, 4)]
-    body += [svg.text(left - 6, py(t) + 4, svg.short(t), "end", 11) for t in svg.ticks(-reach, reach, 4)]
-    body += [svg.text(px(t), bottom + 16, svg.short(t) if t < RATIOS[1] else f"{svg.short(t)} and more", "middle" if t < RATIOS[1] else "end", 11) for t in svg.ticks(*RATIOS, 6)]
-    body += [svg.element("line", x1=px(1.0), x2=px(1.0), y1=top, y2=bottom, stroke=svg.FAINT, stroke_dasharray="3 3"), svg.element("line", x1=left, x2=right, y1=bottom, y2=bottom, stroke=svg.FAINT)]
-    spots = [(round(px(x)), round(py(y)), lives) for x, y, lives in zip(ratio[::every].tolist(), advantage[::every].tolist(), alive[::every].tolist())]
-    dots = [svg.element("circle", cx=x, cy=y, r=3) for x, y, lives in spots if lives]
-    crosses = [svg.element("path", d=f"M{x - 3} {y - 3}l6 6m0-6l-6 6") for x, y, lives in spots if not lives]
-    key = [svg.element("circle", cx=left + 10, cy=33, r=3), svg.element("path", d=f"M{left + 77:g} 30l6 6m0-6l-6 6")]
-    body += [f'<g fill="{svg.PALETTE[0]}" fill-opacity="0.7">', key[0], *dots, "</g>", f'<g stroke="{svg.PALETTE[1]}" stroke-width="1.6" fill="none">', key[1], *crosses, "</g>"]
-    body += [svg.text(left + 20, 37, "alive", size=11), svg.text(left + 92, 37, "dead", size=11), svg.text(left + 150, 37, f"one token in {every} is drawn" + ("; shaded: where a token by itself would be dead" if any(ranges.values()) else "") + more, size=11, fill=svg.FAINT)]
-    body += [svg.text((left + right) / 2, bottom + 33, "the token's own ratio", "middle"), svg.text(13, (top + bottom) / 2, "advantage", "middle", transform=f"rotate(-90 13 {(top + bottom) / 2:g})")]
-    return svg.figure(body, width, height, title, "Drawn by ratio and advantage" + more)
+    dots, crosses = {"fill": svg.PALETTE[0], "fill_opacity": 0.7}, {"stroke": svg.PALETTE[1], "stroke_width": 1.6}
+    signs = {"alive": svg.dot_sign(**dots), "dead": svg.cross_sign(**crosses)}
+    names = [(t, svg.short(t) + (" and more" if t == RATIOS[1] else "")) for t in svg.ticks(*RATIOS, 6)]
+    axes = svg.Axes(RATIOS, (-reach, reach), title=title, xlabel="the token's own ratio", ylabel="advantage",
+                    signs=signs, xticks=names, yticks=4, right=34, width=908, height=270)
+    half = {1.0: (0, math.inf), -1.0: (-math.inf, 0)}
+    body = [axes.band(span, half[sign], fill=_SHADE) for sign, spans in ranges.items() for span in spans]
+    note = f"one token in {every} is drawn"
+    note += "; shaded: where a token by itself would be dead" if any(ranges.values()) else ""
+    x, y, alive = ratio[::every].clamp(max=RATIOS[1]), advantage[::every], alive[::every]
+    body += [*axes.frame(), axes.vline(1.0), *axes.dots(x[alive], y[alive], **dots)]
+    body += [*axes.crosses(x[~alive], y[~alive], **crosses), svg.text(210, 36, note + more, size=11, fill=svg.FAINT)]
+    return axes.figure(body, "Drawn by ratio and advantage" + more)
 
 
 def draw_clip(
-    variant: str = CLIP,        # a key of VARIANTS
-    epsilon: float = 0.2,       # as in `objective`
+    variant: str = CLIP,  # a key of VARIANTS
+    epsilon: float = 0.2,  # as in `objective`
     epsilon_high: float = 0.2,  # as in `objective`
     delta: float | str = "none",  # as in `objective`; "none" for None
     *,
     tokens: Tokens | None = None,  # of a run, as from `KeepTokens`; None: curves alone
-    most: int = 240,               # tokens drawn; all are counted
+    most: int = 240,  # tokens drawn; all are counted
 ) -> str:
     "The objective and the push over the ratio, and below them the tokens of a run, alive and dead."
-    delta = None if delta == "none" else float(delta)
-    settings = dict(variant=variant, epsilon=epsilon, epsilon_high=epsilon_high, delta=delta)
-    of_sequence = VARIANTS[variant].loss.get("importance_sampling_level") == "sequence"
-    ratios, values, pushes = curves(**settings)
-    look = dict(xlabel="ratio of the completion" if of_sequence else "ratio π / π old", xlim=RATIOS, vline=1.0, ylim=(-3.8, 3.8), width=450, height=250, desc="")
+    limits = dict(epsilon=epsilon, epsilon_high=epsilon_high, delta=None if delta == "none" else float(delta))
+    ratios, values, pushes = curves(variant, **limits)
+    xlabel = "ratio of the completion" if _of_sequence(variant) else "ratio π / π old"
+    look = dict(xlabel=xlabel, xlim=RATIOS, vline=1.0, ylim=(-3.8, 3.8), width=450, height=250, desc="")
     left = svg.line_plot(ratios, values, title="What is maximised", ylabel="objective", **look)
     right = svg.line_plot(ratios, pushes, title="Push on the log-prob", ylabel="push", **look)
-    said = [_words(name, ratios, push) for name, push in pushes.items()]
+    parts = [svg.beside(left, right), _draw_words(variant, ratios, pushes)]
+    if tokens is not None:
+        ranges = {sign: dead_ranges(ratios, pushes[name]) for name, sign in SIGNS.items()}
+        parts.append(_draw_tokens(tokens, variant, limits, ranges, most))
+    return svg.stack(*parts)
+
+
+def _of_sequence(variant: str) -> bool:
+    return VARIANTS[variant].loss.get("importance_sampling_level") == "sequence"
+
+
+def _draw_words(variant: str, ratios: Tensor, pushes: dict) -> str:
+    "What the curves do, in words, and which limits change nothing."
+    sentences = [_words(name, ratios, push) for name, push in pushes.items()]
     unused = [label for name, label in LABELS.items() if name not in VARIANTS[variant].limits]
     note = f"{variant}: {VARIANTS[variant].note}{', '.join(unused)} change nothing" if unused else ""
-    words = [svg.text(14 + 454 * i, 16, line) for i, line in enumerate(said)] + [svg.text(14, 34, note, fill=svg.FAINT)] * bool(unused)
-    parts = [svg.beside(left, right), svg.figure(words, 908, 44 if unused else 26, "", ". ".join(filter(None, [variant, *said, note])))]
-    if tokens is not None:
-        fate = fates(tokens, **settings)
-        line = f"{fate['tokens']} tokens of a run: {fate['tokens'] - fate['dead']} alive, {fate['dead']} dead; {fate['push left']:.0%} of the push without limits is left"
-        together = f"; {fate['died with others']} died with their completion, {fate['saved by others']} live with it" if of_sequence else ""
-        ranges = {sign: dead_ranges(ratios, pushes[name]) for name, sign in SIGNS.items()}
-        parts.append(_scatter(tokens, objective(tokens, **settings)[1], ranges, most, line, together))
-    return svg.stack(*parts)
+    body = [svg.text(14 + 454 * i, 16, line) for i, line in enumerate(sentences)]
+    body += [svg.text(14, 34, note, fill=svg.FAINT)] if note else []
+    return svg.figure(body, 908, 44 if note else 26, "", ". ".join(filter(None, [variant, *sentences, note])))
+
+
+def _draw_tokens(tokens: Tokens, variant: str, limits: dict, ranges: dict, most: int) -> str:
+    "The tokens of a run, with their counts as the title."
+    fate = fates(tokens, variant, **limits)
+    line = (f"{fate['tokens']} tokens of a run: {fate['tokens'] - fate['dead']} alive, {fate['dead']} dead; "
+            f"{fate['push left']:.0%} of the push without limits is left")
+    more = ""
+    if _of_sequence(variant):
+        more = f"; {fate['died with others']} died with their completion, {fate['saved by others']} live with it"
+    return _scatter(tokens, objective(tokens, variant, **limits)[1], ranges, most, line, more)
+
+
+_ASK_CURVES = (
+    "A token that should become less likely has become three times as likely. Which settings keep its push from "
+    "growing with the ratio, and what do they do with it instead?")
+_ASK_TOKENS = (
+    "Under which variant is a token dead though it has hardly moved, and another one pushed on though it is far "
+    "outside, and what decides about them?")
 
 
 def clip_explorer(
     tokens: Tokens | None = None,  # of a run, as from `KeepTokens`; None: curves alone
 ) -> Explorer:
     "The explorer of trust regions."
-    ask_curves = "A token that should become less likely has become three times as likely. Which settings keep its push from growing with the ratio, and what do they do with it instead?"
-    ask_tokens = "Under which variant is a token dead though it has hardly moved, and another one pushed on though it is far outside, and what decides about them?"
     return Explorer(
-        lru_cache(maxsize=None)(partial(draw_clip, tokens=tokens)), title="The clip as a picture of gradients", question=ask_curves if tokens is None else ask_tokens,
-        variant=choice(*VARIANTS), epsilon=slider(0.1, 0.3, value=0.2, steps=3, label=LABELS["epsilon"]), epsilon_high=choice(0.1, 0.2, 0.28, 0.5, value=0.2, label=LABELS["epsilon_high"]),
+        lru_cache(maxsize=None)(partial(draw_clip, tokens=tokens)), title="The clip as a picture of gradients",
+        question=_ASK_CURVES if tokens is None else _ASK_TOKENS, variant=choice(*VARIANTS),
+        epsilon=slider(0.1, 0.3, value=0.2, steps=3, label=LABELS["epsilon"]),
+        epsilon_high=choice(0.1, 0.2, 0.28, 0.5, value=0.2, label=LABELS["epsilon_high"]),
         delta=choice("none", 2.0, label=LABELS["delta"]))

@@ -46,7 +46,8 @@ def chances(
 ) -> Tensor:  # (..., n + 1), float64
     "Binomial probabilities of 0 to n right answers."
     p = torch.as_tensor(p, dtype=torch.float64)
-    return torch.distributions.Binomial(n, p[..., None]).log_prob(torch.arange(n + 1, dtype=torch.float64)).exp()
+    counts = torch.arange(n + 1, dtype=torch.float64)
+    return torch.distributions.Binomial(n, p[..., None]).log_prob(counts).exp()
 
 
 def typical_batch(
@@ -63,10 +64,10 @@ def advantages_by_count(
     mix: str = "as many of each",  # a key of MIXES; only "batch std" looks
 ) -> Tensor:  # (G + 1, G): row k are the advantages of k right answers, then of G - k wrong ones
     "`group_advantages` of every group that can come up. Raises KeyError for an unknown name."
-    how, divide = NORMALISERS[normaliser], 1.0
+    how, divisor = NORMALISERS[normaliser], 1.0
     if how["scale"] == "batch":  # the batch is the mix, not these G + 1 groups
-        how, divide = how | {"scale": "none"}, SCALES["batch"](typical_batch(mix), EPS)
-    return group_advantages(every_group(G).flatten(), G, **how, eps=EPS).view(G + 1, G) / divide
+        how, divisor = how | {"scale": "none"}, SCALES["batch"](typical_batch(mix), EPS)
+    return group_advantages(every_group(G).flatten(), G, **how, eps=EPS).view(G + 1, G) / divisor
 
 
 class Difficulty(NamedTuple):
@@ -103,7 +104,8 @@ def live_questions(
     return torch.tensor(MIXES[mix], dtype=torch.float64) * by_difficulty(RATES, G, "none").alive
 
 # %% ../../nbs/explore/12_groups.ipynb #da337ed9
-_GRID = torch.cat([torch.tensor([.005, .01, .02, .03, .045]), torch.arange(.075, .93, .05), torch.tensor([.955, .97, .98, .99, .995])]).double()
+_GRID = torch.tensor([.005, .01, .02, .03, .045, *torch.arange(.075, .93, .05).tolist(), .955, .97, .98, .99, .995],
+                     dtype=torch.float64)
 
 
 @lru_cache(maxsize=None)
@@ -113,24 +115,50 @@ def draw_groups(
     mix: str = "mostly hard",  # a key of MIXES
 ) -> str:  # SVG
     "Advantages, push, weight and dead groups against the pass rate; what is alive of a mix of questions."
+    return svg.stack(svg.beside(*_draw_question(G, normaliser, mix), gap=4),
+                     svg.beside(_against_rate({"dead": 1 - by_difficulty(_GRID, G, "none").alive}, (0, 1), "",
+                                              title=f"Dead groups of {G}", ylabel="chance of equal rewards"),
+                                _draw_mix(G, mix), gap=4))
+
+
+def _against_rate(lines: dict, ylim: tuple, desc: str, **labels) -> str:
+    return svg.line_plot(_GRID, lines, ylim=ylim, desc=desc, xlabel="pass rate p", width=312, height=240, **labels)
+
+
+def _draw_question(G: int, normaliser: str, mix: str) -> list[str]:
+    "Advantage, push and weight of a question, by its pass rate."
     chosen, plain = by_difficulty(_GRID, G, normaliser, mix), by_difficulty(_GRID, G, "none")
-    beside_none = lambda what: {normaliser: getattr(chosen, what)} | ({} if normaliser == "none" else {"none": getattr(plain, what)})
     hard, even = by_difficulty([.01, .5], G, normaliser, mix).weight.tolist()
-    top = dict(xlabel="pass rate p", width=312, height=240)
-    advantage = svg.line_plot(_GRID, {"right answer": chosen.right, "wrong answer": chosen.wrong}, title=f"Advantage, {normaliser}", ylabel="expected advantage", ylim=(-8, 8), desc="", **top)
-    push = svg.line_plot(_GRID, beside_none("push"), title=f"Push of a question, G = {G}", ylabel="mean |A| of an answer", ylim=(0, 1.6), desc="", **top)
-    weight = svg.line_plot(_GRID, beside_none("weight"), title=f"Weight: {hard:.2f} at 1 %, {even:.2f} at 50 %", ylabel="w(p), factor of ∇p", ylim=(0, 8), desc=f"{normaliser}, groups of {G}.", **top)
+
+    def with_none(what: str) -> dict:
+        lines = {normaliser: getattr(chosen, what)}
+        return lines if normaliser == "none" else lines | {"none": getattr(plain, what)}
+    return [
+        _against_rate({"right answer": chosen.right, "wrong answer": chosen.wrong}, (-8, 8), "",
+                      title=f"Advantage, {normaliser}", ylabel="expected advantage"),
+        _against_rate(with_none("push"), (0, 1.6), "", title=f"Push of a question, G = {G}",
+                      ylabel="mean |A| of an answer"),
+        _against_rate(with_none("weight"), (0, 8), f"{normaliser}, groups of {G}.",
+                      title=f"Weight: {hard:.2f} at 1 %, {even:.2f} at 50 %", ylabel="w(p), factor of ∇p")]
+
+
+def _draw_mix(G: int, mix: str) -> str:
+    "The hundred questions of a mix, and the live groups that they make."
     live = live_questions(mix, G)
     share = live.sum().item() / 100
-    dead = svg.line_plot(_GRID, {"dead": 1 - plain.alive}, title=f"Dead groups of {G}", ylabel="chance of equal rewards", ylim=(0, 1), desc="", **top)
-    questions = svg.bar_plot([f"{p:.0%}" for p in RATES], {"questions asked": MIXES[mix], "live groups": live}, title=f"{mix}: {share:.0%} alive, {1 / share:.2f} asked per live group, {G / share:.1f} answers", xlabel="pass rate of the questions", ylabel="of 100 questions",
-                             ylim=(0, 30), values=False, width=628, height=240, desc=f"Of 100 questions, {mix}, {live.sum():.0f} groups are alive.")
-    return svg.stack(svg.beside(advantage, push, weight, gap=4), svg.beside(dead, questions, gap=4))
+    title = f"{mix}: {share:.0%} alive, {1 / share:.2f} asked per live group, {G / share:.1f} answers"
+    bars = {"questions asked": MIXES[mix], "live groups": live}
+    return svg.bar_plot([f"{p:.0%}" for p in RATES], bars, title=title, xlabel="pass rate of the questions",
+                        ylabel="of 100 questions", ylim=(0, 30), values=False, width=628, height=240,
+                        desc=f"Of 100 questions, {mix}, {live.sum():.0f} groups are alive.")
 
 
 def groups_explorer() -> Explorer:
     "The explorer of group size, normaliser and mix of difficulties."
+    question = ("From which group size on does dividing by the group std make a question that is solved once in a "
+                "hundred times worth twice one that is solved every other time, and can a change of the mix do that "
+                "under the batch std?")
     return Explorer(
-        draw_groups, title="What a question is worth",
-        question="From which group size on does dividing by the group std make a question that is solved once in a hundred times worth twice one that is solved every other time, and can a change of the mix do that under the batch std?",
-        G=choice(*SIZES, value=8, label="group size G"), normaliser=choice(*NORMALISERS, value="group std"), mix=choice(*MIXES, value="mostly hard", label="questions"))
+        draw_groups, title="What a question is worth", question=question,
+        G=choice(*SIZES, value=8, label="group size G"), normaliser=choice(*NORMALISERS, value="group std"),
+        mix=choice(*MIXES, value="mostly hard", label="questions"))

@@ -46,7 +46,7 @@ def _logratio(world: World) -> Tensor:
 
 
 def _values(world: World, how: str, weighted: bool) -> Tensor:
-    "(8,) what the estimator says of each token."
+    "(8,) what the estimator gives for each token."
     ratio = (world.policy.log_softmax(-1) - world.sampler.log_softmax(-1)).exp() if weighted else None
     return estimate_kl(_logratio(world), how, ratio=ratio)
 
@@ -59,7 +59,8 @@ def estimator_stats(
     "(bias, standard deviation) of one sample, in nats, against KL(policy || reference)."
     weight, k = world.sampler.softmax(-1), _values(world, how, weighted)
     mean = (weight * k).sum()
-    return (mean - reverse_kl(world.policy, world.reference)).item(), (weight * (k - mean) ** 2).sum().sqrt().item()
+    bias = mean - reverse_kl(world.policy, world.reference)
+    return bias.item(), (weight * (k - mean) ** 2).sum().sqrt().item()
 
 
 def batch_means(
@@ -71,7 +72,8 @@ def batch_means(
     weighted: bool = False,  # multiply by the ratio policy / sampler
 ) -> Tensor:
     "(batches,) means of the estimator over n sampled tokens each."
-    draws = torch.multinomial(world.sampler.softmax(-1), n * batches, replacement=True, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.multinomial(world.sampler.softmax(-1), n * batches, replacement=True, generator=generator)
     return _values(world, how, weighted)[draws].view(batches, n).mean(1)
 
 # %% ../../nbs/explore/04_kl.ipynb #8f6ef960
@@ -80,17 +82,19 @@ def expected_gradient(
     how: str,  # a key of KL_ESTIMATORS
     place: str = PLACES[0],  # one of PLACES
 ) -> Tensor:
-    "(8,) gradient by the policy's logits, averaged exactly over what the sampler draws. Raises ValueError for an unknown place."
+    """(8,) gradient by the policy's logits, averaged exactly over what the sampler draws.
+
+    Raises ValueError for an unknown place."""
     if place not in PLACES:
         raise ValueError(f"place {place!r}: expected one of {PLACES}")
     policy = world.policy.clone().requires_grad_()
     logps, sampled = policy.log_softmax(-1), world.sampler.log_softmax(-1)
     logratio = logps - world.reference.log_softmax(-1)
-    term = {
-        PLACES[0]: lambda: estimate_kl(logratio, how),
-        PLACES[1]: lambda: estimate_kl(logratio, how, ratio=(logps - sampled).exp()),
-        PLACES[2]: lambda: estimate_kl(logratio, how).detach() * logps,
-    }[place]()
+    if place == PLACES[1]:
+        term = estimate_kl(logratio, how, ratio=(logps - sampled).exp())
+    else:
+        k = estimate_kl(logratio, how)
+        term = k if place == PLACES[0] else k.detach() * logps
     return torch.autograd.grad((sampled.exp() * term).sum(), policy)[0]
 
 
@@ -99,7 +103,8 @@ def exact_gradients(
 ) -> dict[str, Tensor]:
     "Gradients (8,) of the two exact divergences by the policy's logits."
     policy = world.policy.clone().requires_grad_()
-    return {name: torch.autograd.grad(f(policy, world.reference), policy)[0] for name, f in (("reverse", reverse_kl), ("forward", forward_kl))}
+    divergences = {"reverse": reverse_kl, "forward": forward_kl}
+    return {name: torch.autograd.grad(f(policy, world.reference), policy)[0] for name, f in divergences.items()}
 
 
 def cosine(
@@ -120,12 +125,22 @@ def draw_kl(
 ) -> str:
     "Probabilities; the means of a thousand batches; the direction of each estimator's expected gradient."
     world = kl_world(drift, sampler)
-    kl = reverse_kl(world.policy, world.reference).item()
-    shown = {"reference": world.reference, "policy": world.policy} | ({"sampler": world.sampler} if sampler == SAMPLERS[1] else {})
-    models = svg.bar_plot(range(1, 9), {name: logits.softmax(-1) for name, logits in shown.items()}, title="Eight tokens", xlabel="token", ylabel="probability", ylim=(0, 0.8), width=290, height=250)
+    shown = {"reference": world.reference, "policy": world.policy}
+    if sampler == SAMPLERS[1]:
+        shown["sampler"] = world.sampler
+    probabilities = {name: logits.softmax(-1) for name, logits in shown.items()}
+    models = svg.bar_plot(range(1, 9), probabilities, title="Eight tokens", xlabel="token", ylabel="probability",
+                          ylim=(0, 0.8), width=290, height=250)
+    # One scale for all n, so that growing batches can be seen to narrow.
+    half = 1.5 * estimator_stats(kl_world(drift), "k1")[1]
+    # The ratio is part of the estimate where it is part of the loss.
+    values = _draw_means(world, n, half, weighted=place == PLACES[1])
+    return svg.beside(models, values, _draw_directions(world, place), gap=4)
 
-    # One scale for all n, so that growing batches can be seen to narrow; the ratio is part of the estimate where it is part of the loss.
-    half, weighted = 1.5 * estimator_stats(kl_world(drift), "k1")[1], place == PLACES[1]
+
+def _draw_means(world: World, n: int, half: float, weighted: bool) -> str:
+    "How the means of batches are spread about the KL, up to `half` to each side."
+    kl = reverse_kl(world.policy, world.reference).item()
     edges = torch.linspace(kl - half, kl + half, 42, dtype=torch.float64)
     lines, facts = {}, []
     for how in KL_ESTIMATORS:
@@ -134,20 +149,27 @@ def draw_kl(
         share = torch.histc(batch_means(world, how, n, weighted=weighted), 41, edges[0].item(), edges[-1].item())
         lines[f"{how}: bias {bias}, sd {sd}"] = share / share.max().clamp(min=1)
         facts.append(f"{how}: bias {bias}, standard deviation {sd}")
-    values = svg.line_plot((edges[1:] + edges[:-1]) / 2, lines, title=f"Means of {n} samples; KL is {svg.short(kl)}", xlabel="estimate of KL(π‖ref) in nats", ylabel="batches (peak = 1)", vline=kl,
-                           ylim=(0, 1.05), width=360, height=250, desc="; ".join(facts) + ".")
+    return svg.line_plot((edges[1:] + edges[:-1]) / 2, lines, title=f"Means of {n} samples; KL is {svg.short(kl)}",
+                         xlabel="estimate of KL(π‖ref) in nats", ylabel="batches (peak = 1)", vline=kl,
+                         ylim=(0, 1.05), width=360, height=250, desc="; ".join(facts) + ".")
 
+
+def _draw_directions(world: World, place: str) -> str:
+    "The cosine of each estimator's expected gradient with those of both divergences."
     exact = exact_gradients(world)
     pulls = {how: expected_gradient(world, how, place) for how in KL_ESTIMATORS}
-    names = [how if pulls[how].norm() > 1e-10 else f"{how}: none" for how in KL_ESTIMATORS]
-    turned = svg.bar_plot(names, {f"with ∇ {label}": [cosine(pulls[how], exact[key]) for how in KL_ESTIMATORS] for label, key in (("reverse KL", "reverse"), ("forward KL", "forward"))},
-                          title=f"Gradient, {place}", ylabel="cosine", ylim=(-1.15, 1.15), values=True, width=310, height=250)
-    return svg.beside(models, values, turned, gap=4)
+    names = [how if pull.norm() > 1e-10 else f"{how}: none" for how, pull in pulls.items()]
+    cosines = {f"with ∇ {key} KL": [cosine(pull, exact[key]) for pull in pulls.values()]
+               for key in ("reverse", "forward")}
+    return svg.bar_plot(names, cosines, title=f"Gradient, {place}", ylabel="cosine", ylim=(-1.15, 1.15), values=True,
+                        width=310, height=250)
 
 
 def kl_explorer() -> Explorer:
     "The explorer of the three KL estimators and their gradients."
+    question = ("Where must k3 stand so that its gradient follows the reverse KL, "
+                "and does that still hold on samples of an older policy?")
     return Explorer(
-        draw_kl, title="k1, k2, k3: values and gradients",
-        question="Where must k3 stand so that its gradient follows the reverse KL, and does that still hold on samples of an older policy?",
-        drift=slider(0.5, 3.5, value=1.5, steps=4), n=choice(8, 32, 256, value=32, label="samples in a batch"), sampler=choice(*SAMPLERS, label="sampled by"), place=choice(*PLACES, label="the estimator stands"))
+        draw_kl, title="k1, k2, k3: values and gradients", question=question,
+        drift=slider(0.5, 3.5, value=1.5, steps=4), n=choice(8, 32, 256, value=32, label="samples in a batch"),
+        sampler=choice(*SAMPLERS, label="sampled by"), place=choice(*PLACES, label="the estimator stands"))

@@ -30,19 +30,24 @@ def pulls(
     tokens: int = 1,  # length of all answers
     **options,  # hyper-parameters; those that this loss does not take are left out
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(N,) float64 each: the loss of each pair, and minus its derivative by the log-prob of its chosen and of its rejected answer.
+    """(N,) float64 each: the loss of each pair, and minus its derivative by the log-prob of its chosen and of its
+    rejected answer.
 
-    Each pair is a step of its own, so a loss that sorts has nothing to sort. Raises TypeError when a hyper-parameter that the loss needs is missing.
+    Each pair is a step of its own, so a loss that sorts has nothing to sort.
+    Raises TypeError when a hyper-parameter that the loss needs is missing.
     """
     options = {name: value for name, value in options.items() if name in inspect.signature(loss).parameters}
     chosen, rejected = (x.detach().double().requires_grad_() for x in (chosen, rejected))
-    none = torch.zeros(1, dtype=torch.float64)  # the reference's log-probs: with 0, log-probs are log-ratios
-    value = torch.cat([loss(Pairs(c, r, none, none, tokens, tokens), **options) for c, r in zip(chosen.split(1), rejected.split(1))])
-    by_chosen, by_rejected = torch.autograd.grad(-value.sum(), (chosen, rejected), allow_unused=True, materialize_grads=True)
+    reference = torch.zeros(1, dtype=torch.float64)  # with log-probs of 0, log-probs are log-ratios
+    single = zip(chosen.split(1), rejected.split(1))
+    value = torch.cat([loss(Pairs(c, r, reference, reference, tokens, tokens), **options) for c, r in single])
+    by_chosen, by_rejected = torch.autograd.grad(
+        -value.sum(), (chosen, rejected), allow_unused=True, materialize_grads=True)
     return value.detach(), by_chosen, by_rejected
 
 # %% ../../nbs/explore/08_pair_losses.ipynb #44b25146
-MARGINS = torch.cat([torch.arange(-20, -4, 2), torch.arange(-4, 4, .25), torch.arange(4, 41, 2)]).double()  # nats; finer about 0, where every run starts
+# In nats; finer about 0, where every run starts.
+MARGINS = torch.cat([torch.arange(-20, -4, 2), torch.arange(-4, 4, .25), torch.arange(4, 41, 2)]).double()
 
 
 def where_zero(
@@ -60,16 +65,25 @@ def where_zero(
 
 def _words(name: str, pull: Tensor) -> str:
     "What a pull does from the least to the greatest margin."
-    if (pull == 0).all(): return f"{name}: no pull at all"
-    if (pull == pull[0]).all(): return f"{name}: {svg.short(pull[0].item())} everywhere"
+    if (pull == 0).all():
+        return f"{name}: no pull at all"
+    if (pull == pull[0]).all():
+        return f"{name}: {svg.short(pull[0].item())} everywhere"
     crossings = where_zero(MARGINS, pull)
     ends = bool(crossings) and (pull[MARGINS > crossings[-1] + 2] == 0).all()
+    facts = [f"{svg.short(pull[MARGINS == 0].item(), 2)} at margin 0"]
+    if crossings:
+        facts.append(f"{'ends' if ends else 'turns round'} at " + " and ".join(svg.short(x) for x in crossings))
+    if not ends:
+        facts.append(f"{svg.short(pull[-1].item(), 2)} at margin 40")
+    most = f"size at most {svg.short(pull.abs().max().item(), 2)}"
+    return f"{name}: " + ", ".join([*facts, "without bound" if _is_straight(pull) else most])
+
+
+def _is_straight(pull: Tensor) -> bool:
+    "Whether a pull is one straight line over the margin, and so grows for ever."
     slopes = pull.diff() / MARGINS.diff()
-    says = [f"{svg.short(pull[MARGINS == 0].item(), 2)} at margin 0"]
-    if crossings: says.append(f"{'ends' if ends else 'turns round'} at " + " and ".join(svg.short(x) for x in crossings))
-    if not ends: says.append(f"{svg.short(pull[-1].item(), 2)} at margin 40")
-    straight = (slopes - slopes[0]).abs().max() < 1e-9 * slopes.abs().max()
-    return f"{name}: " + ", ".join([*says, "without bound" if straight else f"size at most {svg.short(pull.abs().max().item(), 2)}"])
+    return bool((slopes - slopes[0]).abs().max() < 1e-9 * slopes.abs().max())
 
 
 @lru_cache(maxsize=None)
@@ -80,24 +94,34 @@ def draw_pair_loss(
     path: str = "chosen rises, rejected falls",  # a key of PATHS
 ) -> str:
     "Pull on the chosen and on the rejected answer as functions of the margin, and the loss along the path."
-    at = PATHS[path](MARGINS)
-    takes = inspect.signature(PAIR_LOSSES[loss]).parameters
-    value, up, down = pulls(PAIR_LOSSES[loss], *at, beta=beta, label_smoothing=max(label_smoothing, 1e-3) if loss == "exo_pair" else label_smoothing)
+    at, smoothing = PATHS[path](MARGINS), max(label_smoothing, 1e-3) if loss == "exo_pair" else label_smoothing
+    value, up, down = pulls(PAIR_LOSSES[loss], *at, beta=beta, label_smoothing=smoothing)
     _, dpo_up, dpo_down = pulls(PAIR_LOSSES["sigmoid"], *at, beta=beta)
-    title = loss + "".join(f", {n}" for n, asked in ((f"β = {beta:g}", "beta"), (f"smoothing {label_smoothing:g}", "label_smoothing")) if asked in takes)
+    lines = {"on the chosen": up, "on the rejected": down}
+    if loss != "sigmoid" or label_smoothing:
+        lines |= {"DPO, chosen": dpo_up, "DPO, rejected": dpo_down}
     top = 1.1 * max(x.abs().max().item() for x in (up, down, dpo_up))
-    lines = {"on the chosen": up, "on the rejected": down} | ({} if loss == "sigmoid" and not label_smoothing else {"DPO, chosen": dpo_up, "DPO, rejected": dpo_down})
-    forces = svg.line_plot(MARGINS, lines, title=f"Pulls of {title}", xlabel="margin Δw − Δl, nats", ylabel="pull", vline=0, ylim=(-top, top), width=430, height=280, desc="")
-    height = svg.line_plot(MARGINS, {"loss": value}, title="The loss along this path", xlabel="margin Δw − Δl, nats", ylabel="loss", vline=0, width=330, height=280, desc="")
-    said = [_words("on the chosen", up), _words("on the rejected", down)]
-    words = svg.figure([svg.text(14, 16 + 18 * i, line) for i, line in enumerate(said)], 768, 44, "", ". ".join(said))
-    return svg.stack(svg.beside(forces, height), words)
+    look = dict(xlabel="margin Δw − Δl, nats", vline=0, height=280, desc="")
+    title = f"Pulls of {loss}{_settings(loss, beta, label_smoothing)}"
+    forces = svg.line_plot(MARGINS, lines, title=title, ylabel="pull", ylim=(-top, top), width=430, **look)
+    height = svg.line_plot(MARGINS, {"loss": value}, title="The loss along this path", ylabel="loss", width=330, **look)
+    sentences = [_words("on the chosen", up), _words("on the rejected", down)]
+    words = [svg.text(14, 16 + 18 * i, line) for i, line in enumerate(sentences)]
+    return svg.stack(svg.beside(forces, height), svg.figure(words, 768, 44, "", ". ".join(sentences)))
+
+
+def _settings(loss: str, beta: float, label_smoothing: float) -> str:
+    "The hyper-parameters that this loss takes."
+    takes = inspect.signature(PAIR_LOSSES[loss]).parameters
+    named = {"beta": f", β = {beta:g}", "label_smoothing": f", smoothing {label_smoothing:g}"}
+    return "".join(text for name, text in named.items() if name in takes)
 
 
 def pair_loss_curves() -> Explorer:
     "The explorer of the pulls of every pair loss."
+    question = ("Let the margin grow because only the rejected answer falls. Under which losses does the pull on the "
+                "chosen answer fade as under DPO, though nothing has happened to it, and which go on pulling it up?")
     return Explorer(
-        draw_pair_loss, title="How hard a loss of pairs pulls",
-        question="Let the margin grow because only the rejected answer falls. Under which losses does the pull on the chosen answer fade as under DPO, though nothing has happened to it, and which go on pulling it up?",
-        loss=choice(*PAIR_LOSSES), beta=slider(.1, .5, value=.1, steps=2, label="β"), label_smoothing=slider(0., .2, value=0., steps=2, label="label smoothing"),
-        path=choice(*PATHS))
+        draw_pair_loss, title="How hard a loss of pairs pulls", question=question, loss=choice(*PAIR_LOSSES),
+        beta=slider(.1, .5, value=.1, steps=2, label="β"),
+        label_smoothing=slider(0., .2, value=0., steps=2, label="label smoothing"), path=choice(*PATHS))

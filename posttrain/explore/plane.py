@@ -16,8 +16,10 @@ from ..foundations.preferences import Pairs
 from ..offline.preference_zoo import OF_EACH_ANSWER, OF_THE_MARGIN, PAIR_LOSSES
 from ..training.progress import curve
 
-SHOWN = (*OF_THE_MARGIN, *OF_EACH_ANSWER)  # losses that look at one pair at a time; the others have no landscape of their own
-OPTIONS = {"exo_pair": {"label_smoothing": 1e-3}, "robust": {"label_smoothing": 0.1}}  # the papers' values; without smoothing robust is sigmoid, and exo_pair is infinite
+# Losses that look at one pair at a time; the others have no landscape of their own.
+SHOWN = (*OF_THE_MARGIN, *OF_EACH_ANSWER)
+# The papers' values. Without smoothing robust is sigmoid, and exo_pair is infinite.
+OPTIONS = {"exo_pair": {"label_smoothing": 1e-3}, "robust": {"label_smoothing": 0.1}}
 
 # %% ../../nbs/explore/06_plane.ipynb #71875a1a
 def trajectory(
@@ -25,15 +27,19 @@ def trajectory(
     beta: float,  # the run's own beta: logged rewards are beta times the log-ratio
     *,
     prefix: str = "",  # "eval_" for what `eval_strategy` logged: the same pairs every time, so a smoother path
-    from_reference: bool = True,  # begin at (0, 0), where a policy that starts as its own reference is; False: at the first log
+    from_reference: bool = True,  # begin at (0, 0), where a policy is its own reference; False: at the first log
 ) -> tuple[list[float], list[float]]:  # changes in chosen and in rejected log-prob, nats: means of the logged steps
     "The path of a run in the plane. Raises ValueError without logged rewards and unless beta > 0."
-    if not beta > 0: raise ValueError(f"beta is what the logged rewards were multiplied by, expected a number above 0, got {beta}")
-    sides = [[reward / beta for reward in curve(log_history, f"{prefix}rewards/{side}")[1]] for side in ("chosen", "rejected")]
-    if not sides[0] or len(sides[0]) != len(sides[1]):
-        raise ValueError(f"a path needs rows with {prefix}rewards/chosen and {prefix}rewards/rejected; {len(log_history)} rows hold {sorted({k for row in log_history for k in row})}. Lower logging_steps{', or set eval_strategy' if prefix else ''}")
+    if not beta > 0:
+        raise ValueError(f"beta is what the logged rewards were multiplied by, expected a number above 0, got {beta}")
+    chosen, rejected = (curve(log_history, f"{prefix}rewards/{side}")[1] for side in ("chosen", "rejected"))
+    if not chosen or len(chosen) != len(rejected):
+        found = sorted({k for row in log_history for k in row})
+        raise ValueError(f"a path needs rows with {prefix}rewards/chosen and {prefix}rewards/rejected; "
+                         f"{len(log_history)} rows hold {found}. "
+                         f"Lower logging_steps{', or set eval_strategy' if prefix else ''}")
     start = [0.0] if from_reference else []
-    return start + sides[0], start + sides[1]
+    return start + [r / beta for r in chosen], start + [r / beta for r in rejected]
 
 # %% ../../nbs/explore/06_plane.ipynb #776e65ff
 def landscape(
@@ -42,10 +48,12 @@ def landscape(
     y: Tensor,  # (...) change in rejected log-prob, nats
     beta: float,  # the loss's beta
     *,
-    lengths: tuple[float, float] = (8.0, 8.0),  # tokens of the chosen and of the rejected answer; only losses per token look
+    lengths: tuple[float, float] = (8.0, 8.0),  # tokens of the chosen and of the rejected answer, for losses per token
 ) -> tuple[Tensor, Tensor, Tensor]:  # three times (...): loss, and the two parts of minus its gradient, in loss per nat
-    "A loss and its downhill direction at points of the plane. Raises ValueError for a loss that is not a function of one pair."
-    if loss_type not in SHOWN: raise ValueError(f"loss_type={loss_type!r} has no landscape of its own; choose from {', '.join(map(repr, SHOWN))}")
+    "A loss and its downhill direction at points of the plane. Raises ValueError for a loss that is not of one pair."
+    if loss_type not in SHOWN:
+        known = ", ".join(map(repr, SHOWN))
+        raise ValueError(f"loss_type={loss_type!r} has no landscape of its own; choose from {known}")
     x, y = x.detach().clone().requires_grad_(), y.detach().clone().requires_grad_()
     pairs = Pairs(x, y, chosen_lengths=lengths[0], rejected_lengths=lengths[1])
     loss = PAIR_LOSSES[loss_type](pairs, beta=beta, **OPTIONS.get(loss_type, {}))
@@ -70,9 +78,11 @@ def level_lines(
     grid = [torch.linspace(low, high, fineness, dtype=torch.float64) for low, high in limits]
     x, y = torch.meshgrid(*grid, indexing="xy")
     z = landscape(loss_type, x, y, beta, lengths=lengths)[0]
-    low, high = z.flatten().quantile(torch.tensor([.01, .99], dtype=torch.float64)).tolist()  # corners alone shall not choose the levels
+    most = torch.tensor([.01, .99], dtype=torch.float64)  # corners alone shall not choose the levels
+    low, high = z.flatten().quantile(most).tolist()
+    # A level at the bottom of a flat floor has no line.
+    levels = [level for level in svg.ticks(low, high, count) if low < level < high] if low < high else []
     lines = contourpy.contour_generator(x=grid[0].numpy(), y=grid[1].numpy(), z=z.numpy())
-    levels = [level for level in svg.ticks(low, high, count) if low < level < high] if low < high else []  # a level at the bottom of a flat floor has no line
     return [(level, found) for level in levels if (found := lines.lines(level))]
 
 
@@ -82,123 +92,174 @@ def thinned(
 ) -> list[tuple[float, float]]:
     "As few of the points as describe the line to within `off` (Ramer, Douglas and Peucker)."
     points = [tuple(map(float, p)) for p in points]
-    (ax, ay), (bx, by) = points[0], points[-1]
-    length = math.hypot(bx - ax, by - ay)
-    away = [abs((bx - ax) * (py - ay) - (by - ay) * (px - ax)) / length if length else math.hypot(px - ax, py - ay) for px, py in points]
-    if (far := max(away)) <= off: return [points[0], points[-1]]
+    away = [_distance(p, points[0], points[-1]) for p in points]
+    if (far := max(away)) <= off:
+        return [points[0], points[-1]]
     middle = away.index(far)
     return thinned(points[:middle + 1], off)[:-1] + thinned(points[middle:], off)
 
+
+def _distance(point, start, end) -> float:
+    "From a point to the line through two others."
+    (px, py), (ax, ay), (bx, by) = point, start, end
+    length = math.hypot(bx - ax, by - ay)
+    return abs((bx - ax) * (py - ay) - (by - ay) * (px - ax)) / length if length else math.hypot(px - ax, py - ay)
+
 # %% ../../nbs/explore/06_plane.ipynb #25b9d225
+_HALO = {"stroke": "#ffffff", "stroke_width": 3, "paint_order": "stroke"}  # keeps a text readable over lines
+
+
 def plane(
     loss_type: str = "sigmoid",  # one of SHOWN
     beta: float = 0.1,  # the loss's beta; DPO's usual one
-    trajectories: dict | None = None,  # name -> (xs, ys) as from `trajectory`; they stay what they are whatever loss and beta are shown
+    trajectories: dict | None = None,  # name -> (xs, ys) as from `trajectory`; no loss or beta changes them
     *,
-    lengths: tuple[float, float] = (8.0, 8.0),  # tokens of the chosen and of the rejected answer, for losses per token (ipo, sigmoid_norm)
-    limits=None,  # ((x low, x high), (y low, y high)) of equal spans, nats; None: room for the trajectories, or 6 nats to each side
+    lengths: tuple[float, float] = (8.0, 8.0),  # tokens of the chosen and of the rejected answer, for losses per token
+    limits=None,  # ((x low, x high), (y low, y high)) of equal spans, nats; None: room for the trajectories, or 6 nats
     size: int = 400,  # px, each side of the square
     arrows: int = 9,  # along each side
 ) -> str:  # SVG
     "Level lines, downhill arrows and paths of runs. Raises ValueError for an unknown loss and for spans that differ."
     trajectories = trajectories or {}
-    limits = _square(trajectories) if limits is None else limits
-    (x0, x1), (y0, y1) = limits
-    if not (x0 < x1 and abs((x1 - x0) - (y1 - y0)) < 1e-9 * (x1 - x0)): raise ValueError(f"limits={limits!r}: expected two ranges of the same span, since a slanting arrow means a direction")
-    left, top, scale = 62.0, 30.0 + 16 * len(trajectories), size / (x1 - x0)
-    right, bottom = left + size, top + size
-    px, py = (lambda x: left + (x - x0) * scale), (lambda y: bottom - (y - y0) * scale)
-    clip = lambda content: [f'<svg x="{left:g}" y="{top:g}" width="{size}" height="{size}" viewBox="{left:g} {top:g} {size} {size}">', *content, "</svg>"]
-
-    ground = []
-    if x0 < 0 and y0 < 0: ground.append(svg.element("rect", x=left, y=py(min(0.0, y1)), width=px(min(0.0, x1)) - left, height=bottom - py(min(0.0, y1)), fill=_SHADE))
-    zero = {"stroke": svg.GRID, "stroke_width": 1}
-    ground += [svg.element("line", x1=px(0.0), x2=px(0.0), y1=top, y2=bottom, **zero), svg.element("line", x1=left, x2=right, y1=py(0.0), y2=py(0.0), **zero)]
-    ground.append(svg.element("line", x1=px(min(x0, y0)), y1=py(min(x0, y0)), x2=px(max(x1, y1)), y2=py(max(x1, y1)), stroke=svg.FAINT, stroke_dasharray="4 4"))
-
-    lines, labels = [], []
-    for level, found in level_lines(loss_type, beta, limits, lengths=lengths):
-        thin = [[(px(x), py(y)) for x, y in thinned(line, 0.4 / scale)] for line in found]
-        lines += [svg.element("path", d=_path(line), fill="none", stroke=_LEVEL) for line in thin]
-        inside = [(x, y) for line in found for x, y in line.tolist() if x0 < x < x1 - .05 * (x1 - x0) and y0 < y < y1 - .03 * (y1 - y0)]
-        if inside:  # the label stands where the line leaves to the upper right, away from where paths go
-            x, y = max(inside, key=sum)
-            labels.append(svg.text(px(x), py(y) + 4, svg.short(level), "middle", 10, svg.FAINT, stroke="#ffffff", stroke_width=3, paint_order="stroke"))
-
-    darts, strongest = _darts(loss_type, beta, limits, lengths, px, py, arrows)
-    legend, paths = [], []
-    for i, (name, (xs, ys)) in enumerate(trajectories.items()):
-        pen = {"stroke": svg.PALETTE[(1 + i) % 7], "stroke_width": 2.5, "stroke_dasharray": svg.DASHES[i % 7]}
-        spots = [(px(float(x)), py(float(y))) for x, y in zip(xs, ys)]
-        paths += [svg.element("path", d=_path(spots), fill="none", stroke_linejoin="round", **pen), svg.element("circle", cx=spots[-1][0], cy=spots[-1][1], r=4.5, fill=pen["stroke"], stroke="#ffffff")]
-        legend += [svg.element("line", x1=left, x2=left + 26, y1=34.0 + 16 * i, y2=34.0 + 16 * i, **pen), svg.text(left + 32, 38.0 + 16 * i, name, size=11)]
-    marks = []
-    if x0 <= 0 <= x1 and y0 <= 0 <= y1: marks += [svg.element("circle", cx=px(0.0), cy=py(0.0), r=4, fill="#ffffff", stroke=svg.INK, stroke_width=1.5), svg.text(px(0.0) + 7, py(0.0) - 7, "start", size=11)]
-    halo = {"stroke": "#ffffff", "stroke_width": 3, "paint_order": "stroke"}
-    middle = max(x0, y0) + .16 * (min(x1, y1) - max(x0, y0))
-    if min(x1, y1) > max(x0, y0): marks.append(svg.text(px(middle), py(middle) - 5, "margin 0", "middle", 11, svg.FAINT, transform=f"rotate(-45 {px(middle):.1f} {py(middle):.1f})", **halo))
-    if x0 < 0 and y0 < 0: marks.append(svg.text(left + 8, bottom - 9, "both fall", size=11, **halo))
-    if x1 > 0 and y0 < 0: marks.append(svg.text(right - 8, bottom - 9, "chosen up, rejected down", "end", 11, **halo))
-
-    axes = [svg.element("path", d=f"M{left:g} {top:g}V{bottom:g}H{right:g}", fill="none", stroke=svg.FAINT)]
-    for t in svg.ticks(x0, x1, 6): axes += [svg.element("line", x1=px(t), x2=px(t), y1=bottom, y2=bottom + 4, stroke=svg.FAINT), svg.text(px(t), bottom + 16, svg.short(t), "middle", 11)]
-    for t in svg.ticks(y0, y1, 6): axes += [svg.element("line", x1=left - 4, x2=left, y1=py(t), y2=py(t), stroke=svg.FAINT), svg.text(left - 7, py(t) + 4, svg.short(t), "end", 11)]
-    axes += [svg.text((left + right) / 2, bottom + 34, "change in chosen log-prob (nats)", "middle"),
-             svg.text(15, (top + bottom) / 2, "change in rejected log-prob (nats)", "middle", transform=f"rotate(-90 15 {(top + bottom) / 2:g})"),
-             svg.text((left + right) / 2, bottom + 51, f"longest arrow: the loss falls by {svg.short(strongest, 2)} per nat", "middle", 11, svg.FAINT)]
-    ends = "; ".join(f"{name} ends at {svg.short(xs[-1])}, {svg.short(ys[-1])}" for name, (xs, ys) in trajectories.items())
-    return svg.figure([*clip([*ground, *lines, darts, *labels, *paths, *marks]), *legend, *axes], int(right + 16), int(bottom + 60), f"{loss_type}, β = {svg.short(beta)}",
-                      f"Level lines and downhill arrows over changes in chosen and rejected log-probability. {ends}")
+    axes = _axes(_square(trajectories) if limits is None else limits, trajectories, size,
+                 f"{loss_type}, β = {svg.short(beta)}")
+    lines, levels = _levels(loss_type, beta, axes, lengths)
+    darts, strongest = _darts(loss_type, beta, axes, lengths, arrows)
+    paths = [part for i, path in enumerate(trajectories.values()) for part in _path(axes, i, *path)]
+    body = axes.clip([*_ground(axes), *lines, darts, *levels, *paths, *_marks(axes)])
+    pull = f"longest arrow: the loss falls by {svg.short(strongest, 2)} per nat"
+    note = svg.text((axes.left + axes.right) / 2, axes.bottom + 51, pull, "middle", 11, svg.FAINT)
+    ends = [f"{name} ends at {svg.short(xs[-1])}, {svg.short(ys[-1])}" for name, (xs, ys) in trajectories.items()]
+    desc = "Level lines and downhill arrows over changes in chosen and rejected log-probability. " + "; ".join(ends)
+    return axes.figure([*body, *axes.frame(grid=False), note], desc)
 
 
-def _square(trajectories) -> tuple:
+def _square(trajectories: dict) -> tuple:
     "A square with all paths and the start in it, and some air."
-    if not trajectories: return (-6.0, 6.0), (-6.0, 6.0)
+    if not trajectories:
+        return (-6.0, 6.0), (-6.0, 6.0)
     sides = [[0.0, *(float(v) for path in trajectories.values() for v in path[axis])] for axis in (0, 1)]
     span = max(1.0, *(1.35 * (max(side) - min(side)) for side in sides))
-    return tuple((round((max(s) + min(s) - span) / 2, 3), round((max(s) + min(s) - span) / 2, 3) + span) for s in sides)
+    lows = [round((max(side) + min(side) - span) / 2, 3) for side in sides]
+    return tuple((low, low + span) for low in lows)
 
 
-def _path(points) -> str:
-    "Points in px as a path, steps rounded to a tenth."
-    return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+def _axes(limits, trajectories: dict, size: int, title: str) -> svg.Axes:
+    "Axes over a square of `size` px. Raises ValueError for limits that are no square."
+    (x0, x1), (y0, y1) = limits
+    if not (x0 < x1 and abs((x1 - x0) - (y1 - y0)) < 1e-9 * (x1 - x0)):
+        raise ValueError(f"limits={limits!r}: expected two ranges of the same span, "
+                         "since a slanting arrow means a direction")
+    signs = {name: svg.line_sign(**_pen(i)) for i, name in enumerate(trajectories)}
+    _, used = svg.legend(signs, 58.0, 58.0 + size, 32.0)
+    return svg.Axes(*limits, title=title, xlabel="change in chosen log-prob (nats)", signs=signs, xticks=6, yticks=6,
+                    ylabel="change in rejected log-prob (nats)", below=18, width=58 + size + 14,
+                    height=round(26 + used + size + 42 + 18))
 
 
-def _darts(loss_type, beta, limits, lengths, px, py, arrows) -> tuple[str, float]:
-    "Arrows that point downhill, as one path: a thin shaft and a filled head at its tip each; and the strongest pull."
-    middles = [[low + (high - low) * (k + .5) / arrows for k in range(arrows)] for low, high in limits]
+def _pen(i: int) -> dict:
+    "How the i-th path is drawn; blue is the arrows' colour."
+    return svg.pen(i, 2.5) | {"stroke": svg.PALETTE[(1 + i) % 7]}
+
+
+def _path(axes: svg.Axes, i: int, xs, ys) -> list[str]:
+    "A run's path and a dot at its end."
+    pen = _pen(i)
+    end = axes.dot(xs[-1], ys[-1], r=4.5, fill=pen["stroke"], stroke="#ffffff")
+    return [axes.line(xs, ys, stroke_linejoin="round", **pen), end]
+
+
+def _ground(axes: svg.Axes) -> list[str]:
+    "Where both fall, the lines of no change, and the diagonal of no margin."
+    low, high = (pick(pick(axes.xlim), pick(axes.ylim)) for pick in (min, max))
+    shade = [axes.band((-math.inf, 0), (-math.inf, 0), fill=_SHADE)] if axes.xlim[0] < 0 and axes.ylim[0] < 0 else []
+    zero = {"stroke": svg.GRID, "stroke_width": 1}
+    diagonal = axes.line((low, high), (low, high), stroke=svg.FAINT, stroke_dasharray="4 4")
+    return [*shade, axes.vline(0.0, **zero), axes.hline(0.0, **zero), diagonal]
+
+
+def _levels(loss_type: str, beta: float, axes: svg.Axes, lengths) -> tuple[list[str], list[str]]:
+    "Level lines, and a label for each level."
+    (x0, x1), (y0, y1) = axes.xlim, axes.ylim
+    off, air = 0.4 * (x1 - x0) / (axes.right - axes.left), 0.05 * (x1 - x0)
+    lines, labels = [], []
+    for level, found in level_lines(loss_type, beta, (axes.xlim, axes.ylim), lengths=lengths):
+        lines += [axes.line(*zip(*thinned(line, off)), stroke=_LEVEL) for line in found]
+        points = [point for line in found for point in line.tolist()]
+        inside = [(x, y) for x, y in points if x0 < x < x1 - air and y0 < y < y1 - 0.6 * air]
+        if inside:  # where the line leaves to the upper right, away from where paths go
+            at = max(inside, key=sum)
+            labels.append(axes.note(*at, svg.short(level), "middle", dy=4, size=10, fill=svg.FAINT, **_HALO))
+    return lines, labels
+
+
+def _marks(axes: svg.Axes) -> list[str]:
+    "The start, and names of the regions that can be seen."
+    (x0, x1), (y0, y1) = axes.xlim, axes.ylim
+    low, high = max(x0, y0), min(x1, y1)
+    marks = []
+    if axes.holds(0, 0):
+        marks = [axes.dot(0, 0, r=4, fill="#ffffff", stroke=svg.INK, stroke_width=1.5),
+                 axes.note(0.0, 0.0, "start", dx=7, dy=-7, size=11)]
+    if high > low:
+        middle = low + .16 * (high - low)
+        look = _HALO | {"transform": f"rotate(-45 {axes.x(middle):.1f} {axes.y(middle):.1f})"}
+        marks.append(axes.note(middle, middle, "margin 0", "middle", dy=-5, size=11, fill=svg.FAINT, **look))
+    if x0 < 0 and y0 < 0:
+        marks.append(axes.note(x0, y0, "both fall", dx=8, dy=-9, size=11, **_HALO))
+    if x1 > 0 and y0 < 0:
+        marks.append(axes.note(x1, y0, "chosen up, rejected down", "end", dx=-8, dy=-9, size=11, **_HALO))
+    return marks
+
+
+def _darts(loss_type: str, beta: float, axes: svg.Axes, lengths, count: int) -> tuple[str, float]:
+    "Arrows that point downhill, as one path, and the strongest pull."
+    middles = [[low + (high - low) * (k + .5) / count for k in range(count)] for low, high in (axes.xlim, axes.ylim)]
     x, y = torch.meshgrid(*(torch.tensor(m, dtype=torch.float64) for m in middles), indexing="xy")
     _, down_x, down_y = (part.flatten() for part in landscape(loss_type, x, y, beta, lengths=lengths))
     pull = torch.hypot(down_x, down_y)
     strongest = pull.max().item()
-    longest = 0.82 * (px(middles[0][1]) - px(middles[0][0]))
+    longest = 0.82 * (axes.x(middles[0][1]) - axes.x(middles[0][0]))
     d = []
-    for a, b, u, v, p in zip(x.flatten().tolist(), y.flatten().tolist(), down_x.tolist(), down_y.tolist(), pull.tolist()):
-        if p <= 1e-3 * strongest: continue  # no pull worth an arrow
-        length = longest * math.sqrt(p / strongest)
-        u, v, head = u / p, -v / p, min(9.0, 2 + length / 2)  # direction in px, downwards is positive in SVG; a head even where there is hardly a shaft
-        side, neck = 0.42 * head, max(0.0, length - head)
-        d += ["M", *_halves(px(a) - u * length / 2, py(b) - v * length / 2), "l", *_halves(u * neck, v * neck),
-              "m", *_halves(-v * side, u * side), "l", *_halves(u * head + v * side, v * head - u * side), *_halves(-u * head + v * side, -v * head - u * side), "z"]
-    d = re.sub(r" ?([A-Za-z]) ?", r"\1", " ".join(d)).replace(" -", "-")  # each separator that can be spared, thousands of times
-    return svg.element("path", d=d or "M0 0", fill=_ARROW, stroke=_ARROW, stroke_width=2.2, transform="scale(.5)"), strongest
+    for a, b, u, v, p in torch.stack([x.flatten(), y.flatten(), down_x, down_y, pull], 1).tolist():
+        if p > 1e-3 * strongest:  # else there is no pull worth an arrow
+            d += _dart(axes.x(a), axes.y(b), u / p, -v / p, longest * math.sqrt(p / strongest))
+    d = re.sub(r" ?([A-Za-z]) ?", r"\1", " ".join(d)).replace(" -", "-")  # without separators that can be spared
+    look = {"fill": _ARROW, "stroke": _ARROW, "stroke_width": 2.2, "transform": "scale(.5)"}
+    return svg.element("path", d=d or "M0 0", **look), strongest
 
 
-def _halves(*px) -> list[str]: return [str(round(2 * v)) for v in px]  # half pixels, so that whole numbers are fine enough
+def _dart(x: float, y: float, u: float, v: float, length: float) -> list[str]:
+    "A thin shaft and a filled head, about a middle in px and along (u, v); a head even where there is hardly a shaft."
+    head = min(9.0, 2 + length / 2)
+    side, neck = 0.42 * head, max(0.0, length - head)
+    return ["M", *_halves(x - u * length / 2, y - v * length / 2), "l", *_halves(u * neck, v * neck),
+            "m", *_halves(-v * side, u * side), "l", *_halves(u * head + v * side, v * head - u * side),
+            *_halves(-u * head + v * side, -v * head - u * side), "z"]
+
+
+def _halves(*px: float) -> list[str]:
+    "Half pixels, so that whole numbers are fine enough."
+    return [str(round(2 * v)) for v in px]
 
 # %% ../../nbs/explore/06_plane.ipynb #3e687ea5
+_QUESTION = (
+    "Which loss pushes the wrong way right at the start? At the end of a path, which ones have let go for β = 1, "
+    "which turn back, which pull a fallen chosen answer up harder than at the start, and which one pushes it further "
+    "down?")
+
+
 def dpo_plane(
     trajectories: dict | None = None,  # name -> (xs, ys) as from `trajectory`
     *,
-    lengths: tuple[float, float] = (8.0, 8.0),  # tokens of the chosen and of the rejected answer, for losses per token (ipo, sigmoid_norm)
+    lengths: tuple[float, float] = (8.0, 8.0),  # tokens of the chosen and of the rejected answer, for losses per token
     limits=None,  # as in `plane`; None fits the trajectories
     losses: tuple = SHOWN,  # which losses can be chosen
     loss_type: str | None = None,  # the loss to begin with; None: the first of them
     question: str = "",  # to be answered by moving it; "" asks about all losses
 ) -> Explorer:
-    "The plane under losses that look at one pair at a time, and four values of beta; the paths of runs stay. Raises what `plane` raises."
-    def draw(loss, beta): return plane(loss, beta, trajectories, lengths=lengths, limits=limits)
-    return Explorer(
-        draw, title="The DPO plane",
-        question=question or "Which loss pushes the wrong way right at the start? At the end of a path, which ones have let go for β = 1, which turn back, which pull a fallen chosen answer up harder than at the start, and which one pushes it further down?",
-        loss=choice(*losses, value=loss_type), beta=choice(0.03, 0.1, 0.3, 1.0, value=0.1, label="β"))
+    "The plane under losses of one pair and four values of beta; the paths of runs stay. Raises what `plane` raises."
+    def draw(loss, beta):
+        return plane(loss, beta, trajectories, lengths=lengths, limits=limits)
+    return Explorer(draw, title="The DPO plane", question=question or _QUESTION, loss=choice(*losses, value=loss_type),
+                    beta=choice(0.03, 0.1, 0.3, 1.0, value=0.1, label="β"))

@@ -25,13 +25,13 @@ PACKING = ("one text a row", "two texts, kept apart", "two texts, run together")
 class TokenRow:
     "One row as the trainer sees it; every tensor is (T,)."
     ids: Tensor        # token ids, padding included
-    document: Tensor   # which text a token belongs to, -1 for padding: a position attends to earlier ones of its own text
+    document: Tensor   # which text a token belongs to, -1 for padding: a position attends to its own text only
     positions: Tensor  # position ids: they start again with each text
     answer: Tensor     # True on the completions, EOS included
     labels: Tensor     # the id where the token is trained on, -100 elsewhere
-    mask: Tensor       # 1 where a bet on this token counts
+    mask: Tensor       # 1 where the prediction of this token counts
     short_cut: Tensor  # the same with padding recognised by its id: `ids != pad`
-    logps: Tensor      # log-prob of the token given what its position before had read; NaN for the first one
+    logps: Tensor      # log-prob of the token given what the position before it had read; NaN for the first one
 
 
 def token_row(
@@ -47,43 +47,49 @@ def token_row(
 ) -> TokenRow:
     "Ids, labels, masks and log-probs of a row. Raises ValueError when the texts do not fit."
     prompts, completions = zip(*texts)
-    made = tokenize_sft({"prompt": list(prompts), "completion": list(completions)}, tokenizer, completion_only=True)
+    columns = {"prompt": list(prompts), "completion": list(completions)}
+    made = tokenize_sft(columns, tokenizer, completion_only=True)
     n = sum(map(len, made["input_ids"]))
     if n > width:
         raise ValueError(f"the texts have {n} tokens, the row has {width}; expected a wider row or shorter texts")
     pad = tokenizer.eos_token_id if pad_is_eos else tokenizer.pad_token_id
-    room = width - n
 
     def filled(values: list[int], filler: int) -> Tensor:
-        return torch.tensor([filler] * room + values if padding_side == "left" else values + [filler] * room)
+        padding = [filler] * (width - n)
+        return torch.tensor(padding + values if padding_side == "left" else values + padding)
     ids, answer = filled(sum(made["input_ids"], []), pad), filled(sum(made["labels"], []), -100) != -100
     lengths = [len(t) for t in made["input_ids"]] if apart else [n]
     document = filled([i for i, length in enumerate(lengths) for _ in range(length)], -1)
     positions = filled([t for length in lengths for t in range(length)], 0)
-
     labels = torch.where(answer if completion_only else document >= 0, ids, -100)
+    first = positions == 0  # nothing of its text has been read: nothing predicts it
+    mask = ((labels != -100) & ~first).long()
+    logps = _row_logps(model, ids, document, positions).masked_fill(first, math.nan)
+    return TokenRow(ids, document, positions, answer, labels, mask, mask * (ids != pad), logps)
 
-    t = torch.arange(width)
-    visible = (t[:, None] >= t) & (document[:, None] == document)  # earlier, and of the same text
+
+def _row_logps(model, ids: Tensor, document: Tensor, positions: Tensor) -> Tensor:
+    "(T,) the log-prob of each token where a position reads what stands before it in its own text."
+    t = torch.arange(len(ids))
+    visible = (t[:, None] >= t) & (document[:, None] == document)
     barred = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
     with torch.no_grad():
         logits = model(input_ids=ids[None], position_ids=positions[None], attention_mask=barred[None, None]).logits
-    bets = torch.cat([torch.tensor([math.nan]), token_logps(*shift(logits, ids[None]))[0]])
-    first = positions == 0  # nothing of its text has been read: there is no bet on it
-    mask = ((labels != -100) & ~first).long()
-    return TokenRow(ids, document, positions, answer, labels, mask, mask * (ids != pad), bets.masked_fill(first, math.nan))
+    return torch.cat([torch.tensor([math.nan]), token_logps(*shift(logits, ids[None]))[0]])
 
 # %% ../../nbs/explore/03_tokens.ipynb #846e371e
 @lru_cache(maxsize=1)
 def small_model():
-    "(model, tokenizer): a pocket model after 100 steps on reversing up to four letters; made once per process, in a second or two."
+    "(model, tokenizer): a pocket model after 100 steps on reversing up to four letters; made once per process."
     rng, tokenizer, model = random.Random(0), models.tokenizer(), models.model(0, num_hidden_layers=2)
     words = ["".join(rng.choice("abcdef") for _ in range(rng.randint(1, 4))) for _ in range(100 * 32)]
-    checkpoint.fit(model, tokenizer, [{"prompt": f"{w}=", "completion": w[::-1]} for w in words], steps=100, batch_size=32)
+    rows = [{"prompt": f"{w}=", "completion": w[::-1]} for w in words]
+    checkpoint.fit(model, tokenizer, rows, steps=100, batch_size=32)
     return model, tokenizer
 
 # %% ../../nbs/explore/03_tokens.ipynb #15a8f563
-_PROMPT, _ANSWER, _END, _PAD, _LOST = "#f3f3f3", "#cfe6f5", "#9fd8c0", "#dddddd", "#f4b183"
+_PROMPT, _ANSWER, _END = "#f3f3f3", "#cfe6f5", "#9fd8c0"
+_PAD, _LOST = "#dddddd", "#f4b183"
 
 
 @lru_cache(maxsize=None)
@@ -94,26 +100,55 @@ def draw_tokens(
     completion_only: bool = True,  # train on the completions alone
     packing: str = PACKING[0],  # one of PACKING
 ) -> str:
-    "The strip: position, id, token, label, which bets count, which the short cut counts, log-probs."
+    "The strip: position, id, token, label, which predictions count, which the short cut counts, log-probs."
     model, tokenizer = small_model()
     word = "abcd"[:letters]
     texts = [(f"{word}=", word[::-1])] + ([("fe=", "ef")] if packing != PACKING[0] else [])
-    row = token_row(model, tokenizer, texts, padding_side=padding, pad_is_eos=pad_is_eos, completion_only=completion_only, apart=packing != PACKING[2])
-    real = row.document >= 0
-    names = ["EOS" if i == tokenizer.eos_token_id else "PAD" if i == tokenizer.pad_token_id else tokenizer.decode([i]) for i in row.ids.tolist()]
-    ends = (row.ids == tokenizer.eos_token_id) & real
-    ground = [_PAD if not r else _END if e else _ANSWER if a else _PROMPT for r, e, a in zip(real, ends, row.answer)]
+    row = token_row(model, tokenizer, texts, padding_side=padding, pad_is_eos=pad_is_eos,
+                    completion_only=completion_only, apart=packing != PACKING[2])
+    names = [_token_name(tokenizer, i) for i in row.ids.tolist()]
+    ends = (row.ids == tokenizer.eos_token_id) & (row.document >= 0)
     counted, kept = row.mask.tolist(), row.short_cut.tolist()
+    title = (f"trained on: {sum(counted)} tokens, {int((ends & row.mask.bool()).sum())} EOS   ·   "
+             f"by ids ≠ pad: {sum(kept)} tokens, {int((ends & row.short_cut.bool()).sum())} EOS")
+    trained = ", ".join(name for name, m in zip(names, counted) if m)
+    mean = row.logps[row.mask.bool()].mean()
     return svg.strip(
-        {"position": [p if r else "" for p, r in zip(row.positions.tolist(), real)], "id": row.ids.tolist(), "token": names,
-         "label": ["−100" if i == -100 else n for i, n in zip(row.labels.tolist(), names)],
-         "mask": counted, "ids ≠ pad": kept, "log p": ["" if not r or math.isnan(p) else svg.short(p, 2) if abs(p) >= 0.05 else "0" for p, r in zip(row.logps.tolist(), real)]},
-        fills={"token": ground, "label": [_PAD if i == -100 else g for i, g in zip(row.labels.tolist(), ground)],
-               "mask": [_END if e and m else _ANSWER if m else None for e, m in zip(ends, counted)], "ids ≠ pad": [_LOST if m != k else _ANSWER if m else None for m, k in zip(counted, kept)]},
-        arrows=[(("token", t - 1), ("label", t)) for t, m in enumerate(counted) if m],
-        breaks=_borders(texts, padding, len(names)),
-        title=f"trained on: {sum(counted)} tokens, {int((ends & row.mask.bool()).sum())} EOS   ·   by ids ≠ pad: {sum(kept)} tokens, {int((ends & row.short_cut.bool()).sum())} EOS",
-        desc=f"Trained on: {', '.join(n for n, m in zip(names, counted) if m)}. Mean log-prob of these: {row.logps[row.mask.bool()].mean():.2f}.", cell=46)
+        _strip_rows(row, names), fills=_strip_fills(row, ends), breaks=_borders(texts, padding, len(names)),
+        arrows=[(("token", t - 1), ("label", t)) for t, m in enumerate(counted) if m], cell=46,
+        title=title, desc=f"Trained on: {trained}. Mean log-prob of these: {mean:.2f}.")
+
+
+def _token_name(tokenizer, i: int) -> str:
+    special = {tokenizer.eos_token_id: "EOS", tokenizer.pad_token_id: "PAD"}
+    return special[i] if i in special else tokenizer.decode([i])
+
+
+def _strip_rows(row: TokenRow, names: list[str]) -> dict:
+    "What stands in each cell."
+    real, positions, labels = (row.document >= 0).tolist(), row.positions.tolist(), row.labels.tolist()
+    return {
+        "position": [p if r else "" for p, r in zip(positions, real)], "id": row.ids.tolist(), "token": names,
+        "label": ["−100" if i == -100 else name for i, name in zip(labels, names)],
+        "mask": row.mask.tolist(), "ids ≠ pad": row.short_cut.tolist(),
+        "log p": [_logp_text(p) if r else "" for p, r in zip(row.logps.tolist(), real)]}
+
+
+def _logp_text(p: float) -> str:
+    if math.isnan(p):
+        return ""
+    return svg.short(p, 2) if abs(p) >= 0.05 else "0"
+
+
+def _strip_fills(row: TokenRow, ends: Tensor) -> dict:
+    "The ground of each cell: prompt, answer, end, padding; what the short cut loses is orange."
+    real, answer, ends = (row.document >= 0).tolist(), row.answer.tolist(), ends.tolist()
+    ground = [_PAD if not r else _END if e else _ANSWER if a else _PROMPT for r, e, a in zip(real, ends, answer)]
+    mask, short_cut = row.mask.tolist(), row.short_cut.tolist()
+    return {
+        "token": ground, "label": [_PAD if i == -100 else g for i, g in zip(row.labels.tolist(), ground)],
+        "mask": [_END if e and m else _ANSWER if m else None for e, m in zip(ends, mask)],
+        "ids ≠ pad": [_LOST if m != k else _ANSWER if m else None for m, k in zip(mask, short_cut)]}
 
 
 def _borders(texts, padding: str, width: int) -> list[int]:
@@ -126,8 +161,10 @@ def _borders(texts, padding: str, width: int) -> list[int]:
 
 def tokens_explorer() -> Explorer:
     "The explorer of shift, mask and padding on a token strip."
+    question = ("Two settings are mistakes: they change what the model learns, and nothing raises an error. "
+                "Which two, and which cell gives each of them away?")
     return Explorer(
-        draw_tokens, title="Shift and mask on a strip of tokens",
-        question="Two settings are mistakes: they change what the model learns, and nothing raises an error. Which two, and which cell gives each of them away?",
-        padding=choice("right", "left", label="padding side"), pad_is_eos=toggle(label="pad = EOS"), letters=slider(1, 4, value=3, steps=4, label="letters in the prompt"),
+        draw_tokens, title="Shift and mask on a strip of tokens", question=question,
+        padding=choice("right", "left", label="padding side"), pad_is_eos=toggle(label="pad = EOS"),
+        letters=slider(1, 4, value=3, steps=4, label="letters in the prompt"),
         completion_only=toggle(True, label="completion only"), packing=choice(*PACKING))

@@ -17,7 +17,11 @@ from ..foundations.policy_gradient import RECIPES
 
 SHORT, LIMIT = 3, 12  # tokens of the short completions, and the longest allowed
 COMPLETIONS = ("short, right", "short, wrong", "long, right", "long, wrong")
-SPLITS = {"one batch": (1, True), "4 micro-batches, counts of the step": (4, True), "4 micro-batches, own counts": (4, False)}
+SPLITS = {  # how many micro-batches, and whether they share the counts of the step
+    "one batch": (1, True),
+    "4 micro-batches, counts of the step": (4, True),
+    "4 micro-batches, own counts": (4, False),
+}
 METHODS = ("policy gradient", "supervised")
 
 
@@ -27,7 +31,7 @@ def token_push(
     how: str,  # a key of AVERAGES
     *,
     micro_batches: int = 1,  # how many equal parts the batch is cut into
-    counts_of_step: bool = True,  # False: each part divides by its own counts and the parts are averaged, the well-known bug
+    counts_of_step: bool = True,  # False is the well-known bug: each part divides by its own counts
     max_length: int = LIMIT,  # T; also what the average "constant" divides by
 ) -> Tensor:
     """(B, T) minus the gradient of the loss by each token's log-prob, accumulated over the micro-batches by autograd.
@@ -36,12 +40,14 @@ def token_push(
     """
     mask = length_mask(torch.as_tensor(lengths), max_length)
     if len(mask) % micro_batches:
-        raise ValueError(f"{len(mask)} completions cannot be cut into {micro_batches} equal micro-batches; expected a divisor of {len(mask)}")
-    logps = torch.zeros(mask.shape, dtype=torch.float64, requires_grad=True)  # their values do not matter: the loss is linear in them
+        raise ValueError(f"{len(mask)} completions cannot be cut into {micro_batches} equal micro-batches; "
+                         f"expected a divisor of {len(mask)}")
+    # The values of the log-probs do not matter: the loss is linear in them.
+    logps = torch.zeros(mask.shape, dtype=torch.float64, requires_grad=True)
     terms = -advantages[:, None] * logps
-    totals = Totals.of(mask)
+    totals = Totals.of(mask) if counts_of_step else None
     for part in torch.arange(len(mask)).chunk(micro_batches):
-        loss = average(terms[part], mask[part], how, totals=totals if counts_of_step else None, max_length=max_length)
+        loss = average(terms[part], mask[part], how, totals=totals, max_length=max_length)
         (loss if counts_of_step else loss / micro_batches).backward(retain_graph=True)
     return -logps.grad
 
@@ -54,27 +60,40 @@ def draw_weights(
     split: str = "one batch",  # a key of SPLITS
 ) -> str:
     "Push on each token, and its sum over each completion."
+    supervised = method != METHODS[0]
     rewards = torch.tensor([1.0, 0.0, 1.0, 0.0])
-    advantages = group_advantages(rewards, 4, scale="none") if method == METHODS[0] else torch.ones(4)
+    advantages = torch.ones(4) if supervised else group_advantages(rewards, 4, scale="none")
     lengths, (parts, of_step) = [SHORT, SHORT, long, long], SPLITS[split]
     push = token_push(lengths, advantages, how, micro_batches=parts, counts_of_step=of_step)
     whole = token_push(lengths, advantages, how)
-    shown = [[v if t < n else None for t, v in enumerate(row)] for row, n in zip(push.tolist(), lengths)]
-    top = push.abs().max().item()
-    used = [name for name, recipe in RECIPES.items() if recipe.loss["average"] == how] + (["SFT"] if how == "token" else [])
-    names = COMPLETIONS if method == METHODS[0] else ("short", "short", "long", "long")
-    ratio = (push[1, 0] / push[3, 0]).item()
+    names = ("short", "short", "long", "long") if supervised else COMPLETIONS
     off = (push - whole).abs().max() / whole.abs().max()
-    heat = svg.heatmap(shown, title=f"{how}: used by {', '.join(used)}", row_labels=names, col_labels=range(1, LIMIT + 1), vmin=-top if push.min() < 0 else 0, vmax=top,
-                       xlabel=f"token; one of a short completion weighs {svg.short(ratio)} × one of a long one", fmt=".3f", width=690, height=210, desc=f"Push per token: {', '.join(f'{n} {svg.short(v)}' for n, v in zip(names, push[:, 0].tolist()))}.")
-    bars = svg.bar_plot([n.replace(", right", " +").replace(", wrong", " −") for n in names], {"sum": push.sum(1)}, title="Sum over a completion",
-                        xlabel=f"off by {off:.0%} from the undivided step" if off > 1e-9 else "as in the undivided step", width=300, height=210)
-    return svg.beside(heat, bars)
+    signs = [n.replace(", right", " +").replace(", wrong", " −") for n in names]
+    compared = f"off by {off:.0%} from the undivided step" if off > 1e-9 else "as in the undivided step"
+    bars = svg.bar_plot(signs, {"sum": push.sum(1)}, title="Sum over a completion", xlabel=compared,
+                        width=300, height=210)
+    return svg.beside(_draw_pushes(push, lengths, how, names), bars)
+
+
+def _draw_pushes(push: Tensor, lengths: list[int], how: str, names) -> str:
+    "The push on each token as a heat map."
+    used = [name for name, recipe in RECIPES.items() if recipe.loss["average"] == how]
+    used += ["SFT"] if how == "token" else []
+    ratio, top = (push[1, 0] / push[3, 0]).item(), push.abs().max().item()
+    shown = [[v if t < n else None for t, v in enumerate(row)] for row, n in zip(push.tolist(), lengths)]
+    each = ", ".join(f"{name} {svg.short(v)}" for name, v in zip(names, push[:, 0].tolist()))
+    return svg.heatmap(
+        shown, title=f"{how}: used by {', '.join(used)}", row_labels=names, col_labels=range(1, LIMIT + 1),
+        xlabel=f"token; one of a short completion weighs {svg.short(ratio)} × one of a long one", fmt=".3f",
+        vmin=-top if push.min() < 0 else 0, vmax=top, width=690, height=210, desc=f"Push per token: {each}.")
 
 
 def weights_explorer() -> Explorer:
     "The explorer of the four averages."
+    question = ("A long wrong answer is as wrong as a short one. Under which average is each of its tokens pushed down "
+                "less, and what would a model learn from that?")
     return Explorer(
-        draw_weights, title="Where a token's weight comes from",
-        question="A long wrong answer is as wrong as a short one. Under which average is each of its tokens pushed down less, and what would a model learn from that?",
-        how=choice(*AVERAGES, value="token", label="average"), long=slider(3, 12, value=12, steps=4, label="tokens of the long ones"), method=choice(*METHODS), split=choice(*SPLITS, label="the step is"))
+        draw_weights, title="Where a token's weight comes from", question=question,
+        how=choice(*AVERAGES, value="token", label="average"),
+        long=slider(3, 12, value=12, steps=4, label="tokens of the long ones"),
+        method=choice(*METHODS), split=choice(*SPLITS, label="the step is"))

@@ -18,7 +18,9 @@ from ..foundations.masks import Totals, length_mask
 from ..online.grpo import grpo_loss
 
 LENGTHS = (1, 2, 3, 4, 5, 6, 7, 7)  # tokens of the eight completions
-LIMIT, STEPS, RATE = 7, 9, 1.0  # the longest completion allowed; how many optimizer steps are taken on one generation, and their size
+LIMIT = 7  # tokens of the longest completion allowed
+STEPS = 9  # optimizer steps on one generation
+RATE = 1.0  # their size
 SHOWN = ("sequence", "token", "constant")  # averages: GRPO's, DAPO's, Dr. GRPO's
 _MASK = length_mask(torch.tensor(LENGTHS), LIMIT)
 
@@ -37,9 +39,15 @@ def token_logps(
     return torch.where(torch.eye(8, 7, dtype=torch.bool), stop, go_on).masked_fill(_MASK == 0, 0)
 
 
+def _probabilities(logits: Tensor) -> Tensor:
+    "(8,) of the completions."
+    return token_logps(logits).sum(1).exp()
+
+
 def _loss(logits, old, advantages, average, rows=slice(None)):
     "`grpo_loss` of some rows of the group, as their part of the step."
-    return grpo_loss(token_logps(logits)[rows], old[rows], advantages[rows], _MASK[rows], beta=0, average=average, totals=Totals.of(_MASK), max_length=LIMIT)
+    return grpo_loss(token_logps(logits)[rows], old[rows], advantages[rows], _MASK[rows], beta=0, average=average,
+                     totals=Totals.of(_MASK), max_length=LIMIT)
 
 
 class Moment(NamedTuple):
@@ -60,7 +68,7 @@ def inner_steps(
     *,
     rate: float = RATE,  # step size of plain gradient descent
     steps: int = STEPS,  # how many, all on the same group
-) -> tuple[list[Tensor], list[float]]:  # steps + 1 times logits (7, 2), before each step and after the last; and the loss at each of them
+) -> tuple[list[Tensor], list[float]]:  # steps + 1 times logits (7, 2), and the loss at each of them
     "Gradient descent by `grpo_loss` on one generation. Raises what `grpo_loss` raises."
     advantages, logits = group_advantages(torch.as_tensor(rewards, dtype=torch.float64), 8), start_logits()
     old, path, losses = token_logps(logits), [], []
@@ -81,36 +89,60 @@ def look_inside(
     rate: float = RATE,  # step size of plain gradient descent
 ) -> Moment:
     "What each completion contributes to a step, and what the step does to each."
-    advantages, old = group_advantages(torch.as_tensor(rewards, dtype=torch.float64), 8), token_logps(start_logits())
-    leaf = logits.detach().clone().requires_grad_()
+    advantages = group_advantages(torch.as_tensor(rewards, dtype=torch.float64), 8)
+    old, leaf = token_logps(start_logits()), logits.detach().clone().requires_grad_()
     losses, stats = zip(*(_loss(leaf, old, advantages, average, rows=[i]) for i in range(8)))
     gradients = torch.stack([torch.autograd.grad(loss, leaf, retain_graph=True)[0] for loss in losses])
     whole = gradients.sum(0)
-    chance = lambda at: token_logps(at).sum(1).exp()
-    of = lambda name: torch.stack([s[name] for s in stats])
-    return Moment(advantages, torch.stack(losses).detach(), gradients.flatten(1).norm(dim=1), whole.norm().item(), of("ratio/mean"), of("clip_ratio/region_mean"), chance(logits), chance(logits - rate * whole))
+    ratios, clipped = (torch.stack([s[name] for s in stats]) for name in ("ratio/mean", "clip_ratio/region_mean"))
+    return Moment(
+        advantages, parts=torch.stack(losses).detach(), norms=gradients.flatten(1).norm(dim=1),
+        gradient=whole.norm().item(), ratios=ratios, clipped=clipped,
+        before=_probabilities(logits), after=_probabilities(logits - rate * whole))
 
 # %% ../../nbs/explore/10_zero_loss.ipynb #ac0c1171
-_TOP, _ROW, _BOTTOM, _WIDTH = 46, 26, 46 + 8 * 26, 672
-_COLUMNS = {"advantage": (198, 46, 2.6), "part of the loss": (306, 46, 0.6), "its gradient": (368, 66, 0.4), "probability": (524, 104, 0.4)}  # where its 0 is and how long its scale, px; the value at its end
+_TOP, _ROW = 46, 26  # px, where the first row begins, and its height
+_BOTTOM, _WIDTH = _TOP + 8 * _ROW, 672  # px
 _FINE, _BAD, _NOT = "#e3f4ec", "#fbe6d8", "#777777"  # grounds of the box; ground of a reward of 0
+
+
+class _Column(NamedTuple):
+    "A column of bars."
+    zero: int   # px, where its 0 is
+    px: int     # px, how long its scale is
+    end: float  # the value at the end of its scale
+
+
+_COLUMNS = {"advantage": _Column(198, 46, 2.6), "part of the loss": _Column(306, 46, 0.6),
+            "its gradient": _Column(368, 66, 0.4), "probability": _Column(524, 104, 0.4)}
+_HEADS = {"reward": (112, "middle"), "advantage": (198, "middle"), "part of the loss": (306, "middle"),
+          "its gradient": (368, "start"), "ratio": (456, "start"), "probability": (524, "start")}
+
+
+def _name(i: int) -> str:
+    "What the i-th completion is called."
+    return f"{LENGTHS[i]} token{'s' if LENGTHS[i] > 1 else ''}{', cut' if i == 7 else ''}"
 
 
 def _bars(column: str, values, colour: str, down: int = 0, thick: int = 13) -> str:
     "A bar in each row, all as one path and in whole px, so that a frame stays small."
     zero, px, end = _COLUMNS[column]
     lengths = [round(px * max(-1.0, min(1.0, v / end))) for v in values.tolist()]
-    path = "".join(f"M{zero} {_TOP + i * _ROW + _ROW // 2 + down}h{length}" for i, length in enumerate(lengths) if length)
+    starts = [f"M{zero} {_TOP + i * _ROW + _ROW // 2 + down}" for i in range(8)]
+    path = "".join(f"{start}h{length}" for start, length in zip(starts, lengths) if length)
     return svg.element("path", d=path or "M0 0", stroke=colour, stroke_width=thick)
 
 
 def _empty_table() -> str:
-    "What every frame has, as one line."
-    heads = [("reward", 112, "middle"), ("advantage", 198, "middle"), ("part of the loss", 306, "middle"), ("its gradient", 368, "start"), ("ratio", 456, "start"), ("probability", 524, "start")]
-    names = [f"{n} token{'s' if n > 1 else ''}{', cut' if i == 7 else ''}" for i, n in enumerate(LENGTHS)] + ["together"]
-    out = [svg.text(x, _TOP - 8, name, anchor, 11, svg.FAINT) for name, x, anchor in heads] + [svg.text(92, _TOP + i * _ROW + 18, name, "end", 11) for i, name in enumerate(names)]
-    out += [svg.element("line", x1=8, x2=_WIDTH - 8, y1=_TOP + i * _ROW, y2=_TOP + i * _ROW, stroke=svg.FAINT if i == 8 else svg.GRID) for i in range(9)]
-    return "".join(out + [svg.element("line", x1=zero, x2=zero, y1=_TOP, y2=_BOTTOM, stroke=svg.FAINT) for zero, _, _ in _COLUMNS.values()])
+    "What every frame has, as one line: heads, names, and the lines between rows and at each zero."
+    out = [svg.text(x, _TOP - 8, name, anchor, 11, svg.FAINT) for name, (x, anchor) in _HEADS.items()]
+    names = [*map(_name, range(8)), "together"]
+    out += [svg.text(92, _TOP + i * _ROW + 18, name, "end", 11) for i, name in enumerate(names)]
+    for i in range(9):
+        y, stroke = _TOP + i * _ROW, svg.FAINT if i == 8 else svg.GRID
+        out.append(svg.element("line", x1=8, x2=_WIDTH - 8, y1=y, y2=y, stroke=stroke))
+    zeros = [column.zero for column in _COLUMNS.values()]
+    return "".join(out + [svg.element("line", x1=x, x2=x, y1=_TOP, y2=_BOTTOM, stroke=svg.FAINT) for x in zeros])
 
 
 def _number(value: float) -> str:
@@ -119,18 +151,38 @@ def _number(value: float) -> str:
 
 def _table(now: Moment, rewards, verdict: str, ground: str) -> list[str]:
     "Elements of the rows, the sums and the box."
-    out = [_empty_table()]
+    box = svg.element("rect", x=8, y=_BOTTOM + 31, width=_WIDTH - 16, height=28, rx=4, fill=ground)
+    words = svg.text(20, _BOTTOM + 50, verdict, font_weight="bold")
+    return [_empty_table(), *_rows(now, rewards), *_all_bars(now), *_sums(now, rewards), box, words]
+
+
+def _rows(now: Moment, rewards) -> list[str]:
+    "Rewards in their boxes, and ratios."
+    out = []
     for i, (reward, ratio, clipped) in enumerate(zip(rewards, now.ratios.tolist(), now.clipped.tolist())):
-        y = _TOP + i * _ROW
-        out.append(svg.element("rect", x=102, y=y + 5, width=20, height=17, rx=3, fill=svg.PALETTE[2] if reward else _NOT) + svg.text(112, y + 18, f"{reward:g}", "middle", 12, "#ffffff"))
+        y, fill = _TOP + i * _ROW, svg.PALETTE[2] if reward else _NOT
+        box = svg.element("rect", x=102, y=y + 5, width=20, height=17, rx=3, fill=fill)
+        out.append(box + svg.text(112, y + 18, f"{reward:g}", "middle", 12, "#ffffff"))
         out.append(svg.text(456, y + 18, f"{ratio:.2f}", fill=svg.PALETTE[1] if clipped else svg.INK))
+    return out
+
+
+def _all_bars(now: Moment) -> list[str]:
+    "The bars of every column: blue above 0, orange below."
+    out = []
     for name, values in (("advantage", now.advantages), ("part of the loss", now.parts)):
         out += [_bars(name, values.clamp(min=0), svg.PALETTE[0]), _bars(name, values.clamp(max=0), svg.PALETTE[1])]
-    out += [_bars("its gradient", now.norms, svg.PALETTE[3]), _bars("probability", now.before, "#aaaaaa", -4, 8), _bars("probability", now.after, svg.PALETTE[0], 4, 8)]
-    y, r = _BOTTOM + 18, torch.tensor(rewards, dtype=torch.float64)
-    sums = [(194, _number(now.advantages.sum().item())), (290, _number(now.parts.sum().item())), (368, _number(now.gradient)), (438, f"{now.clipped.mean():.0%} clipped"), (524, f"reward {r @ now.before:.3f} → {r @ now.after:.3f}")]
-    out += [svg.text(x, y, content) for x, content in sums]
-    return [*out, svg.element("rect", x=8, y=_BOTTOM + 31, width=_WIDTH - 16, height=28, rx=4, fill=ground), svg.text(20, _BOTTOM + 50, verdict, font_weight="bold")]
+    return [*out, _bars("its gradient", now.norms, svg.PALETTE[3]),
+            _bars("probability", now.before, "#aaaaaa", -4, 8), _bars("probability", now.after, svg.PALETTE[0], 4, 8)]
+
+
+def _sums(now: Moment, rewards) -> list[str]:
+    "What the completions make together."
+    r = torch.tensor(rewards, dtype=torch.float64)
+    sums = {194: _number(now.advantages.sum().item()), 290: _number(now.parts.sum().item()),
+            368: _number(now.gradient), 438: f"{now.clipped.mean():.0%} clipped",
+            524: f"reward {r @ now.before:.3f} → {r @ now.after:.3f}"}
+    return [svg.text(x, _BOTTOM + 18, content) for x, content in sums.items()]
 
 
 def say_which_zero(
@@ -140,8 +192,10 @@ def say_which_zero(
     "What kind of step this is, in one line, and whether something is learned."
     loss, r = now.parts.sum().item(), torch.tensor(rewards, dtype=torch.float64)
     moves = "rises" if r @ (now.after - now.before) > 0 else "falls"
-    if (now.advantages == 0).all(): return "Loss 0, gradient 0: all rewards are equal, a dead group. Nothing is learned.", False
-    if abs(loss) < 1e-9: return f"Loss 0: its parts cancel. Their gradients do not, and the mean reward {moves}.", True
+    if (now.advantages == 0).all():
+        return "Loss 0, gradient 0: all rewards are equal, a dead group. Nothing is learned.", False
+    if abs(loss) < 1e-9:
+        return f"Loss 0: its parts cancel. Their gradients do not, and the mean reward {moves}.", True
     return f"Loss {_number(loss)}. The gradient is not 0, and the mean reward {moves}.", True
 
 
@@ -155,27 +209,39 @@ def draw_zero_loss(
     "What each completion does in a step, their sums, and all steps on the group."
     path, losses = inner_steps(rewards, average, rate=rate)
     now, r = look_inside(path[step - 1], rewards, average, rate=rate), torch.tensor(rewards, dtype=torch.float64)
-    earned = [(token_logps(z).sum(1).exp() @ r).item() for z in path]
+    earned = [(_probabilities(z) @ r).item() for z in path]
     verdict, learns = say_which_zero(now, rewards)
-    told = f"{sum(rewards):g} of 8 right. {verdict} {earned[step - 1]:.3f}, then {earned[step]:.3f}; {now.clipped.mean():.0%} clipped."
-    rows = svg.figure(_table(now, rewards, verdict, _FINE if learns else _BAD), _WIDTH, _BOTTOM + 64, f"Step {step}, average {average}", told)
-    curves = svg.line_plot(range(1, STEPS + 2), {"mean reward": earned, "loss": losses}, title="All steps on this group", xlabel="before step", vline=step,
-                           ylim=(-0.55, 1.05), width=268, height=_BOTTOM + 64, desc="")
+    desc = (f"{sum(rewards):g} of 8 right. {verdict} {earned[step - 1]:.3f}, then {earned[step]:.3f}; "
+            f"{now.clipped.mean():.0%} clipped.")
+    rows = svg.figure(_table(now, rewards, verdict, _FINE if learns else _BAD), _WIDTH, _BOTTOM + 64,
+                      f"Step {step}, average {average}", desc)
+    lines = {"mean reward": earned, "loss": losses}
+    curves = svg.line_plot(range(1, STEPS + 2), lines, title="All steps on this group", xlabel="before step",
+                           vline=step, ylim=(-0.55, 1.05), width=268, height=_BOTTOM + 64, desc="")
     return svg.beside(rows, curves, gap=4)
 
 
 def zero_loss_explorer() -> Explorer:
     "The explorer of both zeros; completions are right or wrong in twos, so that all settings can be saved."
-    def draw(average, step, **right): return draw_zero_loss(tuple(int(r) for r in right.values() for _ in range(2)), average, step)
+    def draw(average, step, **right):
+        return draw_zero_loss(tuple(int(r) for r in right.values() for _ in range(2)), average, step)
+    question = ("With the average per sequence the loss of the first step is 0 whatever you flip. For which rewards is "
+                "it 0 with the average over tokens, and why is that zero the bad one?")
     return Explorer(
-        draw, title="The loss is 0 and that is fine, or not",
-        question="With the average per sequence the loss of the first step is 0 whatever you flip. For which rewards is it 0 with the average over tokens, and why is that zero the bad one?",
-        one=toggle(True, label="1 and 2 tokens: right"), two=toggle(label="3 and 4: right"), three=toggle(label="5 and 6: right"), four=toggle(label="7 and 7: right"),
+        draw, title="The loss is 0 and that is fine, or not", question=question,
+        one=toggle(True, label="1 and 2 tokens: right"), two=toggle(label="3 and 4: right"),
+        three=toggle(label="5 and 6: right"), four=toggle(label="7 and 7: right"),
         average=choice(*SHOWN), step=slider(1, STEPS, value=1, steps=3, label="step"))
 
 
 def eight_checkboxes():
-    "The same with a checkbox for every completion and a slider for the step size, as an ipywidgets box: it needs a kernel, for there are too many settings to save. Raises ImportError without ipywidgets."
-    def draw(average, step, rate, **right): return draw_zero_loss(tuple(map(int, right.values())), average, step, rate)
-    boxes = {f"right_{i + 1}": toggle(i == 0, label=f"{n} tokens, cut" if i == 7 else f"{n} token{'s' if n > 1 else ''}") for i, n in enumerate(LENGTHS)}
-    return Explorer(draw, title="Which completions are right?", max_frames=10**6, **boxes, average=choice(*SHOWN), step=slider(1, STEPS, value=1, steps=STEPS), rate=slider(0.25, 2.0, value=RATE, steps=4, log=True, label="step size")).widget()
+    """The same with a checkbox for every completion and a slider for the step size, as an ipywidgets box.
+
+    It needs a kernel, for there are too many settings to save. Raises ImportError without ipywidgets."""
+    def draw(average, step, rate, **right):
+        return draw_zero_loss(tuple(map(int, right.values())), average, step, rate)
+    boxes = {f"right_{i + 1}": toggle(i == 0, label=_name(i)) for i in range(8)}
+    return Explorer(
+        draw, title="Which completions are right?", max_frames=10**6, **boxes, average=choice(*SHOWN),
+        step=slider(1, STEPS, value=1, steps=STEPS),
+        rate=slider(0.25, 2.0, value=RATE, steps=4, log=True, label="step size")).widget()
