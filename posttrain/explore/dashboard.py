@@ -84,7 +84,8 @@ class Dashboard(Watcher, Progress):
         answers = self._sample(model, self.queries, 0.0)
         samples = [{"prompt": tokenizer.decode(q), "completion": tokenizer.decode(a, skip_special_tokens=True)}
                    for q, a in zip(self.queries, answers)]
-        reference = getattr(t, "scorer", None)
+        reference = getattr(t, "reference", None)
+        reference = getattr(reference, "source", reference)  # of precomputed log-probs: who can still be asked
         if not self.samples or reference is None or hasattr(t, "generation"):
             return {"samples": samples}
         return {"samples": samples, "answer_kl": self._kl(model, reference)}
@@ -95,7 +96,7 @@ class Dashboard(Watcher, Progress):
         sampled = self._sample(model, [self.queries[i] for i in groups], 1.0)
         with scoring(model):
             batch = {k: v.to(model.device) for k, v in make_batch(self.queries, sampled, groups).items()}
-            logratio = completion_logps(model, batch)["logps"] - reference.ref_logps(batch)
+            logratio = completion_logps(model, batch)["logps"] - reference.logps(batch)
         return (estimate_kl(logratio, "k3") * batch["mask"]).sum(1).mean().item()
 
     def _sample(self, model, prompts, temperature) -> list[list[int]]:
