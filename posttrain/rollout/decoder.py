@@ -15,32 +15,38 @@ from torch.nn import functional as F
 from ..training.heads import causal_lm, scoring
 
 # %% ../../nbs/rollout/00_decoder.ipynb #e6972bd9
-def _whole(p: Tensor) -> Tensor: return (p.full_tensor() if hasattr(p, "full_tensor") else p).detach()  # FSDP2 holds shards
+# FSDP2 holds shards
+def _whole(p: Tensor) -> Tensor: return (p.full_tensor() if hasattr(p, "full_tensor") else p).detach()
 
 
 def _merged(layer) -> Iterator[tuple[str, Tensor]]:
     "Weights of the layer below a PEFT layer, with what the adapters add to them."
     base, active = layer.base_layer, [] if layer.merged or layer.disable_adapters else layer.active_adapters
-    if active and (not getattr(layer, "lora_A", None) or any(layer.lora_variant.values()) or any(layer.lora_bias.values())):
+    if active and (not getattr(layer, "lora_A", None) or any(layer.lora_variant.values())
+                   or any(layer.lora_bias.values())):
         layer = copy.deepcopy(layer)  # DoRA and other adapters: PEFT knows how to merge them
         layer.merge()
         base, active = layer.base_layer, []
     for name, p in base.named_parameters():
-        yield name, _whole(p + sum(layer.get_delta_weight(a) for a in active if a in layer.lora_A) if name == "weight" and active else p)
+        yield name, _whole(p + sum(layer.get_delta_weight(a) for a in active if a in layer.lora_A) if name == "weight"
+                           and active else p)
 
 
 @torch.no_grad()
 def dense_weights(
     model: nn.Module,  # a causal LM, however wrapped
-) -> Iterator[tuple[str, Tensor]]:  # (name, tensor), under the names that transformers gives the model without its wrappers
-    "The weights as one dense tensor each, adapters merged; the model itself is not touched. A tensor that is tied to another comes once, unless an adapter sits on it."
+# (name, tensor), under the names that transformers gives the model without its wrappers
+) -> Iterator[tuple[str, Tensor]]:
+    """The weights as one dense tensor each, adapters merged; the model itself is not touched. A tensor that is tied to
+    another comes once, unless an adapter sits on it."""
     seen = set()
     def walk(module, prefix):
         if hasattr(module, "base_layer"):  # a PEFT layer
             yield from ((prefix + n, p) for n, p in _merged(module))
             return
         if hasattr(module, "modules_to_save"):  # PEFT trains a copy of the whole module
-            module = module.original_module if module.disable_adapters else module.modules_to_save[module.active_adapters[0]]
+            module = (module.original_module if module.disable_adapters
+                      else module.modules_to_save[module.active_adapters[0]])
         for n, p in module.named_parameters(recurse=False):
             if id(p) not in seen:
                 seen.add(id(p))
@@ -65,19 +71,25 @@ class Family:
     conv1d: bool = False   # matrices are kept (in, out), as GPT-2 does
 
 
-_LLAMA = Family("model.embed_tokens", None, "model.layers", "model.norm", "input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.o_proj",
+_LLAMA = Family("model.embed_tokens", None, "model.layers", "model.norm", "input_layernorm",
+                ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.o_proj",
                 "post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj")
-_GPT2 = Family("transformer.wte", "transformer.wpe", "transformer.h", "transformer.ln_f", "ln_1", ("attn.c_attn",), "attn.c_proj", "ln_2", ("mlp.c_fc",), "mlp.c_proj", conv1d=True)
-FAMILIES = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA, "gpt2": _GPT2}  # config.model_type -> its parts
+_GPT2 = Family("transformer.wte", "transformer.wpe", "transformer.h", "transformer.ln_f", "ln_1", ("attn.c_attn",),
+               "attn.c_proj", "ln_2", ("mlp.c_fc",), "mlp.c_proj", conv1d=True)
+# config.model_type -> its parts
+FAMILIES = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA, "gpt2": _GPT2}
 
 
 def _obstacle(config) -> str:
     "Why a model cannot be read by `pack`, or ''."
-    if config.model_type not in FAMILIES: return f"its model_type is {config.model_type!r}, none of {', '.join(FAMILIES)}"
+    if config.model_type not in FAMILIES:
+        return f"its model_type is {config.model_type!r}, none of {', '.join(FAMILIES)}"
     kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
-    if set(kinds or ()) - {"full_attention"} or (not kinds and window and window < config.max_position_embeddings): return "its attention has a sliding window"
+    if set(kinds or ()) - {"full_attention"} or (not kinds and window and window < config.max_position_embeddings):
+        return "its attention has a sliding window"
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    return f"its rotary positions are {rope!r}: they depend on the length of the text" if rope in ("dynamic", "longrope") else ""
+    return (f"its rotary positions are {rope!r}: they depend on the length of the text"
+            if rope in ("dynamic", "longrope") else "")
 
 # %% ../../nbs/rollout/00_decoder.ipynb #819d8e3a
 @dataclass
@@ -86,7 +98,8 @@ class Packed:
     embed: Tensor             # (V, H)
     positions: Tensor | None  # (n, H) learned positions
     layers: list              # per layer: (matrix, bias or None) of qkv, out, up, down, in a row
-    turns: tuple | None       # rotary positions: what cos and sin are multiplied with, (layers, query and key heads, D) each
+    # rotary positions: what cos and sin are multiplied with, (layers, query and key heads, D) each
+    turns: tuple | None
     qk_norm: bool             # are queries and keys normed?
     head: Tensor              # (blocks, H, columns): the output matrix
     head_bias: Tensor | None  # (V,)
@@ -103,7 +116,8 @@ _PREFILL_TOKENS = 16_384  # so many prompt tokens at a time: bounds the memory
 
 def _blocked(W: Tensor) -> Tensor:
     n = -(-W.shape[1] // _BLOCK)
-    return F.pad(W, (0, n * _BLOCK - W.shape[1])).view(len(W), n, _BLOCK).transpose(0, 1).contiguous() if n > 1 else W[None]
+    return (F.pad(W, (0, n * _BLOCK - W.shape[1])).view(len(W), n, _BLOCK).transpose(0, 1).contiguous() if n > 1
+            else W[None])
 
 
 def _rms_norm(x: Tensor, eps: Tensor) -> Tensor:
@@ -144,7 +158,9 @@ def pack(
         parts = [take(f"{n}.weight") for n in names]
         W = torch.cat(parts if transposed else [p.T for p in parts], 1)
         biases = [take(f"{n}.bias", False) for n in names]
-        b = None if all(part is None for part in biases) else torch.cat([W.new_zeros(len(p.T if transposed else p)) if part is None else part for p, part in zip(parts, biases)])
+        b = (None if all(part is None for part in biases)
+             else torch.cat([W.new_zeros(len(p.T if transposed else p)) if part is None else part for p,
+                             part in zip(parts, biases)]))
         if norm:
             n, m = take(f"{norm}.weight"), take(f"{norm}.bias", False)
             if m is not None: b = m @ W + (0 if b is None else b)
@@ -158,22 +174,28 @@ def pack(
     for i in range(config.num_hidden_layers):
         at = lambda *names: [f"{family.layers}.{i}.{n}" for n in names]
         W, b = matrix(at(*family.qkv), *at(family.attention_norm))
-        scales = torch.cat([embed.new_full((nq, D), D ** -.5), embed.new_ones(nk, D)])  # attention's scale goes to the queries
+        # attention's scale goes to the queries
+        scales = torch.cat([embed.new_full((nq, D), D ** -.5), embed.new_ones(nk, D)])
         q_norm, k_norm = (take(*at(f"self_attn.{k}_norm.weight"), False) for k in "qk")
         if q_norm is not None: scales = scales * torch.cat([q_norm.expand(nq, D), k_norm.expand(nk, D)])
         elif family.positions:
             W[:, :nq * D] *= D ** -.5
             if b is not None: b[:nq * D] *= D ** -.5
         turns.append(scales)
-        layers.append([ready(t) for t in (W, b, *matrix(at(family.out)), *matrix(at(*family.up), *at(family.mlp_norm)), *matrix(at(family.down)))])
+        layers.append(
+            [ready(t) for t in (W, b, *matrix(at(family.out)), *matrix(at(*family.up), *at(family.mlp_norm)),
+                                *matrix(at(family.down)))])
     head, head_bias = matrix(["lm_head"], family.norm, transposed=False)
     if weights: raise TypeError(f"{type(lm).__name__}: it has weights of unknown use, e.g. {next(iter(weights))}")
     w, sign = torch.stack(turns), torch.ones(D, device=embed.device)
     sign[:D // 2] = -1
     embed = ready(embed)
-    return Packed(embed, ready(positions), layers, None if family.positions else (ready(w), ready(w.roll(D // 2, -1) * sign)), q_norm is not None, ready(_blocked(head)), ready(head_bias),
-                  _norm(config, bool(family.positions), embed.device.type == "cpu" and dtype == torch.float32), ACT2FN[getattr(config, "hidden_act", None) or config.activation_function],
-                  _angles(lm, embed[:1]), (nq, nk, D), config.max_position_embeddings)
+    return Packed(embed, ready(positions), layers,
+                  None if family.positions else (ready(w), ready(w.roll(D // 2, -1) * sign)), q_norm is not None,
+                  ready(_blocked(head)), ready(head_bias),
+                  _norm(config, bool(family.positions), embed.device.type == "cpu" and dtype == torch.float32),
+                  ACT2FN[getattr(config, "hidden_act", None) or config.activation_function], _angles(lm, embed[:1]),
+                  (nq, nk, D), config.max_position_embeddings)
 
 # %% ../../nbs/rollout/00_decoder.ipynb #e87a28ca
 def _linear(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor: return x @ W if b is None else torch.addmm(b, x, W)
@@ -197,38 +219,46 @@ def _blocks(w: Packed, x: Tensor, lead: tuple, cos: Tensor, sin: Tensor, attend:
     return x
 
 
-def _embedded(w: Packed, ids: Tensor, position: Tensor) -> Tensor: return w.embed[ids] if w.positions is None else w.embed[ids] + w.positions[position]
+def _embedded(w: Packed, ids: Tensor, position: Tensor) -> Tensor:
+    return w.embed[ids] if w.positions is None else w.embed[ids] + w.positions[position]
 
 
 def _logits(w: Packed, x: Tensor) -> Tensor:
     "States (N, H) -> logits (N, V) in float32."
     x = w.norm(x)
-    logits = x @ w.head[0] if len(w.head) == 1 else torch.bmm(x.expand(len(w.head), *x.shape), w.head).transpose(0, 1).reshape(len(x), -1)[:, :len(w.embed)]
+    logits = (x @ w.head[0] if len(w.head) == 1
+              else torch.bmm(x.expand(len(w.head), *x.shape),
+                             w.head).transpose(0, 1).reshape(len(x), -1)[:, :len(w.embed)])
     return (logits if w.head_bias is None else logits + w.head_bias).float()
 
 
 def prefill(
     w: Packed,
     prompts: list,  # U lists of token ids
-) -> tuple[Tensor, Tensor, Tensor]:  # logits after the last token (U, V); keys and values (layers, 2, U, key heads, S, D); lengths (U,)
+# logits after the last token (U, V); keys and values (layers, 2, U, key heads, S, D); lengths (U,)
+) -> tuple[Tensor, Tensor, Tensor]:
     "Read each prompt once."
     (nq, nk, D), U, device = w.heads, len(prompts), w.embed.device
     lengths, S = torch.tensor([len(p) for p in prompts], device=device), max(map(len, prompts))
-    ids, position = torch.tensor([list(p) + [0] * (S - len(p)) for p in prompts], device=device), torch.arange(S, device=device)
-    cache, last, (cos, sin), size = w.embed.new_empty(len(w.layers), 2, U, nk, S, D), [], w.angles(S), max(1, _PREFILL_TOKENS // S)
+    ids, position = torch.tensor([list(p) + [0] * (S - len(p)) for p in prompts],
+                                 device=device), torch.arange(S, device=device)
+    cache, last, (cos, sin), size = w.embed.new_empty(len(w.layers), 2, U, nk, S,
+                                                      D), [], w.angles(S), max(1, _PREFILL_TOKENS // S)
     for a in range(0, U, size):
         rows, n = slice(a, a + size), min(size, U - a)
         def attend(i, q, k, v):
             K, V = (cache[i, j, rows].copy_(t.transpose(1, 2)) for j, t in enumerate((k, v)))
             # padding stands behind every real token, so the causal mask hides it
-            return F.scaled_dot_product_attention(q.transpose(1, 2), K, V, is_causal=True, scale=1.0, enable_gqa=nq > nk).transpose(1, 2).reshape(n * S, nq * D)
+            return F.scaled_dot_product_attention(q.transpose(1, 2), K, V, is_causal=True, scale=1.0,
+                                                  enable_gqa=nq > nk).transpose(1, 2).reshape(n * S, nq * D)
         x = _blocks(w, _embedded(w, ids[rows], position).flatten(0, 1), (n, S), cos[:, None], sin[:, None], attend)
         last.append(x.view(n, S, -1)[torch.arange(n, device=device), lengths[rows] - 1])
     return _logits(w, torch.cat(last)), cache, lengths
 
 
 class Grid:
-    "U prompts with g completions each, all at the same step: the prompts' keys and values once, each completion's own beside them."
+    """U prompts with g completions each, all at the same step: the prompts' keys and values once, each completion's
+    own beside them."""
 
     def __init__(
         self,
@@ -279,7 +309,8 @@ class Grid:
             scores = torch.bmm(q, K_prompt.mT) if self.mask is None else torch.baddbmm(self.mask, q, K_prompt.mT)
             p = torch.cat([scores.view(-1, rep, S), torch.bmm(q.reshape(-1, rep, D), K.mT)], -1).softmax(-1)  # step 1
             o = torch.bmm(p.view(U * nk, g * rep, -1)[..., :S], V_prompt)
-            return torch.baddbmm(o.view(-1, rep, D), p[..., S:], V).view(U, nk, g, rep, D).transpose(1, 2).reshape(U * g, nq * D)
+            return torch.baddbmm(o.view(-1, rep, D), p[..., S:], V).view(U, nk, g, rep,
+                                                                         D).transpose(1, 2).reshape(U * g, nq * D)
         at = self.lengths + t
         x = _embedded(w, tokens, at.repeat_interleave(g))
         x = _blocks(w, x, (U, g), self.cos[at][:, None, None], self.sin[at][:, None, None], attend)
@@ -292,12 +323,18 @@ def verify(
     lm: nn.Module,  # of this model
 ) -> None:
     "Compare logits after two prompts and three more steps with the model's own. Raises TypeError if they differ."
-    lm, ids = causal_lm(lm), torch.randint(len(w.embed), (2, 8), generator=torch.Generator().manual_seed(0)).to(w.embed.device)
+    lm, ids = causal_lm(lm), torch.randint(len(w.embed), (2, 8),
+                                           generator=torch.Generator().manual_seed(0)).to(w.embed.device)
     with scoring(lm): theirs = torch.cat([lm(input_ids=row[None], use_cache=False).logits.float() for row in ids])
     with torch.inference_mode():
         first, prompt, lengths = prefill(w, [ids[0, :3].tolist(), ids[1, :5].tolist()])
         grid = Grid(w, prompt, lengths, 2)
-        ours = [first] + [grid.step(torch.stack([ids[0, 3 + t], ids[1, 5 + t]]).repeat_interleave(2))[[1, 2]] for t in range(3)]
-    close = (1e-3 if w.embed.dtype == torch.float32 else .1) * float(theirs.abs().max())  # half precision rounds logits to about 1 %
-    if not (difference := max(float((o - torch.stack([theirs[0, 2 + t], theirs[1, 4 + t]])).abs().max()) for t, o in enumerate(ours))) <= close:
-        raise TypeError(f"{type(lm).__name__}: its logits differ from ours by {difference:.2g}, so its forward does something that `pack` does not know")
+        ours = ([first]
+                + [grid.step(torch.stack([ids[0, 3 + t], ids[1, 5 + t]]).repeat_interleave(2))[[1, 2]]
+                   for t in range(3)])
+    # half precision rounds logits to about 1 %
+    close = (1e-3 if w.embed.dtype == torch.float32 else .1) * float(theirs.abs().max())
+    if not (difference := max(float((o - torch.stack([theirs[0, 2 + t], theirs[1, 4 + t]])).abs().max()) for t,
+                              o in enumerate(ours))) <= close:
+        raise TypeError(f"{type(lm).__name__}: its logits differ from ours by {difference:.2g}, so its forward "
+                        f"does something that `pack` does not know")

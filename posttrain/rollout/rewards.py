@@ -31,15 +31,22 @@ from ..training.heads import scoring
 
 # %% ../../nbs/rollout/03_rewards.ipynb #0160f1cf
 def text_of(
-    completion,  # a string, or a list of messages as `{"role": "assistant", "content": "..."}`; content may be parts, as `{"type": "text", "text": "..."}`
+    # a string, or a list of messages as `{"role": "assistant", "content": "..."}`; content may be parts, as `{"type":
+    # "text", "text": "..."}`
+    completion,
 ) -> str:
-    "What a completion says: the string, or the content of its last assistant message (tool calls and their results come before it). Raises TypeError for anything else."
+    """What a completion says: the string, or the content of its last assistant message (tool calls and their results
+    come before it). Raises TypeError for anything else."""
     if isinstance(completion, str): return completion
-    if not isinstance(completion, (list, tuple)) or not completion or not all(isinstance(m, dict) and m.keys() & {"role", "content"} for m in completion):
-        raise TypeError(f"a completion is a string or a list of messages with 'role' and 'content', got {_short(completion)}")
+    if not isinstance(completion,
+                      (list, tuple)) or not completion or not all(isinstance(m, dict) and m.keys() & {"role", "content"}
+                                                                  for m in completion):
+        raise TypeError(f"a completion is a string or a list of messages with 'role' and 'content', got "
+                        f"{_short(completion)}")
     said = [m for m in completion if m.get("role", "assistant") == "assistant"] or completion
     content = said[-1].get("content")
-    if isinstance(content, (list, tuple)): content = "".join(part.get("text", "") for part in content if part.get("type") == "text")
+    if isinstance(content, (list, tuple)):
+        content = "".join(part.get("text", "") for part in content if part.get("type") == "text")
     return content or ""
 
 
@@ -48,7 +55,8 @@ def _short(value, limit: int = 160) -> str:
     return _cut(repr(value), limit)
 
 
-def _cut(text: str, limit: int) -> str: return text if len(text) <= limit else f"{text[:limit // 2]} ... {text[-limit // 2:]}"
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[:limit // 2]} ... {text[-limit // 2:]}"
 
 # %% ../../nbs/rollout/03_rewards.ipynb #78bfc589
 def exact_match_reward(
@@ -57,10 +65,12 @@ def exact_match_reward(
     solution: list | None = None,   # (B,) column: the same under TRL's name; read where there is no `answer`
     **kwargs,                       # other columns, not used
 ) -> list[float | None]:  # (B,) 1 or 0; None where the column holds None
-    "Whether a completion says exactly the answer, blanks at its ends aside. Raises TypeError without an `answer` or `solution` column."
+    """Whether a completion says exactly the answer, blanks at its ends aside. Raises TypeError without an `answer` or
+    `solution` column."""
     wanted = solution if answer is None else answer
     if wanted is None: raise TypeError("exact_match_reward needs a column 'answer' or 'solution'")
-    return [None if w is None else float(text_of(c).strip() == str(w).strip()) for c, w in zip(completions, wanted, strict=True)]
+    return [None if w is None else float(text_of(c).strip() == str(w).strip()) for c,
+            w in zip(completions, wanted, strict=True)]
 
 
 exact_match_reward.needs_one_of = ("answer", "solution")  # a signature cannot say so; `Rewards.check` reads it
@@ -72,7 +82,8 @@ def think_format_reward(
 ) -> list[float]:  # (B,) 1 or 0
     """Whether a completion begins with `<think>`, closes it, and opens it only once.
 
-    Where the chat template already writes `<think>` at the end of the prompt, completions begin after it, and this is always 0.
+    Where the chat template already writes `<think>` at the end of the prompt, completions begin after it, and this is
+    always 0.
     """
     return [float(_thinks(text_of(c))) for c in completions]
 
@@ -95,8 +106,10 @@ def _math_verify():
     except ImportError as error:
         raise ImportError("accuracy rewards need math-verify: pip install 'posttrain[math]'") from error
     for name in ("parser", "grader"):  # it warns once that there is no time limit, with advice for its own callers
-        logging.getLogger(f"math_verify.{name}").addFilter(lambda record: not record.getMessage().startswith("Timeout is disabled"))
-    reading = math_verify.LatexExtractionConfig(normalization_config=NormalizationConfig(units=True), boxed_match_priority=0, try_extract_without_anchor=False)
+        logging.getLogger(f"math_verify.{name}").addFilter(lambda record: not record.getMessage(
+            ).startswith("Timeout is disabled"))
+    reading = math_verify.LatexExtractionConfig(normalization_config=NormalizationConfig(units=True),
+                                                boxed_match_priority=0, try_extract_without_anchor=False)
     return math_verify, reading
 
 
@@ -120,13 +133,17 @@ def _grade(
         return parsed if len(parsed) > 1 else parse(text)  # one entry is the text itself: it could not be parsed
 
     solution = [None if s is None else str(s) for s in solution]
-    references = {s: [] if s is None else reference(s) for s in dict.fromkeys(solution)}  # once for all completions of a prompt
+    # once for all completions of a prompt
+    references = {s: [] if s is None else reference(s) for s in dict.fromkeys(solution)}
     rewards, read = [], []
     for answer, s in zip(answers, solution, strict=True):
-        found = [] if answer is None or not references[s] else parse(answer, extraction_config=[reading], extraction_mode="first_match")
-        right = bool(found) and library.verify(references[s], found, timeout_seconds=_COMPARING_LIMIT if alarms else None)
+        found = ([] if answer is None or not references[s]
+                 else parse(answer, extraction_config=[reading], extraction_mode="first_match"))
+        right = (bool(found) and library.verify(references[s], found,
+                                                timeout_seconds=_COMPARING_LIMIT if alarms else None))
         rewards.append(float(right) if references[s] else None)
-        read.append(str(found[-1]) if found else "[no reference]" if not references[s] else "[unfinished]" if answer is None else "[unparseable]")
+        read.append(str(found[-1]) if found else "[no reference]" if not references[s] else "[unfinished]"
+                    if answer is None else "[unparseable]")
     if log_extra is not None:
         # The last entry is the text that was parsed. To print the expression itself can take forever: 9^{9^{9}}.
         log_extra("solution", solution)
@@ -143,8 +160,10 @@ def accuracy_reward(
 ) -> list[float | None]:  # (B,) 1 or 0; None where the solution cannot be parsed
     r"""Whether the answer of a completion equals the solution, as mathematics. Needs `pip install 'posttrain[math]'`.
 
-    Write solutions as numbers or as LaTeX, best in `$...$` or `\boxed{}`; a formula by itself is understood too. In a sentence, the last
-    number or marked formula is taken (`#### 72`). Words cannot be parsed, and give None. Ask the model to write `\boxed{...}`.
+    Write solutions as numbers or as LaTeX, best in `$...$` or `\boxed{}`; a formula by itself is understood too. In a
+    sentence, the last
+    number or marked formula is taken (`#### 72`). Words cannot be parsed, and give None. Ask the model to write
+    `\boxed{...}`.
     An expression counts as its value: `\boxed{48+24}` is right for 72.
 
     Outside of the main thread there is no time limit. Raises ImportError without math-verify.
@@ -177,11 +196,15 @@ class _SoftOverlong:
 
     def __post_init__(self):
         if not 0 <= self.soft_punish_cache <= self.max_completion_len:
-            raise ValueError(f"soft_punish_cache={self.soft_punish_cache}: expected 0 up to max_completion_len={self.max_completion_len}, the number of tokens before it that are punished softly")
+            raise ValueError(f"soft_punish_cache={self.soft_punish_cache}: expected 0 up to "
+                             f"max_completion_len={self.max_completion_len}, the number of tokens before it that "
+                             f"are punished softly")
 
     def __call__(self, completion_ids: list[list[int]], **kwargs) -> list[float]:
         free = self.max_completion_len - self.soft_punish_cache  # step 1
-        return [0.0 if len(ids) <= free else max((free - len(ids)) / self.soft_punish_cache, -1.0) if self.soft_punish_cache else -1.0 for ids in completion_ids]  # step 4
+        # step 4
+        return [0.0 if len(ids) <= free else max((free - len(ids)) / self.soft_punish_cache, -1.0)
+                if self.soft_punish_cache else -1.0 for ids in completion_ids]
 
 
 @dataclass(frozen=True)
@@ -194,23 +217,30 @@ class _CosineScaled:
     __name__ = "cosine_scaled_reward"
 
     def __post_init__(self):
-        if self.max_len < 1: raise ValueError(f"max_len={self.max_len}: expected the length, in tokens, at which the reward reaches its end; at least 1")
+        if self.max_len < 1:
+            raise ValueError(f"max_len={self.max_len}: expected the length, in tokens, at which the reward reaches "
+                             f"its end; at least 1")
 
-    def __call__(self, completions: list, solution: list, completion_ids: list[list[int]], **kwargs) -> list[float | None]:
-        return [None if right is None else self._at(len(ids), bool(right)) for right, ids in zip(accuracy_reward(completions, solution), completion_ids, strict=True)]
+    def __call__(self, completions: list, solution: list, completion_ids: list[list[int]],
+                 **kwargs) -> list[float | None]:
+        return [None if right is None else self._at(len(ids), bool(right)) for right,
+                ids in zip(accuracy_reward(completions, solution), completion_ids, strict=True)]
 
     def _at(self, length: int, right: bool) -> float:
-        first, last = (self.max_value_correct, self.min_value_correct) if right else (self.min_value_wrong, self.max_value_wrong)
+        first, last = ((self.max_value_correct, self.min_value_correct) if right
+                       else (self.min_value_wrong, self.max_value_wrong))
         turn = math.pi * min(length / self.max_len, 1)  # step 7
         return last + (first - last) * (1 + math.cos(turn)) / 2  # step 6
 
 
-# Objects and not nested functions: those could not be sent to another process, and do not show what they were made with.
+# Objects and not nested functions: those could not be sent to another process, and do not show what they were made
+# with.
 def get_soft_overlong_punishment(
     max_completion_len: int,  # L_max, in tokens
     soft_punish_cache: int,   # L_cache: so many tokens before L_max are punished softly; DAPO 4096 of 20480
 ) -> Callable:  # reward function of `completion_ids`, in [-1, 0]
-    "A reward function that punishes completions near the limit and past it, and pays nothing for short ones (DAPO 2503.14476, eq. 13). Raises ValueError when the cache exceeds the limit."
+    """A reward function that punishes completions near the limit and past it, and pays nothing for short ones (DAPO
+    2503.14476, eq. 13). Raises ValueError when the cache exceeds the limit."""
     return _SoftOverlong(max_completion_len, soft_punish_cache)
 
 
@@ -221,7 +251,8 @@ def get_cosine_scaled_reward(
     min_value_correct: float = 0.5,  # of a right completion of L tokens and more; TRL's
     max_value_correct: float = 1.0,  # of a right completion of no length; TRL's
 ) -> Callable:  # reward function of `completions`, `solution` and `completion_ids`
-    "A reward function for right and short answers, as `accuracy_reward` tells right from wrong (2502.03373, C.1). Raises ValueError when max_len is not positive."
+    """A reward function for right and short answers, as `accuracy_reward` tells right from wrong (2502.03373, C.1).
+    Raises ValueError when max_len is not positive."""
     return _CosineScaled(max_len, min_value_wrong, max_value_wrong, min_value_correct, max_value_correct)
 
 # %% ../../nbs/rollout/03_rewards.ipynb #c2954170
@@ -233,7 +264,9 @@ class _RepetitionPenalty:
 
     def __post_init__(self):
         if self.ngram_size < 1: raise ValueError(f"ngram_size={self.ngram_size}: expected at least 1 token")
-        if not self.max_penalty <= 0: raise ValueError(f"max_penalty={self.max_penalty}: expected 0 or less, since it is added to the other rewards")
+        if not self.max_penalty <= 0:
+            raise ValueError(f"max_penalty={self.max_penalty}: expected 0 or less, since it is added to the other "
+                             f"rewards")
 
     def __call__(self, completion_ids: list[list[int]], **kwargs) -> list[float]:
         return [self.max_penalty * self._repeated(ids) or 0.0 for ids in completion_ids]  # 0.0, not -0.0
@@ -247,7 +280,8 @@ def get_repetition_penalty_reward(
     ngram_size: int = 3,        # n, tokens in a piece; TRL's
     max_penalty: float = -1.0,  # p, for nothing but repetition; TRL's
 ) -> Callable:  # reward function of `completion_ids`, in (max_penalty, 0]
-    "A reward function that punishes repeated pieces of text (after 2502.03373, C.2); completions of fewer than n tokens are not punished. Raises ValueError when p is above 0 or n below 1."
+    """A reward function that punishes repeated pieces of text (after 2502.03373, C.2); completions of fewer than n
+    tokens are not punished. Raises ValueError when p is above 0 or n below 1."""
     return _RepetitionPenalty(ngram_size, max_penalty)
 
 # %% ../../nbs/rollout/03_rewards.ipynb #25fdc476
@@ -257,7 +291,8 @@ def total(
 ) -> Tensor:  # (B,) NaN where no function applies
     "The weighted sum of the rewards that apply. Raises ValueError when there is not one weight per function."
     if rewards.dim() != 2 or weights.shape != rewards.shape[1:]:
-        raise ValueError(f"rewards of shape {tuple(rewards.shape)} and weights of shape {tuple(weights.shape)}: expected (completions, functions) and (functions,)")
+        raise ValueError(f"rewards of shape {tuple(rewards.shape)} and weights of shape {tuple(weights.shape)}: "
+                         f"expected (completions, functions) and (functions,)")
     weights = weights.to(rewards)
     return (rewards * weights).nansum(1).masked_fill(rewards.isnan().all(1), math.nan)
 
@@ -265,11 +300,14 @@ def total(
 class ModelReward:
     """A sequence-classification model with one label as a reward function.
 
-    Messages are put through the chat template of its tokenizer; a plain prompt and its completion are read as one text, with the special tokens that the
-    tokenizer adds by itself. The model (a path or hub id) is loaded when it is first asked. As the score is read at the last token that is no padding, the
+    Messages are put through the chat template of its tokenizer; a plain prompt and its completion are read as one text,
+    with the special tokens that the
+    tokenizer adds by itself. The model (a path or hub id) is loaded when it is first asked. As the score is read at the
+    last token that is no padding, the
     model's `pad_token_id` is set to the tokenizer's, and a tokenizer without one pads with its EOS.
 
-    Raises ValueError for a model in memory without a known tokenizer, for one with several labels, and for a checkpoint without a reward head.
+    Raises ValueError for a model in memory without a known tokenizer, for one with several labels, and for a checkpoint
+    without a reward head.
     """
 
     def __init__(
@@ -285,15 +323,19 @@ class ModelReward:
         self.source = getattr(config, "_name_or_path", "") if loaded else os.fspath(model)
         self.__name__ = Path(self.source).name or (type(model).__name__ if loaded else Path(self.source).resolve().name)
         if loaded and not self.source and processing_class is None:
-            raise ValueError(f"reward model {self.__name__}: it was made in memory, so its tokenizer is not known; give it as processing_class (of a trainer: reward_processing_classes)")
+            raise ValueError(f"reward model {self.__name__}: it was made in memory, so its tokenizer is not known; "
+                             f"give it as processing_class (of a trainer: reward_processing_classes)")
         if loaded and getattr(config, "num_labels", 1) != 1: raise ValueError(self._labels(config.num_labels))
         self.model, self.processing_class = model if loaded else None, processing_class
-        self.chat_template_kwargs, self.model_init_kwargs, self.batch_size = chat_template_kwargs or {}, model_init_kwargs or {}, batch_size
+        self.chat_template_kwargs, self.model_init_kwargs, self.batch_size = (chat_template_kwargs or {
+            }, model_init_kwargs or {}, batch_size)
         self.device, self._ready = None, False
 
     def __repr__(self): return f"ModelReward({self.__name__!r})"
 
-    def _labels(self, n: int) -> str: return f"reward model {self.__name__} gives {n} scores per text; a reward is one number: use a model with num_labels=1"
+    def _labels(self, n: int) -> str:
+        return (f"reward model {self.__name__} gives {n} scores per text; a reward is one number: use a "
+                f"model with num_labels=1")
 
     def to(
         self,
@@ -309,14 +351,20 @@ class ModelReward:
         if self._ready: return
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
         if self.model is None:
-            self.model, info = AutoModelForSequenceClassification.from_pretrained(self.source, num_labels=1, output_loading_info=True, **self.model_init_kwargs)
+            self.model, info = AutoModelForSequenceClassification.from_pretrained(
+                self.source, num_labels=1, output_loading_info=True, **self.model_init_kwargs)
             if made_up := sorted(set(info["missing_keys"]) & dict(self.model.named_parameters()).keys()):
-                raise ValueError(f"{self.source} is no reward model: it has no weights for {', '.join(made_up[:3])}, which would be random numbers; train one, or name another checkpoint")
+                raise ValueError(f"{self.source} is no reward model: it has no weights for "
+                                 f"{', '.join(made_up[:3])}, which would be random numbers; train one, or name "
+                                 f"another checkpoint")
             if self.device is not None: self.model.to(self.device)
         if self.processing_class is None: self.processing_class = AutoTokenizer.from_pretrained(self.source)
         if self.processing_class.pad_token_id is None: self.processing_class.pad_token = self.processing_class.eos_token
-        if self.processing_class.pad_token_id is None: raise ValueError(f"the tokenizer of reward model {self.__name__} has no pad and no EOS token: set its pad_token")
-        if (config := getattr(self.model, "config", None)) is not None: config.get_text_config().pad_token_id = self.processing_class.pad_token_id
+        if self.processing_class.pad_token_id is None:
+            raise ValueError(f"the tokenizer of reward model {self.__name__} has no pad and no EOS token: set its "
+                             f"pad_token")
+        if (config := getattr(self.model, "config", None)) is not None:
+            config.get_text_config().pad_token_id = self.processing_class.pad_token_id
         self._ready = True
 
     def texts(
@@ -326,7 +374,9 @@ class ModelReward:
     ) -> list[str]:
         "What the model reads."
         together = [p + c for p, c in zip(prompts, completions, strict=True)]
-        return [t if isinstance(t, str) else self.processing_class.apply_chat_template(t, tokenize=False, **self.chat_template_kwargs) for t in together]
+        return [t if isinstance(t, str)
+                else self.processing_class.apply_chat_template(t, tokenize=False, **self.chat_template_kwargs)
+                for t in together]
 
     def __call__(
         self,
@@ -340,7 +390,8 @@ class ModelReward:
         size = self.batch_size or len(texts)
         for start in range(0, len(texts), size):
             inputs = self.processing_class(text=texts[start:start + size], return_tensors="pt", padding=True, padding_side="right",
-                                           add_special_tokens=isinstance(prompts[0], str))  # a chat template brings its own
+                                           # a chat template brings its own
+                                           add_special_tokens=isinstance(prompts[0], str))
             with scoring(self.model): logits = self.model(**inputs.to(device)).logits
             if logits.shape[1:] != (1,): raise ValueError(self._labels(logits.shape[1:].numel()))
             scores.append(logits[:, 0].float().cpu())
@@ -365,7 +416,8 @@ def _event_loop(pid: int) -> asyncio.AbstractEventLoop:
 def _started(result):
     "What a function returned, or, where that can be awaited, a future of it."
     async def awaited(): return await result
-    return asyncio.run_coroutine_threadsafe(awaited(), _event_loop(os.getpid())) if inspect.isawaitable(result) else result
+    return (asyncio.run_coroutine_threadsafe(awaited(), _event_loop(os.getpid())) if inspect.isawaitable(result)
+            else result)
 
 
 def _log_nothing(name, value): pass
@@ -448,10 +500,13 @@ class _Signature:
         try: parameters = inspect.signature(function).parameters.values()
         except (TypeError, ValueError): return cls((), None, frozenset())  # some builtins do not tell
         if by_position := [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]:
-            raise TypeError(f"reward {name!r} takes {', '.join(by_position)} by position only; rewards are called with keywords: remove the '/' from its parameters")
+            raise TypeError(f"reward {name!r} takes {', '.join(by_position)} by position only; rewards are called "
+                            f"with keywords: remove the '/' from its parameters")
         keywords = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        return cls(tuple(p.name for p in keywords if p.default is p.empty), None if takes_all else frozenset(p.name for p in keywords), frozenset(function.keywords if isinstance(function, functools.partial) else ()))
+        return cls(tuple(p.name for p in keywords if p.default is p.empty),
+                   None if takes_all else frozenset(p.name for p in keywords),
+                   frozenset(function.keywords if isinstance(function, functools.partial) else ()))
 
     def accepts(self, name: str) -> bool: return name not in self.bound and (self.names is None or name in self.names)
 
@@ -462,44 +517,58 @@ def _listed(names: Iterable[str]) -> str: return ", ".join(map(repr, names)) or 
 class Rewards:
     """Reward functions with their weights, all asked at once.
 
-    A function is called with the keywords `prompts`, `completions`, `completion_ids`, `trainer_state`, `log_extra`, `log_metric` and every extra column of
-    the dataset, and returns a list of B numbers, None where it does not apply; one without `**kwargs` gets what it names. It may be async. A model, a path
+    A function is called with the keywords `prompts`, `completions`, `completion_ids`, `trainer_state`, `log_extra`,
+    `log_metric` and every extra column of
+    the dataset, and returns a list of B numbers, None where it does not apply; one without `**kwargs` gets what it
+    names. It may be async. A model, a path
     or a hub id is wrapped in `ModelReward`.
 
-    Raises TypeError for what cannot be called with keywords, and ValueError for no functions, or weights or processing classes that do not match them.
+    Raises TypeError for what cannot be called with keywords, and ValueError for no functions, or weights or processing
+    classes that do not match them.
     """
 
     def __init__(
         self,
-        functions,                                # one or a list of: a function, a sequence-classification model, where to load one from
+        # one or a list of: a function, a sequence-classification model, where to load one from
+        functions,
         weights: Iterable[float] | None = None,   # one per function; None: 1 each
-        processing_classes=None,                  # tokenizers of models, one per function, None for others; one alone for one function
+        # tokenizers of models, one per function, None for others; one alone for one function
+        processing_classes=None,
         chat_template_kwargs: dict | None = None, # for the chat templates of models
         batch_size: int | None = None,            # texts in a forward pass of models; None: all of them
         model_init_kwargs: dict | None = None,    # for loading models
     ):
         functions = list(functions) if isinstance(functions, (list, tuple)) else [functions]
         if not functions: raise ValueError("no reward functions: give at least one")
-        processing_classes = [None] * len(functions) if processing_classes is None else list(processing_classes) if isinstance(processing_classes, (list, tuple)) else [processing_classes]
+        processing_classes = ([None] * len(functions) if processing_classes is None else list(processing_classes)
+                              if isinstance(processing_classes, (list, tuple)) else [processing_classes])
         if len(processing_classes) != len(functions):
-            raise ValueError(f"{len(processing_classes)} processing classes for {len(functions)} reward functions: give one each, in their order, None for what is no model")
+            raise ValueError(f"{len(processing_classes)} processing classes for {len(functions)} reward functions: "
+                             f"give one each, in their order, None for what is no model")
         model = lambda f, tokenizer: ModelReward(f, tokenizer, chat_template_kwargs, batch_size, model_init_kwargs)
-        self.functions = [model(f, t) if isinstance(f, (nn.Module, str, os.PathLike)) else f for f, t in zip(functions, processing_classes)]
+        self.functions = [model(f, t) if isinstance(f, (nn.Module, str, os.PathLike)) else f for f,
+                          t in zip(functions, processing_classes)]
         for f in self.functions:
-            if inspect.isclass(f) or not callable(f): raise TypeError(f"reward {_short(f)} is {'a class; pass an object of it' if inspect.isclass(f) else 'neither a function nor a model nor a path to one'}")
+            if inspect.isclass(f) or not callable(f):
+                raise TypeError(
+                    f"reward {_short(f)} is {'a class; pass an object of it' if inspect.isclass(f) else 'neither a function nor a model nor a path to one'}")
         self.names = _numbered([_name(f) for f in self.functions])
         self.weights = self._checked_weights(weights)
         self._signatures = [_Signature.of(f, name) for f, name in zip(self.functions, self.names)]
         self._warned = False
 
-    def __repr__(self): return "Rewards(" + ", ".join(f"{w:g} * {n}" for n, w in zip(self.names, self.weights.tolist())) + ")"
+    def __repr__(self):
+        return "Rewards(" + ", ".join(f"{w:g} * {n}" for n, w in zip(self.names, self.weights.tolist())) + ")"
 
     def _checked_weights(self, weights) -> Tensor:
         if weights is None: return torch.ones(len(self.functions))
         weights = list(weights)
-        if len(weights) != len(self.functions): raise ValueError(f"{len(weights)} reward weights for {len(self.functions)} reward functions ({_listed(self.names)}): give one each")
+        if len(weights) != len(self.functions):
+            raise ValueError(f"{len(weights)} reward weights for {len(self.functions)} reward functions "
+                             f"({_listed(self.names)}): give one each")
         for name, weight in zip(self.names, weights):
-            if not isinstance(weight, (numbers.Real, np.generic, Tensor)) or not math.isfinite(weight): raise ValueError(f"weight {weight!r} of reward {name!r}: expected a finite number")
+            if not isinstance(weight, (numbers.Real, np.generic, Tensor)) or not math.isfinite(weight):
+                raise ValueError(f"weight {weight!r} of reward {name!r}: expected a finite number")
         return torch.tensor([float(w) for w in weights])
 
     def to(
@@ -520,20 +589,25 @@ class Rewards:
         self,
         columns: Iterable[str],  # names of the dataset's columns
     ) -> None:
-        "Raise TypeError when a function names a parameter that no column gives, and ValueError when a column has a name that is taken. Needs no data and loads no model."
+        """Raise TypeError when a function names a parameter that no column gives, and ValueError when a column has a
+        name that is taken. Needs no data and loads no model."""
         columns = list(columns)
         if taken := [c for c in columns if c in (*_GIVEN, *_SERVICES) and c not in _REPLACED]:
-            raise ValueError(f"column{'s' * (len(taken) > 1)} {_listed(taken)}: rewards get something else by that name; rename: dataset = dataset.rename_column({taken[0]!r}, 'my_{taken[0]}')")
+            raise ValueError(f"column{'s' * (len(taken) > 1)} {_listed(taken)}: rewards get something else by that "
+                             f"name; rename: dataset = dataset.rename_column({taken[0]!r}, 'my_{taken[0]}')")
         passed = [c for c in columns if c not in _REPLACED]
         there = [*_GIVEN, *_SERVICES, *passed]
         for f, name, signature in zip(self.functions, self.names, self._signatures):
             if missing := [p for p in signature.required if p not in there]:
                 meant = difflib.get_close_matches(missing[0], there, n=1)
-                raise TypeError(f"reward {name!r} needs {_listed(missing)}, which the dataset does not have; its columns for rewards: {_listed(passed)}. "
-                                + (f"Did you mean {meant[0]!r}? " if meant else "") + "Rename the column or the parameter, or give the parameter a default")
+                raise TypeError(f"reward {name!r} needs {_listed(missing)}, which the dataset does not have; its "
+                                f"columns for rewards: {_listed(passed)}. "
+                                + (f"Did you mean {meant[0]!r}? " if meant else "")
+                                + "Rename the column or the parameter, or give the parameter a default")
             choice = getattr(_innermost(f), "needs_one_of", ())
             if choice and not set(choice) & set(passed):
-                raise TypeError(f"reward {name!r} needs one of the columns {_listed(choice)}; the dataset has for rewards: {_listed(passed)}. Rename the one that holds the answers")
+                raise TypeError(f"reward {name!r} needs one of the columns {_listed(choice)}; the dataset has for "
+                                f"rewards: {_listed(passed)}. Rename the one that holds the answers")
 
     def __call__(
         self,
@@ -547,17 +621,24 @@ class Rewards:
     ) -> Tensor:  # (B, F) float32, NaN: not applicable
         """What each function says about each completion.
 
-        Raises what `check` raises; ValueError for inputs of different lengths; RuntimeError from the error of a function that raised; TypeError or ValueError
-        for one that returned no list, the wrong number of values, or something else than finite numbers and None. Warns once when no function applies to a row.
+        Raises what `check` raises; ValueError for inputs of different lengths; RuntimeError from the error of a
+        function that raised; TypeError or ValueError
+        for one that returned no list, the wrong number of values, or something else than finite numbers and None. Warns
+        once when no function applies to a row.
         """
         columns = columns or {}
         self.check(columns)
-        rows = {"prompts": prompts, "completions": completions, **{n: v for n, v in columns.items() if n not in _REPLACED}, "completion_ids": completion_ids}
+        rows = {"prompts": prompts, "completions": completions,
+                **{n: v for n, v in columns.items() if n not in _REPLACED}, "completion_ids": completion_ids}
         for name, values in rows.items():
-            if len(values) != len(prompts): raise ValueError(f"{name} has {len(values)} values for {len(prompts)} prompts: expected one per completion")
+            if len(values) != len(prompts):
+                raise ValueError(f"{name} has {len(values)} values for {len(prompts)} prompts: expected one per "
+                                 f"completion")
         self.load()
-        services = {"trainer_state": trainer_state, "log_extra": log_extra or _log_nothing, "log_metric": log_metric or _log_nothing}
-        rewards = torch.tensor(self._ask(rows, services), dtype=torch.float32).view(len(self.functions), len(prompts)).T.contiguous()
+        services = {"trainer_state": trainer_state, "log_extra": log_extra or _log_nothing,
+                    "log_metric": log_metric or _log_nothing}
+        rewards = torch.tensor(self._ask(rows, services),
+                               dtype=torch.float32).view(len(self.functions), len(prompts)).T.contiguous()
         self._warn_of_empty_rows(rewards, rows)
         return rewards
 
@@ -565,9 +646,11 @@ class Rewards:
         "The answers of all functions, (F, B)."
         started = {}
         try:
-            for k in sorted(range(len(self.functions)), key=lambda k: not _is_async(self.functions[k])):  # these wait while the others compute
+            # these wait while the others compute
+            for k in sorted(range(len(self.functions)), key=lambda k: not _is_async(self.functions[k])):
                 started[k] = self._attempt(k, rows, services, lambda: _started(self._call(k, rows, services)))
-            return [self._values(k, self._attempt(k, rows, services, lambda: _finished(started[k])), rows) for k in range(len(self.functions))]
+            return [self._values(k, self._attempt(k, rows, services, lambda: _finished(started[k])), rows)
+                    for k in range(len(self.functions))]
         finally:  # an error or Ctrl-C: nobody waits for the others any more
             for result in started.values():
                 if isinstance(result, Future): result.cancel()
@@ -582,9 +665,11 @@ class Rewards:
         try: return do()
         except Exception as error:
             row = self._row_that_raises(k, rows, services, error)
-            where = self._where(k, rows, row) if row is not None else f"scored one by one, no completion raised it again; the batch begins with {self._where(k, rows, 0)}"
-            raise RuntimeError(f"reward {self.names[k]!r} raised {type(error).__name__}: {_cut(str(error), 500)}\n  {where}\n"
-                               "  Repair it, or let it return None for what it cannot judge") from error
+            where = (self._where(k, rows, row) if row is not None
+                     else f"scored one by one, no completion raised it again; the batch begins with "
+                     f"{self._where(k, rows, 0)}")
+            raise RuntimeError(f"reward {self.names[k]!r} raised {type(error).__name__}: {_cut(str(error), 500)}\n  "
+                               f"{where}\n" "  Repair it, or let it return None for what it cannot judge") from error
 
     def _row_that_raises(self, k: int, rows: dict, services: dict, error: Exception) -> int | None:
         "The first row for which the function, asked about it alone, raises the same kind of error."
@@ -600,8 +685,11 @@ class Rewards:
 
     def _where(self, k: int, rows: dict, row: int) -> str:
         "A row as an error message shows it, with the columns that the function names."
-        named = [n for n in rows if n not in _GIVEN and n in (self._signatures[k].names or self._signatures[k].required)]
-        return f"row {row}: " + ", ".join(f"{label} {_short(rows[n][row])}" for label, n in [("prompt", "prompts"), ("completion", "completions"), *((n, n) for n in named)])
+        named = [n for n in rows if n not in _GIVEN
+                 and n in (self._signatures[k].names or self._signatures[k].required)]
+        return (f"row {row}: " + ", ".join(f"{label} {_short(rows[n][row])}" for label,
+                                           n in [("prompt", "prompts"), ("completion", "completions"),
+                                                 *((n, n) for n in named)]))
 
     def _values(self, k: int, returned, rows: dict) -> list[float]:
         "The (B,) answers of a function, if they are what they must be."
@@ -609,13 +697,20 @@ class Rewards:
         array = isinstance(returned, (Tensor, np.ndarray))
         if not (array and returned.ndim == 1) and not isinstance(returned, (list, tuple)):
             what = f"a {type(returned).__name__} of shape {tuple(returned.shape)}" if array else _short(returned)
-            raise TypeError(f"{who} returned {what}: expected a list, or an array of one dimension, of {n} numbers\n  {self._where(k, rows, 0)}")
+            raise TypeError(f"{who} returned {what}: expected a list, or an array of one dimension, of {n} numbers\n "
+                            f" {self._where(k, rows, 0)}")
         values = returned.tolist() if array else [v.item() if getattr(v, "ndim", None) == 0 else v for v in returned]
-        if len(values) != n: raise ValueError(f"{who} returned {len(values)} values for {n} completions: return one each, None where it does not apply\n  {self._where(k, rows, 0)}")
+        if len(values) != n:
+            raise ValueError(f"{who} returned {len(values)} values for {n} completions: return one each, None where "
+                             f"it does not apply\n  {self._where(k, rows, 0)}")
         for row, value in enumerate(values):
             if value is None: continue
-            if not isinstance(value, numbers.Real): raise TypeError(f"{who} returned {_short(value)} ({type(value).__name__}): expected a number, or None where it does not apply\n  {self._where(k, rows, row)}")
-            if not abs(value) <= _LARGEST: raise ValueError(f"{who} returned {value}: expected a finite number; return None where it does not apply, and a finite penalty for the worst\n  {self._where(k, rows, row)}")
+            if not isinstance(value, numbers.Real):
+                raise TypeError(f"{who} returned {_short(value)} ({type(value).__name__}): expected a number, or "
+                                f"None where it does not apply\n  {self._where(k, rows, row)}")
+            if not abs(value) <= _LARGEST:
+                raise ValueError(f"{who} returned {value}: expected a finite number; return None where it does not "
+                                 f"apply, and a finite penalty for the worst\n  {self._where(k, rows, row)}")
         return [math.nan if v is None else float(v) for v in values]
 
     def _warn_of_empty_rows(self, rewards: Tensor, rows: dict) -> None:
@@ -623,5 +718,6 @@ class Rewards:
         if not empty or self._warned: return
         self._warned = True
         shown = ", ".join(f"{n} {_short(rows[n][empty[0]])}" for n in rows if n != "completion_ids")
-        warnings.warn(f"no reward applies to {len(empty)} of {len(rewards)} completions: all functions ({_listed(self.names)}) returned None. They teach nothing. "
+        warnings.warn(f"no reward applies to {len(empty)} of {len(rewards)} completions: all functions "
+                      f"({_listed(self.names)}) returned None. They teach nothing. "
                       f"The first, row {empty[0]}: {shown}. This is said once", stacklevel=3)

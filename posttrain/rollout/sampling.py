@@ -29,11 +29,13 @@ class Sampling:
 
     def __post_init__(self):
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
-        for name, ok, expected in [
-                ("max_tokens", self.max_tokens >= 1, "at least 1"), ("temperature", self.temperature >= 0, "0 (greedy) or more"),
-                ("top_p", 0 < self.top_p <= 1, "in (0, 1]; 1 turns it off"), ("top_k", self.top_k >= 0, "0 (off) or a number of tokens"),
-                ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "None (off) or in [0, 1]"),
-                ("repetition_penalty", self.repetition_penalty > 0, "above 0; 1 turns it off"), ("stop", all(self.stop), "strings that are not empty")]:
+        for name, ok, expected in [("max_tokens", self.max_tokens >= 1, "at least 1"),
+                                   ("temperature", self.temperature >= 0, "0 (greedy) or more"),
+                                   ("top_p", 0 < self.top_p <= 1, "in (0, 1]; 1 turns it off"),
+                                   ("top_k", self.top_k >= 0, "0 (off) or a number of tokens"),
+                                   ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "None (off) or in [0, 1]"),
+                                   ("repetition_penalty", self.repetition_penalty > 0, "above 0; 1 turns it off"),
+                                   ("stop", all(self.stop), "strings that are not empty")]:
             if not ok: raise ValueError(f"{name}={getattr(self, name)!r}: expected {expected}")
 
 
@@ -41,7 +43,9 @@ class Sampling:
 class Samples:
     "What an engine answers, one entry per completion."
     completion_ids: list[list[int]]          # with the EOS that ended them, without padding
-    sampled_logps: list[list[float]] | None  # of each token under the engine's model, at this temperature (greedy: 1) over the whole vocabulary; None: it does not tell
+    # of each token under the engine's model, at this temperature (greedy: 1) over the whole vocabulary; None: it does
+    # not tell
+    sampled_logps: list[list[float]] | None
     finished: list[bool]                     # ended by an EOS or a stop string, not cut at max_tokens
 
 
@@ -90,9 +94,11 @@ def draw(
     probs: Tensor,    # (N, V), of any positive sum
     uniform: Tensor,  # (N,) in [0, 1), float32 as `uniforms` gives
 ) -> Tensor:  # (N,) tokens
-    "Inverse of the cumulative distribution: the first token at which the running sum exceeds `uniform` of the whole. A token of probability 0 is never drawn."
+    """Inverse of the cumulative distribution: the first token at which the running sum exceeds `uniform` of the whole.
+    A token of probability 0 is never drawn."""
     sums = probs.cumsum(-1)
-    # a uniform float32 is at most 1 - 2**-24, so the product is below the whole sum even when rounded, and some token exceeds it
+    # a uniform float32 is at most 1 - 2**-24, so the product is below the whole sum even when rounded, and some token
+    # exceeds it
     return torch.searchsorted(sums, uniform[:, None] * sums[:, -1:], right=True)[:, 0]
 
 
@@ -104,7 +110,10 @@ def filtered(
     "Penalty, temperature, top-k, top-p, min-p, in transformers' order; greedy stops after the penalty."
     from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
     s = sampling
-    if seen is not None: logits = torch.where(seen, torch.where(logits < 0, logits * s.repetition_penalty, logits / s.repetition_penalty), logits)
+    if seen is not None:
+        logits = torch.where(seen,
+                             torch.where(logits < 0, logits * s.repetition_penalty, logits / s.repetition_penalty),
+                             logits)
     if s.temperature == 0: return logits
     logits = logits / s.temperature
     if s.top_k: logits = TopKLogitsWarper(s.top_k)(None, logits)
@@ -123,11 +132,15 @@ def _pick(logits, uniform, s, seen):
 
 # %% ../../nbs/rollout/01_sampling.ipynb #9b0f8b41
 def _check(prompts, seeds, longest: int | None, max_tokens: int) -> None:
-    if len(prompts) != len(seeds): raise ValueError(f"{len(prompts)} prompts need as many seeds, one per completion, got {len(seeds)}")
+    if len(prompts) != len(seeds):
+        raise ValueError(f"{len(prompts)} prompts need as many seeds, one per completion, got {len(seeds)}")
     for i, prompt in enumerate(prompts):
-        if not len(prompt): raise ValueError(f"prompt {i} is empty: a completion needs at least one token before it, e.g. the tokenizer's BOS")
+        if not len(prompt):
+            raise ValueError(f"prompt {i} is empty: a completion needs at least one token before it, e.g. the "
+                             f"tokenizer's BOS")
         if longest and len(prompt) + max_tokens > longest + 1:  # the last token is never read
-            raise ValueError(f"prompt {i} has {len(prompt)} tokens and max_tokens={max_tokens}, but the model has {longest} positions: shorten the prompt or lower max_tokens")
+            raise ValueError(f"prompt {i} has {len(prompt)} tokens and max_tokens={max_tokens}, but the model has "
+                             f"{longest} positions: shorten the prompt or lower max_tokens")
 
 
 def _stops(tokenizer, stop):
@@ -141,7 +154,8 @@ def _stops(tokenizer, stop):
 class GenerateSampler(Engine):
     """`transformers.generate` behind the interface of all engines: for models that `Sampler` cannot serve.
 
-    Prompts are padded on the left and repeated for each completion. Random numbers come from one stream, so here a completion depends on the whole call."""
+    Prompts are padded on the left and repeated for each completion. Random numbers come from one stream, so here a
+    completion depends on the whole call."""
 
     LOGITS_BYTES = 2 ** 28  # keep logits for the log-probs up to this size
 
@@ -168,58 +182,76 @@ class GenerateSampler(Engine):
     ) -> Samples:
         "One completion per prompt. Raises ValueError for empty and for overlong prompts."
         from transformers import GenerationConfig, StoppingCriteriaList
-        _check(prompts, seeds, getattr(self.lm.config.get_text_config(), "max_position_embeddings", None), sampling.max_tokens)
+        _check(prompts, seeds, getattr(self.lm.config.get_text_config(), "max_position_embeddings", None),
+               sampling.max_tokens)
         if not prompts: return Samples([], [], [])
         lm, device, width, s = self.lm, self.lm.get_input_embeddings().weight.device, max(map(len, prompts)), sampling
         pad = next((i for i in (getattr(self.tokenizer, "pad_token_id", None), *self.eos) if i is not None), 0)
-        ids = torch.tensor([[p[-1]] * (width - len(p)) + list(p) for p in prompts], device=device)  # not with the pad token, or the repetition penalty would fall on it
+        # not with the pad token, or the repetition penalty would fall on it
+        ids = torch.tensor([[p[-1]] * (width - len(p)) + list(p) for p in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         logits_fit = len(prompts) * s.max_tokens * lm.get_output_embeddings().weight.shape[0] * 4 <= self.LOGITS_BYTES
         how = dict(temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p) if s.temperature else {}
-        config = GenerationConfig(max_new_tokens=s.max_tokens, do_sample=s.temperature > 0, **how, repetition_penalty=float(s.repetition_penalty),
-                                  eos_token_id=self.eos or None, pad_token_id=pad, use_cache=True, return_dict_in_generate=True, output_logits=logits_fit)
-        stops, ends = _stops(self.tokenizer, s.stop) if s.stop else None, torch.full((len(prompts),), s.max_tokens + 1, device=device)
+        config = GenerationConfig(max_new_tokens=s.max_tokens, do_sample=s.temperature > 0, **how,
+                                  repetition_penalty=float(s.repetition_penalty), eos_token_id=self.eos or None,
+                                  pad_token_id=pad, use_cache=True, return_dict_in_generate=True,
+                                  output_logits=logits_fit)
+        stops, ends = (_stops(self.tokenizer, s.stop) if s.stop else None,
+                       torch.full((len(prompts),), s.max_tokens + 1, device=device))
         def stopped(ids, scores, **kw):
             hit = stops(ids[:, width:])
             ends[hit] = ends[hit].clamp(max=ids.shape[1] - width)
             return ends <= s.max_tokens
-        own, seed = lm.generation_config, int.from_bytes(hashlib.blake2b(repr(list(seeds)).encode(), digest_size=7).digest(), "big")
+        own, seed = lm.generation_config, int.from_bytes(
+            hashlib.blake2b(repr(list(seeds)).encode(), digest_size=7).digest(), "big")
         lm.generation_config = config  # else the model's own settings fill in what is left open
         try:
             with scoring(lm), torch.random.fork_rng([device] if device.type == "cuda" else []):
                 torch.manual_seed(seed)
-                out = lm.generate(input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=StoppingCriteriaList([stopped] if stops else []))
+                out = lm.generate(input_ids=ids, attention_mask=mask, generation_config=config,
+                                  stopping_criteria=StoppingCriteriaList([stopped] if stops else []))
         finally: lm.generation_config = own
         rows, lengths = out.sequences[:, width:].tolist(), ends.tolist()
-        for i, row in enumerate(rows): lengths[i] = min(lengths[i], len(row), next((t + 1 for t, token in enumerate(row) if token in self.eos), len(row)))
+        for i, row in enumerate(rows):
+            lengths[i] = min(lengths[i], len(row),
+                             next((t + 1 for t, token in enumerate(row) if token in self.eos), len(row)))
         rows = [row[:n] for row, n in zip(rows, lengths)]
         logps = None
         if logits_fit:
-            picked = [(l.float() / (s.temperature or 1)).log_softmax(-1).gather(1, out.sequences[:, width + t, None]) for t, l in enumerate(out.logits)]
+            picked = [(l.float() / (s.temperature or 1)).log_softmax(-1).gather(1, out.sequences[:, width + t, None])
+                      for t, l in enumerate(out.logits)]
             logps = [row[:n] for row, n in zip(torch.cat(picked, 1).tolist(), lengths)]
-        return Samples(rows, logps, [row[-1] in self.eos or (bool(stops) and e <= s.max_tokens) for row, e in zip(rows, ends.tolist())])
+        return Samples(rows, logps,
+                       [row[-1] in self.eos or (bool(stops) and e <= s.max_tokens) for row,
+                        e in zip(rows, ends.tolist())])
 
 # %% ../../nbs/rollout/01_sampling.ipynb #5b2409ce
 def _arrange(prompts: list) -> tuple[list, list, Tensor]:
-    "Distinct neighbours; which of them each row of the grid continues; (U, g) completion numbers, B in slots that stay empty."
+    """Distinct neighbours; which of them each row of the grid continues; (U, g) completion numbers, B in slots that
+    stay empty."""
     B, starts = len(prompts), [i for i in range(len(prompts)) if not i or prompts[i] != prompts[i - 1]]
     sizes = [b - a for a, b in zip(starts, [*starts[1:], B])]
     g = max(sizes)
-    while g > 1 and sum(-(-n // g) for n in sizes) * g > 1.5 * B: g -= 1  # one large group among small ones: cut it, few slots stay empty
-    rows = [(u, list(range(a, min(a + g, start + n)))) for u, (start, n) in enumerate(zip(starts, sizes)) for a in range(start, start + n, g)]
+    # one large group among small ones: cut it, few slots stay empty
+    while g > 1 and sum(-(-n // g) for n in sizes) * g > 1.5 * B: g -= 1
+    rows = [(u, list(range(a, min(a + g, start + n)))) for u,
+            (start, n) in enumerate(zip(starts, sizes)) for a in range(start, start + n, g)]
     return [prompts[i] for i in starts], [u for u, _ in rows], torch.tensor([r + [B] * (g - len(r)) for _, r in rows])
 
 
 class Sampler(Engine):
     """Our own loop: prompts prefilled once and shared, finished rows retired, random numbers of each completion's own.
 
-    Serves the FAMILIES; checks at construction that its logits are the model's. Raises TypeError if it cannot serve a model."""
+    Serves the FAMILIES; checks at construction that its logits are the model's. Raises TypeError if it cannot serve a
+    model."""
 
     def __init__(
         self,
         model: nn.Module,  # the trainer's, however wrapped
         tokenizer=None,    # its tokenizer: for EOS and stop strings
-        dtype="auto",      # to compute in: the model's own, or e.g. torch.bfloat16: faster from about 10 M parameters on, but then its log-probs are not the trainer's
+        # to compute in: the model's own, or e.g. torch.bfloat16: faster from about 10 M parameters on, but then its
+        # log-probs are not the trainer's
+        dtype="auto",
     ):
         self.tokenizer, self.eos, self.dtype = tokenizer, eos_ids(model, tokenizer), None if dtype == "auto" else dtype
         self.sync(model)
@@ -239,7 +271,8 @@ class Sampler(Engine):
         seeds: list,         # an int per completion
         sampling: Sampling,  # how
     ) -> Samples:
-        "One completion per prompt, which depends on the weights, its prompt and its seed alone. Raises ValueError for empty and for overlong prompts."
+        """One completion per prompt, which depends on the weights, its prompt and its seed alone. Raises ValueError
+        for empty and for overlong prompts."""
         prompts, s, w, B = [list(p) for p in prompts], sampling, self.w, len(prompts)
         _check(prompts, seeds, w.longest, s.max_tokens)
         if not B: return Samples([], [], [])
@@ -249,7 +282,10 @@ class Sampler(Engine):
         if U > len(distinct): logits, cache, lengths = logits[rows], cache[:, :, rows], lengths[rows]
         grid, logits, slots = Grid(w, cache, lengths, g), logits.repeat_interleave(g, 0), slots.flatten().to(device)
         # row B of these is for slots without a completion
-        ids, logps, finished = torch.full((B + 1, T), -1, device=device), torch.zeros(B + 1, T, device=device), torch.zeros(B + 1, dtype=torch.bool, device=device)
+        ids, logps, finished = torch.full((B + 1, T), -1,
+                                          device=device), torch.zeros(B + 1, T,
+                                                                      device=device), torch.zeros(
+                                                                          B + 1, dtype=torch.bool, device=device)
         ids[B] = 0
         random = uniforms([*seeds, 0], T).to(device) if s.temperature else None
         is_end = torch.zeros(V, dtype=torch.bool, device=device)
@@ -259,7 +295,8 @@ class Sampler(Engine):
             seen = torch.zeros(B + 1, V, dtype=torch.bool, device=device)
             for i, p in enumerate(prompts): seen[i, p] = True
         for t in range(T):
-            tokens, logp = _pick(logits, random[slots, t] if s.temperature else None, s, None if seen is None else seen[slots])
+            tokens, logp = _pick(logits, random[slots, t] if s.temperature else None, s,
+                                 None if seen is None else seen[slots])
             ids[slots, t], logps[slots, t] = tokens, logp
             done = is_end[tokens]
             if stops: done = done | stops(ids[slots, :t + 1])
@@ -273,7 +310,9 @@ class Sampler(Engine):
                     rows = left.nonzero()[:, 0]
                     columns = (~alive[rows]).to(torch.uint8).sort(stable=True, dim=1).indices[:, :most]
                     grid.keep(rows, columns)
-                    slots, tokens, (U, g) = slots.view(U, g)[rows[:, None], columns].flatten(), tokens.view(U, g)[rows[:, None], columns].flatten(), columns.shape
+                    slots, tokens, (U, g) = slots.view(U, g)[rows[:, None],
+                                                             columns].flatten(), tokens.view(U, g)[
+                                                                 rows[:, None], columns].flatten(), columns.shape
             if seen is not None: seen[slots, tokens] = True
             if t + 1 < T: logits = grid.step(tokens)
         counts = (ids[:B] >= 0).sum(1).tolist()
@@ -288,9 +327,11 @@ def make_sampler(
     dtype="auto",        # of `Sampler`: to compute in
 ):  # a `Sampler` or a `GenerateSampler`
     "The sampler for a model; warns when \"auto\" falls back. Raises ValueError for an unknown kind, TypeError if the model is beyond \"own\"."
-    if kind not in ("auto", "own", "transformers"): raise ValueError(f"kind={kind!r}: expected auto, own or transformers")
+    if kind not in ("auto", "own", "transformers"):
+        raise ValueError(f"kind={kind!r}: expected auto, own or transformers")
     try: return GenerateSampler(model, tokenizer) if kind == "transformers" else Sampler(model, tokenizer, dtype)
     except (TypeError, RuntimeError) as e:
         if kind != "auto": raise
-        warnings.warn(f"sampling with transformers.generate, which is slower: our own loop cannot serve this model ({e})", stacklevel=2)
+        warnings.warn(f"sampling with transformers.generate, which is slower: our own loop cannot serve this "
+                      f"model ({e})", stacklevel=2)
         return GenerateSampler(model, tokenizer)

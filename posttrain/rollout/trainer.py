@@ -34,7 +34,8 @@ class OnlineTrainer(WithReference, PostTrainer):
     """A trainer of methods that sample. Call it as TRL's GRPOTrainer.
 
     `reward_funcs`: one or a list of functions, models or paths (`rollout.rewards`). `rollout_func(prompts, trainer)`:
-    called with a prompt per completion, returns a dict with `prompt_ids`, `completion_ids`, `logprobs` (or None), perhaps
+    called with a prompt per completion, returns a dict with `prompt_ids`, `completion_ids`, `logprobs` (or None),
+    perhaps
     `env_mask`, and any further columns for reward functions. Datasets have a column `prompt`, strings or messages, and
     any others, which reward functions get by name. Raises ValueError and TypeError that say what is wrong with data,
     rewards or config, before a model is loaded."""
@@ -173,7 +174,8 @@ class OnlineTrainer(WithReference, PostTrainer):
         return group_std(total(generation.rewards, self.rewards.weights), generation.num_generations) > 0
 
     def encode(self, rows: list[dict]) -> list[list[int]]:
-        """The tokens of the rows' prompts. Raises TypeError for what is none: the rows of a stream are seen here for the
+        """The tokens of the rows' prompts. Raises TypeError for what is none: the rows of a stream are seen here for
+        the
         first time."""
         places = [f"{i} of those asked now" for i in range(len(rows))]
         check_rows({"prompt": [row.get("prompt") for row in rows]}, ["prompt"], places, who=type(self).__name__)
@@ -208,7 +210,8 @@ class OnlineTrainer(WithReference, PostTrainer):
         who = type(self).__name__
         self.needs_dataset(dataset, name)
         require(dataset, "prompt", who=who)
-        if self.rewards and not self.rollout_func: self.rewards.check(column_names(dataset))  # a rollout_func may add some
+        # a rollout_func may add some
+        if self.rewards and not self.rollout_func: self.rewards.check(column_names(dataset))
         if not isinstance(dataset, IterableDataset): check_rows({"prompt": dataset["prompt"][:]}, ["prompt"], who=who)
         elif name == "train" and self.args.max_steps <= 0:
             raise ValueError("the train dataset is a stream, whose length nobody knows: set max_steps in "
@@ -225,17 +228,17 @@ class OnlineTrainer(WithReference, PostTrainer):
     def default_collator(self): return list  # rows as they are: `prediction_step` samples their completions
 
     # ------------------------------------------------ construction
-    def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None, processing_class=None,
-                 reward_processing_classes=None, callbacks=None, optimizers=(None, None), peft_config=None, tools=None,
-                 rollout_func=None, environment_factory=None, *, ref_model=None):
+    def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None,
+                 processing_class=None, reward_processing_classes=None, callbacks=None, optimizers=(None, None),
+                 peft_config=None, tools=None, rollout_func=None, environment_factory=None, *, ref_model=None):
         for name, value in (("tools", tools), ("environment_factory", environment_factory)):
             if value:
-                raise ValueError(f"{name} is not supported here: write the conversation with the tool in a rollout_func, "
-                                 "and mark what the tool wrote with 0 in its env_mask")
+                raise ValueError(f"{name} is not supported here: write the conversation with the tool in a "
+                                 f"rollout_func, " "and mark what the tool wrote with 0 in its env_mask")
         args = self.config_class.adopt(args)
         if reward_funcs is None and self.needs_rewards:
-            raise TypeError(f"{type(self).__name__} needs reward_funcs: a function (prompts, completions, **columns) -> "
-                            "list of numbers, a reward model, or a list of these")
+            raise TypeError(f"{type(self).__name__} needs reward_funcs: a function (prompts, completions, "
+                            f"**columns) -> " "list of numbers, a reward model, or a list of these")
         self.rewards = None if reward_funcs is None else Rewards(
             reward_funcs, args.reward_weights, reward_processing_classes, args.chat_template_kwargs)
         self.rollout_func, self.generation = rollout_func, None
@@ -271,10 +274,11 @@ class OnlineTrainer(WithReference, PostTrainer):
         if args.vllm_mode == "server":
             url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
             return vllm.VLLMServer(self.model, self.processing_class, base_url=url, timeout=args.vllm_server_timeout)
-        return vllm.VLLMColocated(
-            self.model, self.processing_class, max_model_len=args.vllm_max_model_length,
-            gpu_memory_utilization=args.vllm_gpu_memory_utilization, tensor_parallel_size=args.vllm_tensor_parallel_size,
-            enable_sleep_mode=args.vllm_enable_sleep_mode, logprobs_mode=vllm.logprobs_mode_for(args.sampling()))
+        return vllm.VLLMColocated(self.model, self.processing_class, max_model_len=args.vllm_max_model_length,
+                                  gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+                                  tensor_parallel_size=args.vllm_tensor_parallel_size,
+                                  enable_sleep_mode=args.vllm_enable_sleep_mode,
+                                  logprobs_mode=vllm.logprobs_mode_for(args.sampling()))
 
     def _make_stream(self) -> RolloutStream:
         args, dataset = self.args, self.train_dataset
@@ -343,9 +347,10 @@ class OnlineTrainer(WithReference, PostTrainer):
         wanted = self.args.prompts_per_generation
         warnings.warn(
             f"dynamic sampling: after {len(rounds.asked)} rounds and {asked} prompts only {wanted - rounds.missing} of "
-            f"{wanted} groups have rewards that differ; the step goes on with groups that teach nothing. Said once. The "
-            "prompts may be too hard or too easy for this model, or num_generations too small; frac_reward_zero_std and "
-            "dynamic_sampling/kept tell", stacklevel=2)
+            f"{wanted} groups have rewards that differ; the step goes on with groups that teach "
+            f"nothing. Said once. The "
+            "prompts may be too hard or too easy for this model, or num_generations too small; "
+            "frac_reward_zero_std and " "dynamic_sampling/kept tell", stacklevel=2)
 
     _warned_of_rounds = False
 
@@ -356,16 +361,18 @@ class OnlineTrainer(WithReference, PostTrainer):
     def completions_table(self) -> str:
         "Some completions of the last generation with their rewards, as text."
         names = self.rewards.names if self.rewards else []
-        return completions_table(self.generation, names, self.args.num_completions_to_print, self.args.log_unique_prompts)
+        return completions_table(self.generation, names, self.args.num_completions_to_print,
+                                 self.args.log_unique_prompts)
 
     # ------------------------------------------------ stopping and going on
     def run_state(self): return {} if self.stream is None else {"stream": self.stream.state_dict()}
 
     def load_run_state(self, state):
         if state["stream"]["batches"] and state["processes"] != self.args.world_size:
-            raise ValueError(f"this checkpoint was saved by {state['processes']} processes in the middle of a generation; "
-                             f"it goes on with {state['processes']}, not {self.args.world_size}. Or choose save_steps that "
-                             "fall between generations")
+            raise ValueError(f"this checkpoint was saved by {state['processes']} processes in the middle of a "
+                             f"generation; "
+                             f"it goes on with {state['processes']}, not {self.args.world_size}. Or choose "
+                             f"save_steps that " "fall between generations")
         self.stream.load_state_dict(state["stream"])
         self.stream.state.batches = [self._prepare_inputs(batch) for batch in self.stream.state.batches]
 

@@ -60,10 +60,12 @@ def request(
     seed: int,           # of this completion
     eos: list[int],      # tokens that end it
 ) -> dict:
-    "What vLLM calls these settings, in process and in its HTTP API alike; every one is said, so that a generation config on the other side fills in none."
+    """What vLLM calls these settings, in process and in its HTTP API alike; every one is said, so that a generation
+    config on the other side fills in none."""
     s = sampling
     return dict(max_tokens=s.max_tokens, temperature=s.temperature, top_p=s.top_p, top_k=s.top_k, min_p=s.min_p or 0.0, repetition_penalty=s.repetition_penalty, presence_penalty=0.0, frequency_penalty=0.0,
-                stop=list(s.stop), include_stop_str_in_output=True, stop_token_ids=list(eos), skip_special_tokens=False, seed=seed % 2 ** 63, logprobs=0)  # logprobs=0: of the chosen token alone
+                # logprobs=0: of the chosen token alone
+                stop=list(s.stop), include_stop_str_in_output=True, stop_token_ids=list(eos), skip_special_tokens=False, seed=seed % 2 ** 63, logprobs=0)
 
 # %% ../../nbs/rollout/02_vllm.ipynb #92e0c718
 def engine_weights(
@@ -71,7 +73,8 @@ def engine_weights(
 ) -> Iterator[tuple[str, Tensor]]:  # (name, tensor)
     "`dense_weights`, and the output layer also where it is tied to the embedding: vLLM may keep a packed copy of it."
     lm = causal_lm(model)
-    layers = {name: next((n for n, m in lm.named_modules() if m is layer), None) for name, layer in [("input", lm.get_input_embeddings()), ("output", lm.get_output_embeddings())]}
+    layers = {name: next((n for n, m in lm.named_modules() if m is layer), None) for name,
+              layer in [("input", lm.get_input_embeddings()), ("output", lm.get_output_embeddings())]}
     wanted, sent = f"{layers['output']}.weight", False
     tied = None
     for name, tensor in dense_weights(model):
@@ -82,18 +85,22 @@ def engine_weights(
 
 
 def _unties(model: nn.Module) -> bool:
-    "Does an adapter sit on the embedding or on the output layer of a model whose config says that they are one? Then they are two."
+    """Does an adapter sit on the embedding or on the output layer of a model whose config says that they are one? Then
+    they are two."""
     lm = causal_lm(model)
-    adapted = any(hasattr(layer, name) for layer in (lm.get_input_embeddings(), lm.get_output_embeddings()) for name in ("base_layer", "modules_to_save"))
+    adapted = any(hasattr(layer, name) for layer in (lm.get_input_embeddings(), lm.get_output_embeddings())
+                  for name in ("base_layer", "modules_to_save"))
     return adapted and bool(getattr(lm.config.get_text_config(), "tie_word_embeddings", False))
 
 # %% ../../nbs/rollout/02_vllm.ipynb #2c3432d9
-MISSING = ("vLLM is not installed. On a machine with an NVIDIA GPU: pip install posttrain[vllm]. On a CPU: `python tools/vllm_cpu.py` in a clone of posttrain, "
+MISSING = ("vLLM is not installed. On a machine with an NVIDIA GPU: pip install posttrain[vllm]. On a CPU: "
+           "`python tools/vllm_cpu.py` in a clone of posttrain, "
            "or use_vllm=False: posttrain's own sampler needs nothing else")
 
 
 class _Engine(Engine):
-    "What `VLLMColocated` and `VLLMServer` share. They have `eos`, `mode`, `max_model_len` and `_complete(prompts, seeds, sampling) -> [(ids, logps, finished)]`."
+    """What `VLLMColocated` and `VLLMServer` share. They have `eos`, `mode`, `max_model_len` and `_complete(prompts,
+    seeds, sampling) -> [(ids, logps, finished)]`."""
 
     verified = warned = False
 
@@ -103,17 +110,295 @@ class _Engine(Engine):
         seeds: list,         # an int per completion
         sampling: Sampling,  # how
     ) -> Samples:
-        """One completion per prompt. Log-probs are None, with one warning, where vLLM has none over the whole vocabulary (see `tells_logps`).
+        """One completion per prompt. Log-probs are None, with one warning, where vLLM has none over the whole
+        vocabulary (see `tells_logps`).
 
         Raises ValueError for empty and for overlong prompts."""
-        _check(prompts, seeds, self.max_model_len - 1, sampling.max_tokens)  # vLLM stops when prompt and completion fill max_model_len
-        if sampling.stop and self.tokenizer is None: raise ValueError(f"stop={sampling.stop!r}: stop strings need the tokenizer")
+        # vLLM stops when prompt and completion fill max_model_len
+        _check(prompts, seeds, self.max_model_len - 1, sampling.max_tokens)
+        if sampling.stop and self.tokenizer is None:
+            raise ValueError(f"stop={sampling.stop!r}: stop strings need the tokenizer")
         if not prompts: return Samples([], [], [])
         ids, logps, finished = map(list, zip(*self._complete(prompts, seeds, sampling)))
         if not tells_logps(self.mode, sampling):
             if not self.warned:
-                warnings.warn(f"vLLM reports {self.mode}, which are not over the whole vocabulary at temperature {sampling.temperature} when {'tokens are filtered' if _filters(sampling) else 'it is not 1'}: "
-                              f"no log-probs are returned. {'Start it with logprobs_mode=' + logprobs_mode_for(sampling) if tells_logps(logprobs_mode_for(sampling), sampling) else 'Sample at temperature 1, or without top_p, top_k, min_p and repetition_penalty, to have them'}", stacklevel=2)
+                warnings.warn(f"vLLM reports {self.mode}, which are not over the whole vocabulary at temperature "
+                              f"{sampling.temperature} when {'tokens are filtered' if _filters(sampling) else 'it is not 1'}: "
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"" f"" f"" f"" f"" f"" f"" f"" f"" f""
+                              f"no log-probs are returned. {'Start it with logprobs_mode=' + logprobs_mode_for(sampling) if tells_logps(logprobs_mode_for(sampling), sampling) else 'Sample at temperature 1, or without top_p, top_k, min_p and repetition_penalty, to have them'}",
+                              stacklevel=2)
                 self.warned = True
             logps = None
         return Samples(ids, logps, finished)
@@ -123,20 +408,27 @@ class _Engine(Engine):
         if self.verified: return
         vocab = causal_lm(model).get_input_embeddings().weight.shape[0]
         prompt = torch.randint(vocab, (6,), generator=torch.Generator().manual_seed(0)).tolist()
-        done = [self._complete([prompt] * 2, [0, 1], Sampling(max_tokens=4))][0]  # at temperature 1 both kinds of log-probs are the same
-        batch = {k: v.to(causal_lm(model).get_input_embeddings().weight.device) for k, v in make_batch([prompt], [ids for ids, _, _ in done], [0, 0]).items()}
+        # at temperature 1 both kinds of log-probs are the same
+        done = [self._complete([prompt] * 2, [0, 1], Sampling(max_tokens=4))][0]
+        batch = {k: v.to(causal_lm(model).get_input_embeddings().weight.device) for k,
+                 v in make_batch([prompt], [ids for ids, _, _ in done], [0, 0]).items()}
         with scoring(model): own = completion_logps(model, batch)["logps"].float().cpu()
         theirs = torch.zeros_like(own)
         for row, (_, logps, _) in zip(theirs, done): row[:len(logps)] = torch.tensor(logps)
-        apart, allowed = (own - theirs).abs().mean().item(), 1e-3 if self.dtype == causal_lm(model).dtype == torch.float32 else .25  # bfloat16 rounds the logits of a large model by about .1
+        # bfloat16 rounds the logits of a large model by about .1
+        apart, allowed = ((own - theirs).abs().mean().item(),
+                          1e-3 if self.dtype == causal_lm(model).dtype == torch.float32 else .25)
         if not apart <= allowed:
-            raise RuntimeError(f"after the weight update {self} still disagrees with the trainer: log-probs of the same tokens differ by {apart:.3g} on average, at most {allowed:g} was expected. "
-                               "Does it serve the model that is trained, and did it load every weight? Its log has lines such as 'Failed to load weights'")
+            raise RuntimeError(f"after the weight update {self} still disagrees with the trainer: log-probs of the "
+                               f"same tokens differ by {apart:.3g} on average, at most {allowed:g} was expected. "
+                               "Does it serve the model that is trained, and did it load every weight? Its log has "
+                               "lines such as 'Failed to load weights'")
         self.verified = True
 
 # %% ../../nbs/rollout/02_vllm.ipynb #b8f91e41
 def widen_heads() -> None:
-    "Let vLLM's CPU build serve models whose heads are smaller than its kernels know: they are filled up with zeros inside the attention layer. vLLM calls it as a plugin; a second call does nothing."
+    """Let vLLM's CPU build serve models whose heads are smaller than its kernels know: they are filled up with zeros
+    inside the attention layer. vLLM calls it as a plugin; a second call does nothing."""
     from vllm.platforms import current_platform
     if not current_platform.is_cpu(): return
     from torch.nn.functional import pad
@@ -146,14 +438,18 @@ def widen_heads() -> None:
     init, forward = Attention.__init__, Attention.forward
 
     def wide_init(self, num_heads, head_size, *args, **kwargs):
-        init(self, num_heads, min((s for s in CPUAttentionBackend.get_supported_head_sizes() if s >= head_size), default=head_size), *args, **kwargs)
+        init(self, num_heads,
+             min((s for s in CPUAttentionBackend.get_supported_head_sizes() if s >= head_size), default=head_size),
+             *args, **kwargs)
         self.posttrain_narrow = head_size
 
     def wide_forward(self, query, key, value, *args, **kwargs):
         narrow, wide = self.posttrain_narrow, self.head_size
         if narrow == wide: return forward(self, query, key, value, *args, **kwargs)
-        fill = lambda x: x if x is None else pad(x.unflatten(-1, (-1, narrow)) if x.dim() == 2 else x, (0, wide - narrow)).flatten(1)
-        return forward(self, fill(query), fill(key), fill(value), *args, **kwargs).unflatten(-1, (-1, wide))[..., :narrow].flatten(1)
+        fill = lambda x: x if x is None else pad(x.unflatten(-1, (-1, narrow)) if x.dim() == 2 else x,
+                                                 (0, wide - narrow)).flatten(1)
+        return forward(self, fill(query), fill(key), fill(value), *args,
+                       **kwargs).unflatten(-1, (-1, wide))[..., :narrow].flatten(1)
 
     Attention.__init__, Attention.forward, Attention.posttrain_narrow = wide_init, wide_forward, None
 
@@ -161,7 +457,9 @@ def widen_heads() -> None:
 @contextlib.contextmanager
 def _guest():
     "vLLM starts inside: environment, random numbers and threads are afterwards as they were."
-    said, before = dict(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", VLLM_CPU_OMP_THREADS_BIND=os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind")), os.environ.copy()
+    said, before = dict(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1",
+                        VLLM_CPU_OMP_THREADS_BIND=os.environ.get("VLLM_CPU_OMP_THREADS_BIND",
+                                                                 "nobind")), os.environ.copy()
     os.environ.update(said)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     set_threads, threads, state, dtype = torch.set_num_threads, torch.get_num_threads(), random.getstate(), torch.get_default_dtype()
@@ -181,7 +479,8 @@ def _guest():
 
 
 class VLLMColocated(_Engine):
-    """vLLM in the trainer's process and on its device. It has a copy of the weights: call `sync(model)` after each optimizer step.
+    """vLLM in the trainer's process and on its device. It has a copy of the weights: call `sync(model)` after each
+    optimizer step.
 
     Raises ImportError if vLLM is not installed, ValueError for what one process cannot do (tensor parallelism)."""
 
@@ -191,18 +490,24 @@ class VLLMColocated(_Engine):
         tokenizer=None,     # its tokenizer: for EOS and stop strings
         *,
         dtype: torch.dtype | None = None,      # the engine's; None: the model's
-        max_model_len: int | None = None,      # prompt and completion have at most so many tokens; None: the model's positions
+        # prompt and completion have at most so many tokens; None: the model's positions
+        max_model_len: int | None = None,
         gpu_memory_utilization: float = 0.3,   # share of the GPU's memory for weights and cache; TRL's default
         tensor_parallel_size: int = 1,         # more than one GPU: use a server
-        enable_sleep_mode: bool = False,       # give the memory back between `sleep()` and the next use; where the platform has no sleep mode it warns and does nothing
+        # give the memory back between `sleep()` and the next use; where the platform has no sleep mode it warns and
+        # does nothing
+        enable_sleep_mode: bool = False,
         logprobs_mode: str = "processed_logprobs",  # as from `logprobs_mode_for`
         seed: int = 0,                         # vLLM's own; completions have seeds of their own
         **engine,                              # anything else for `vllm.LLM`
     ):
         if importlib.util.find_spec("vllm") is None: raise ImportError(MISSING)
-        if tensor_parallel_size != 1: raise ValueError(f"tensor_parallel_size={tensor_parallel_size}: inside one process vLLM has one GPU; start `vllm serve --tensor-parallel-size {tensor_parallel_size}` and use the server")
+        if tensor_parallel_size != 1:
+            raise ValueError(f"tensor_parallel_size={tensor_parallel_size}: inside one process vLLM has one GPU; "
+                             f"start `vllm serve --tensor-parallel-size {tensor_parallel_size}` and use the server")
         lm = causal_lm(model)
-        self.dtype, self.mode, self.eos, self.tokenizer, self.asleep = dtype or lm.dtype, logprobs_mode, eos_ids(model, tokenizer), tokenizer, False
+        self.dtype, self.mode, self.eos, self.tokenizer, self.asleep = (dtype or lm.dtype, logprobs_mode,
+                                                                        eos_ids(model, tokenizer), tokenizer, False)
         self.max_model_len = max_model_len or lm.config.get_text_config().max_position_embeddings
         self._folder = tempfile.TemporaryDirectory(prefix="posttrain-vllm-")  # goes with this object
         config = copy.deepcopy(lm.config)
@@ -221,11 +526,16 @@ class VLLMColocated(_Engine):
                 engine = dict(enforce_eager=True) | engine  # what it would compile takes minutes on a CPU
                 if "VLLM_CPU_KVCACHE_SPACE" not in os.environ: engine = dict(kv_cache_memory_bytes=2 ** 30) | engine
             self.sleeps = enable_sleep_mode and current_platform.is_sleep_mode_available() and not self.cpu
-            if not self.alone and torch.distributed.get_world_size() > 1:  # each process its own engine, on the device that its LOCAL_RANK names
+            # each process its own engine, on the device that its LOCAL_RANK names
+            if not self.alone and torch.distributed.get_world_size() > 1:
                 engine = dict(distributed_executor_backend="external_launcher") | engine
-            self.llm = LLM(self._folder.name, load_format="dummy", dtype=self.dtype, max_model_len=self.max_model_len, gpu_memory_utilization=gpu_memory_utilization, enable_sleep_mode=self.sleeps,
-                           logprobs_mode=logprobs_mode, generation_config="vllm", skip_tokenizer_init=tokenizer is None, seed=seed, **engine)
-        if enable_sleep_mode and not self.sleeps: warnings.warn(f"vLLM has no sleep mode on {current_platform.device_name}: its memory stays taken during training", stacklevel=2)
+            self.llm = LLM(self._folder.name, load_format="dummy", dtype=self.dtype, max_model_len=self.max_model_len,
+                           gpu_memory_utilization=gpu_memory_utilization, enable_sleep_mode=self.sleeps,
+                           logprobs_mode=logprobs_mode, generation_config="vllm", skip_tokenizer_init=tokenizer is None,
+                           seed=seed, **engine)
+        if enable_sleep_mode and not self.sleeps:
+            warnings.warn(f"vLLM has no sleep mode on {current_platform.device_name}: its memory stays taken "
+                          f"during training", stacklevel=2)
         self.sync(model)
 
     def __repr__(self): return "the vLLM engine in this process"
@@ -234,12 +544,14 @@ class VLLMColocated(_Engine):
         self,
         model: nn.Module,  # the trainer's; LoRA is merged on the way, the model is not changed
     ) -> None:
-        "Take over the weights as they are now, and forget the prompts that were read with the old ones. The first time, log-probs are compared with the trainer's: RuntimeError if they differ."
+        """Take over the weights as they are now, and forget the prompts that were read with the old ones. The first
+        time, log-probs are compared with the trainer's: RuntimeError if they differ."""
         self.wake()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=engine_weights(model)))
-        if self.llm.reset_prefix_cache() is False: raise RuntimeError("vLLM could not forget its prefix cache: requests are still running")
+        if self.llm.reset_prefix_cache() is False:
+            raise RuntimeError("vLLM could not forget its prefix cache: requests are still running")
         self._verify(model)
 
     def _complete(self, prompts, seeds, sampling):
@@ -247,13 +559,17 @@ class VLLMColocated(_Engine):
         self.wake()
         asked = [SamplingParams(**request(sampling, seed, self.eos), detokenize=bool(sampling.stop)) for seed in seeds]
         # a small function of vLLM's would be compiled at its first call, for 2 to 20 s
-        with torch.random.fork_rng(range(torch.cuda.device_count())), torch.compiler.set_stance("force_eager") if self.cpu else contextlib.nullcontext():  # it draws from torch's stream even where seeds are given
+        # it draws from torch's stream even where seeds are given
+        with torch.random.fork_rng(range(torch.cuda.device_count())), torch.compiler.set_stance(
+            "force_eager") if self.cpu else contextlib.nullcontext():
             outputs = self.llm.generate([dict(prompt_token_ids=list(p)) for p in prompts], asked, use_tqdm=False)
         done = [o.outputs[0] for o in outputs]
-        return [(list(o.token_ids), [chosen[i].logprob for i, chosen in zip(o.token_ids, o.logprobs)], o.finish_reason == "stop") for o in done]
+        return [(list(o.token_ids), [chosen[i].logprob for i, chosen in zip(o.token_ids, o.logprobs)],
+                 o.finish_reason == "stop") for o in done]
 
     def sleep(self) -> None:
-        "Give memory back until the next use: the weights move to the CPU, the cache is dropped. Without sleep mode nothing happens."
+        """Give memory back until the next use: the weights move to the CPU, the cache is dropped. Without sleep mode
+        nothing happens."""
         if self.sleeps and not self.asleep:
             self.llm.reset_prefix_cache()
             self.llm.sleep(level=1)
@@ -270,7 +586,9 @@ class VLLMColocated(_Engine):
         if self.llm is None: return
         from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
         destroy = torch.distributed.destroy_process_group
-        if not self.alone: torch.distributed.destroy_process_group = lambda group=None: group is not None and destroy(group)  # vLLM would end the trainer's process group with its own
+        # vLLM would end the trainer's process group with its own
+        if not self.alone:
+            torch.distributed.destroy_process_group = lambda group=None: group is not None and destroy(group)
         try:
             self.llm.llm_engine.engine_core.shutdown()
             destroy_model_parallel()
@@ -281,14 +599,18 @@ class VLLMColocated(_Engine):
         torch.cuda.empty_cache()
 
 # %% ../../nbs/rollout/02_vllm.ipynb #8e0a50bd
-RESUME = "Nothing is lost but this step: mend the server, then trainer.train(resume_from_checkpoint=True) goes on from the last checkpoint"
-START = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --host {host} --port {port} --logprobs-mode processed_logprobs --generation-config vllm"
+RESUME = ("Nothing is lost but this step: mend the server, then trainer.train(resume_from_checkpoint=True) "
+          "goes on from the last checkpoint")
+START = ("VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --host {host} --port {port} --logprobs-mode "
+         "processed_logprobs --generation-config vllm")
 
 
 class VLLMServer(_Engine):
     """Client of a `vllm serve` on this machine, started with VLLM_SERVER_DEV_MODE=1 so that it takes new weights.
 
-    Raises TimeoutError if no server answers, RuntimeError if it serves another model or cannot be updated. Later, from `sample` and `sync`: TimeoutError if nothing comes for `timeout` seconds, RuntimeError if the server is gone, refuses or answers nonsense."""
+    Raises TimeoutError if no server answers, RuntimeError if it serves another model or cannot be updated. Later, from
+    `sample` and `sync`: TimeoutError if nothing comes for `timeout` seconds, RuntimeError if the server is gone,
+    refuses or answers nonsense."""
 
     def __init__(
         self,
@@ -298,12 +620,16 @@ class VLLMServer(_Engine):
         base_url: str | None = None,   # such as "http://127.0.0.1:8000"; None: made from host and port
         host: str = "127.0.0.1",       # where the server listens
         port: int = 8000,              # vLLM's own default
-        timeout: float = 240.0,        # seconds: how long to wait for the server to be up, and then for its next answer; TRL's default
+        # seconds: how long to wait for the server to be up, and then for its next answer; TRL's default
+        timeout: float = 240.0,
         requests: int = 256,           # at most so many at a time, each is a thread that waits
     ):
         url = urllib.parse.urlsplit(base_url or f"http://{host}:{port}")
-        if url.scheme != "http" or not url.hostname: raise ValueError(f"base_url={base_url!r}: expected something like http://127.0.0.1:8000")
-        self.url, self.host, self.port, self.prefix = url.geturl().rstrip("/"), "127.0.0.1" if url.hostname == "0.0.0.0" else url.hostname, url.port or 80, url.path.rstrip("/")
+        if url.scheme != "http" or not url.hostname:
+            raise ValueError(f"base_url={base_url!r}: expected something like http://127.0.0.1:8000")
+        self.url, self.host, self.port, self.prefix = (url.geturl().rstrip("/"),
+                                                       "127.0.0.1" if url.hostname == "0.0.0.0" else url.hostname,
+                                                       url.port or 80, url.path.rstrip("/"))
         self.timeout, self.requests, self.tokenizer, self.eos = timeout, requests, tokenizer, eos_ids(model, tokenizer)
         self._wait()
         self._meet(model)
@@ -320,7 +646,8 @@ class VLLMServer(_Engine):
                 line = connection.sock  # the connection forgets it once the answer begins
                 open_.add(line)
                 line.settimeout(None)  # who holds `open_` keeps the time
-            connection.request(method, self.prefix + path, None if body is None else json.dumps(body), {"Content-Type": "application/json"})
+            connection.request(method, self.prefix + path, None if body is None else json.dumps(body),
+                               {"Content-Type": "application/json"})
             answer = connection.getresponse()
             text = answer.read().decode(errors="replace")
         finally:
@@ -336,25 +663,31 @@ class VLLMServer(_Engine):
             try: return self._ask("GET", "/health", timeout=min(left, 5))
             except (OSError, http.client.HTTPException, RuntimeError, ValueError) as e: why = e
             time.sleep(min(.2, max(0, end - time.monotonic())))
-        raise TimeoutError(f"no vLLM server is well at {self.url} after {self.timeout:g} s ({type(why).__name__}: {why}). Start one: {START.format(host=self.host, port=self.port)}")
+        raise TimeoutError(f"no vLLM server is well at {self.url} after {self.timeout:g} s ({type(why).__name__}: "
+                           f"{why}). Start one: {START.format(host=self.host, port=self.port)}")
 
     def _do(self, what, method, path, body=None):
         "One request outside of sampling; whatever goes wrong says what was asked."
         open_, start = set(), time.monotonic()
-        cut = threading.Timer(self.timeout, lambda: [_cut(line) for line in list(open_)])  # a server that sends a byte now and then has to end, too
+        # a server that sends a byte now and then has to end, too
+        cut = threading.Timer(self.timeout, lambda: [_cut(line) for line in list(open_)])
         cut.daemon = True
         cut.start()
         try:
             answer = self._ask(method, path, body, open_=open_)
             if time.monotonic() - start >= self.timeout: raise TimeoutError  # what was cut off may look like an end
             return answer
-        except (OSError, http.client.HTTPException, RuntimeError, ValueError) as e: raise self._failed(what, e, start) from e
+        except (OSError, http.client.HTTPException, RuntimeError, ValueError) as e:
+            raise self._failed(what, e, start) from e
         finally: cut.cancel()
 
     def _failed(self, what, e, start):
         waited = time.monotonic() - start
-        if isinstance(e, TimeoutError) or waited >= self.timeout: return TimeoutError(f"{self} gave no answer for {self.timeout:g} s when asked for {what}. {RESUME}")
-        kind = "is gone" if isinstance(e, ConnectionError) else "broke off" if isinstance(e, (OSError, http.client.HTTPException)) else "answered what makes no sense" if isinstance(e, (ValueError, KeyError, TypeError, IndexError)) else "failed"
+        if isinstance(e, TimeoutError) or waited >= self.timeout:
+            return TimeoutError(f"{self} gave no answer for {self.timeout:g} s when asked for {what}. {RESUME}")
+        kind = ("is gone" if isinstance(e, ConnectionError) else "broke off"
+                if isinstance(e, (OSError, http.client.HTTPException)) else "answered what makes no sense"
+                if isinstance(e, (ValueError, KeyError, TypeError, IndexError)) else "failed")
         return RuntimeError(f"{self} {kind} when asked for {what}: {type(e).__name__}: {e}. {RESUME}")
 
     def _meet(self, model) -> None:
@@ -364,34 +697,51 @@ class VLLMServer(_Engine):
         except (KeyError, TypeError, IndexError) as e: raise self._failed("its models", e, time.monotonic()) from e
         try: info = self._do("its settings", "GET", "/server_info?config_format=json")["vllm_config"]["model_config"]
         except (RuntimeError, KeyError, TypeError) as e:
-            raise RuntimeError(f"{self} does not say how it was started ({e}): new weights can only be sent to one that was started with VLLM_SERVER_DEV_MODE=1: {START.format(host=self.host, port=self.port)}") from e
-        self.dtype, self.mode = getattr(torch, str(info.get("dtype")).removeprefix("torch."), None), info.get("logprobs_mode", "raw_logprobs")
+            raise RuntimeError(f"{self} does not say how it was started ({e}): new weights can only be sent to one "
+                               f"that was started with VLLM_SERVER_DEV_MODE=1: "
+                               f"{START.format(host=self.host, port=self.port)}") from e
+        self.dtype, self.mode = getattr(torch, str(info.get("dtype")).removeprefix("torch."),
+                                        None), info.get("logprobs_mode", "raw_logprobs")
         from transformers import AutoConfig
-        try: theirs = AutoConfig.from_pretrained(info["model"], local_files_only=True).get_text_config().to_dict()  # it runs on this machine: its files are here
+        # it runs on this machine: its files are here
+        try: theirs = AutoConfig.from_pretrained(info["model"], local_files_only=True).get_text_config().to_dict()
         except (OSError, ValueError, KeyError): theirs = {}
         ours = causal_lm(model).config.get_text_config().to_dict()
-        other = {k: (ours[k], theirs[k]) for k in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size") if k in ours and k in theirs and ours[k] != theirs[k]}
-        if other: raise RuntimeError(f"{self} serves {self.name}, another model than the one that is trained: " + ", ".join(f"{k} is {a} here and {b} there" for k, (a, b) in other.items()))
+        other = {k: (ours[k], theirs[k])
+                 for k in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size")
+                 if k in ours and k in theirs and ours[k] != theirs[k]}
+        if other:
+            raise RuntimeError(f"{self} serves {self.name}, another model than the one that is trained: "
+                               + ", ".join(f"{k} is {a} here and {b} there" for k, (a, b) in other.items()))
         if theirs.get("tie_word_embeddings") and _unties(model):
-            raise RuntimeError(f"{self} serves {self.name} with one matrix for embedding and output layer, but an adapter sits on one of the two here: take it off, or save the model with tie_word_embeddings=False and serve that")
+            raise RuntimeError(f"{self} serves {self.name} with one matrix for embedding and output layer, but an "
+                               f"adapter sits on one of the two here: take it off, or save the model with "
+                               f"tie_word_embeddings=False and serve that")
         if self.tokenizer is not None:
             probe = "".join(self.tokenizer.convert_ids_to_tokens([i for i in self.eos])) + "Ab 1+1=2, é"
             here = self.tokenizer(probe, add_special_tokens=False)["input_ids"]
-            there = (self._do("the tokens of a text", "POST", "/tokenize", dict(model=self.name, prompt=probe, add_special_tokens=False)) or {}).get("tokens")
-            if list(here) != there: raise RuntimeError(f"{self} serves {self.name}, whose tokenizer is another: {probe!r} is {list(here)} here and {there} there")
+            there = (self._do("the tokens of a text", "POST", "/tokenize",
+                              dict(model=self.name, prompt=probe, add_special_tokens=False)) or {}).get("tokens")
+            if list(here) != there:
+                raise RuntimeError(f"{self} serves {self.name}, whose tokenizer is another: {probe!r} is {list(here)} "
+                                   f"here and {there} there")
 
     def sync(
         self,
         model: nn.Module,  # the trainer's; LoRA is merged on the way, the model is not changed
     ) -> None:
-        """Write the weights as they are now into a folder, let the server read them, and forget the prompts that it read with the old ones. The first time, log-probs are compared with the trainer's: RuntimeError if they differ.
+        """Write the weights as they are now into a folder, let the server read them, and forget the prompts that it
+        read with the old ones. The first time, log-probs are compared with the trainer's: RuntimeError if they differ.
 
         In distributed training every process calls it; the first one talks to the server."""
-        together = torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+        together = (torch.distributed.is_available() and torch.distributed.is_initialized()
+                    and torch.distributed.get_world_size() > 1)
         first, wrong = not together or torch.distributed.get_rank() == 0, [None]
         state = {}
         for name, tensor in engine_weights(model):  # every process takes part: gathering shards needs all of them
-            if first: state[name] = tensor.to("cpu", self.dtype if self.dtype and tensor.is_floating_point() else tensor.dtype, copy=True).contiguous()
+            if first:
+                state[name] = tensor.to("cpu", self.dtype if self.dtype and tensor.is_floating_point()
+                                        else tensor.dtype, copy=True).contiguous()
         if first:
             try: self._send(state)
             except Exception as e: wrong = [e]
@@ -403,21 +753,27 @@ class VLLMServer(_Engine):
         from safetensors.torch import save_file
         size = sum(t.numel() * t.element_size() for t in state.values())
         memory = Path("/dev/shm")
-        room = memory.is_dir() and os.access(memory, os.W_OK) and os.statvfs(memory).f_bavail * os.statvfs(memory).f_frsize > 2 * size
+        room = (memory.is_dir() and os.access(memory, os.W_OK)
+                and os.statvfs(memory).f_bavail * os.statvfs(memory).f_frsize > 2 * size)
         with tempfile.TemporaryDirectory(prefix="posttrain-weights-", dir=memory if room else None) as folder:
             save_file(state, str(Path(folder, "model.safetensors")), metadata={"format": "pt"})
-            self._do("a weight update", "POST", "/collective_rpc", dict(method="reload_weights", kwargs=dict(weights_path=folder)))
+            self._do("a weight update", "POST", "/collective_rpc",
+                     dict(method="reload_weights", kwargs=dict(weights_path=folder)))
         done = self._do("an empty prefix cache", "POST", "/reset_prefix_cache")
-        if isinstance(done, dict) and done.get("success") is False: raise RuntimeError(f"{self} could not forget its prefix cache: somebody else's requests are still running on it")
+        if isinstance(done, dict) and done.get("success") is False:
+            raise RuntimeError(f"{self} could not forget its prefix cache: somebody else's requests are still running "
+                               f"on it")
 
     def _complete(self, prompts, seeds, sampling):
         open_, what = set(), f"{len(prompts)} completions"
 
         def one(prompt, seed):
-            body = dict(model=self.name, prompt=list(prompt), return_token_ids=True, **request(sampling, seed, self.eos))
+            body = dict(model=self.name, prompt=list(prompt), return_token_ids=True,
+                        **request(sampling, seed, self.eos))
             choice = self._ask("POST", "/v1/completions", body, open_=open_)["choices"][0]
             ids, logps = choice["token_ids"], choice["logprobs"]["token_logprobs"]
-            if not ids or len(ids) != len(logps) or len(ids) > sampling.max_tokens or choice["finish_reason"] not in ("stop", "length"):
+            if not ids or len(ids) != len(logps) or len(ids) > sampling.max_tokens or choice["finish_reason"] not in (
+                "stop", "length"):
                 raise ValueError(f"{len(ids)} tokens with {len(logps)} log-probs, ended by {choice['finish_reason']!r}")
             return ids, logps, choice["finish_reason"] == "stop"
 
@@ -426,12 +782,14 @@ class VLLMServer(_Engine):
         try:
             todo = futures = [pool.submit(one, p, s) for p, s in zip(prompts, seeds)]
             while todo:
-                done, todo = wait(todo, timeout=max(0, last + self.timeout - time.monotonic()), return_when=FIRST_COMPLETED)
+                done, todo = wait(todo, timeout=max(0, last + self.timeout - time.monotonic()),
+                                  return_when=FIRST_COMPLETED)
                 if not done: raise TimeoutError
                 for f in done: f.result()
                 last = time.monotonic()
             return [f.result() for f in futures]
-        except (OSError, http.client.HTTPException, RuntimeError, ValueError, KeyError, TypeError, IndexError) as e: raise self._failed(what, e, last) from e
+        except (OSError, http.client.HTTPException, RuntimeError, ValueError, KeyError, TypeError, IndexError) as e:
+            raise self._failed(what, e, last) from e
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
             for line in list(open_): _cut(line)
@@ -471,23 +829,31 @@ def serve(
     timeout: float = 240.0,            # seconds until it must be well
     arguments: tuple = (),             # more for the command line, such as ("--tensor-parallel-size", "2")
 ) -> Iterator[Served]:
-    "Run `vllm serve` on this machine for the length of a `with` block. Raises ImportError without vLLM, RuntimeError with its log if it ends, TimeoutError with its log if it is not well in time."
+    """Run `vllm serve` on this machine for the length of a `with` block. Raises ImportError without vLLM, RuntimeError
+    with its log if it ends, TimeoutError with its log if it is not well in time."""
     if importlib.util.find_spec("vllm") is None: raise ImportError(MISSING)
     port = port or _free_port()
     env = os.environ | dict(VLLM_SERVER_DEV_MODE="1", VLLM_NO_USAGE_STATS="1")
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(path), "--host", "127.0.0.1", "--port", str(port), "--dtype", dtype, "--logprobs-mode", logprobs_mode, "--generation-config", "vllm"]
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(path), "--host", "127.0.0.1", "--port",
+               str(port), "--dtype", dtype, "--logprobs-mode", logprobs_mode, "--generation-config", "vllm"]
     if max_model_len: command += ["--max-model-len", str(max_model_len)]
     if not torch.cuda.is_available():  # what it would compile takes minutes on a CPU
         command += ["--enforce-eager"]
         env = dict(VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind", TORCHDYNAMO_DISABLE="1") | env
-    with_us = partial(ctypes.CDLL(None).prctl, 1, signal.SIGTERM) if sys.platform == "linux" else None  # PR_SET_PDEATHSIG: it ends with the thread that started it, even where that is killed and cleans nothing up
+    # PR_SET_PDEATHSIG: it ends with the thread that started it, even where that is killed and cleans nothing up
+    with_us = partial(ctypes.CDLL(None).prctl, 1, signal.SIGTERM) if sys.platform == "linux" else None
     with tempfile.TemporaryDirectory(prefix="posttrain-serve-") as folder, open(Path(folder, "log"), "w") as log:
-        process = subprocess.Popen([*command, *arguments], stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True, preexec_fn=with_us)
+        process = subprocess.Popen([*command, *arguments], stdout=log, stderr=subprocess.STDOUT, env=env,
+                                   start_new_session=True, preexec_fn=with_us)
         served, end = Served(f"http://127.0.0.1:{port}", process, Path(folder, "log")), time.monotonic() + timeout
         try:
             while not _well(port):
-                if process.poll() is not None: raise RuntimeError(f"vllm serve {path} ended with {process.returncode}. Its log ends:\n{served.tail()}")
-                if time.monotonic() > end: raise TimeoutError(f"vllm serve {path} is not well after {timeout:g} s. Its log ends:\n{served.tail()}")
+                if process.poll() is not None:
+                    raise RuntimeError(f"vllm serve {path} ended with {process.returncode}. Its log "
+                                       f"ends:\n{served.tail()}")
+                if time.monotonic() > end:
+                    raise TimeoutError(f"vllm serve {path} is not well after {timeout:g} s. Its log "
+                                       f"ends:\n{served.tail()}")
                 time.sleep(.2)
             yield served
         finally: _end(process)
@@ -503,7 +869,8 @@ def _well(port: int) -> bool:
 
 
 def _end(process) -> None:
-    "End a process group that `serve` started: politely, then for certain. vLLM's engine is a child with the same group."
+    """End a process group that `serve` started: politely, then for certain. vLLM's engine is a child with the same
+    group."""
     for how, patience in [(signal.SIGCONT, 0), (signal.SIGTERM, 10), (signal.SIGKILL, 10)]:
         with contextlib.suppress(ProcessLookupError): os.killpg(process.pid, how)
         if patience:
