@@ -16,7 +16,7 @@ from ..pocket.checkpoint import prompt_ids
 from ..rollout.rewards import text_of
 from ..rollout.sampling import GenerateSampler, Sampling
 from ..training.heads import completion_logps, scoring
-from ..training.progress import Progress, curve
+from ..training.progress import Progress
 
 _all_ = ["PANELS", "UNITS", "frame", "panels_of"]
 

@@ -5,7 +5,6 @@ __all__ = ['FILE', 'WHICH', 'pieces', 'record', 'batch_of', 'Microscope', 'follo
            'Quantity', 'draw_look', 'spans', 'values_of', 'visible']
 
 # %% ../../nbs/explore/13_microscope.ipynb #399afc3a
-import json
 import math
 import warnings
 from collections.abc import Callable
