@@ -27,7 +27,8 @@ def estimate_kl(
     logratio: Tensor,  # (...) logps - ref_logps of tokens that the policy sampled
     how: str = "k3",  # a key of `KL_ESTIMATORS`; k3 is GRPO's
     *,
-    ratio: Tensor | None = None,  # (...) exp(logps - old_logps) with its gradient: makes the gradient that of the reverse KL (step 11)
+    # (...) exp(logps - old_logps) with its gradient, which becomes the reverse KL's (step 11)
+    ratio: Tensor | None = None,
 ) -> Tensor:  # (...) float32 or better; its mean over samples of the policy is KL(policy || reference), except for k2
     """
     One number per sampled token that estimates the KL divergence of the policy from its reference.
@@ -75,8 +76,8 @@ def generalized_jsd(
     """
     Generalised Jensen-Shannon divergence of GKD (2306.13649). Raises ValueError for beta outside [0, 1].
 
-    The paper has 0 < beta < 1; implementations (TRL's GKDTrainer and this one) define beta=0 as forward and beta=1 as reverse KL:
-    two special cases, with a jump (step 14).
+    The paper has 0 < beta < 1; implementations (TRL's GKDTrainer and this one) define beta=0 as forward and beta=1 as
+    reverse KL: two special cases, with a jump (step 14).
     """
     if not 0 <= beta <= 1:
         raise ValueError(f"beta is the reference's share in a mixture, expected a number in [0, 1], got {beta}")
@@ -95,11 +96,22 @@ _MAX_EXPONENT = 80.0  # step 18: exp(80) is finite in float32 and bfloat16, with
 def _expm1(x: Tensor) -> Tensor: return torch.expm1(x.clamp(max=_MAX_EXPONENT))
 
 
+def _reverse_f(l: Tensor, alpha: float) -> Tensor: return l.exp() * l - _expm1(l)
+def _reverse_score(l: Tensor, alpha: float) -> Tensor: return l
+def _forward_f(l: Tensor, alpha: float) -> Tensor: return _expm1(l) - l
+def _forward_score(l: Tensor, alpha: float) -> Tensor: return -_expm1(-l)
+def _js_score(l: Tensor, alpha: float) -> Tensor: return math.log(2) + F.logsigmoid(l)
+
+
+def _js_f(l: Tensor, alpha: float) -> Tensor:
+    return l.exp() * l - (l.exp() + 1) * (-F.logsigmoid(-l) - math.log(2))
+
+
 def _alpha_f(l: Tensor, alpha: float) -> Tensor:
     if abs(alpha - 1) < 1e-6:
-        return F_DIVERGENCES["reverse_kl"].f(l, alpha)
+        return _reverse_f(l, alpha)
     if abs(alpha) < 1e-6:
-        return F_DIVERGENCES["forward_kl"].f(l, alpha)
+        return _forward_f(l, alpha)
     return (_expm1(alpha * l) - alpha * _expm1(l)) / (alpha * (alpha - 1))
 
 
@@ -108,16 +120,15 @@ def _alpha_score(l: Tensor, alpha: float) -> Tensor:
 
 
 class FDivergence(NamedTuple):
-    "D(policy || reference) = E_reference[f(u)], as functions of the log-ratio log u and of alpha, which only one of them uses."
+    "D(policy || reference) = E_reference[f(u)], as functions of the log-ratio log u and of alpha (which few use)."
     f: Callable[[Tensor, float], Tensor]  # for worlds small enough to enumerate: not clamped
     score: Callable[[Tensor, float], Tensor]  # f'(u), the implicit reward divided by beta
 
 
 F_DIVERGENCES: dict[str, FDivergence] = {  # step 17
-    "reverse_kl": FDivergence(lambda l, alpha: l.exp() * l - _expm1(l), lambda l, alpha: l),
-    "forward_kl": FDivergence(lambda l, alpha: _expm1(l) - l, lambda l, alpha: -_expm1(-l)),
-    "js_divergence": FDivergence(lambda l, alpha: l.exp() * l - (l.exp() + 1) * (-F.logsigmoid(-l) - math.log(2)),
-                                 lambda l, alpha: math.log(2) + F.logsigmoid(l)),
+    "reverse_kl": FDivergence(_reverse_f, _reverse_score),
+    "forward_kl": FDivergence(_forward_f, _forward_score),
+    "js_divergence": FDivergence(_js_f, _js_score),
     "alpha_divergence": FDivergence(_alpha_f, _alpha_score),
 }
 
@@ -128,7 +139,11 @@ def f_score(
     *,
     alpha: float = 0.5,  # only for "alpha_divergence"; 0 is forward KL, 1 reverse KL; 0.5 is TRL's default
 ) -> Tensor:  # (...) float32 or better, 0 where the models agree, increasing in the log-ratio
-    "The score f'(u) that an f-divergence puts in the place of DPO's log-ratio (f-DPO, 2309.16240). Raises ValueError for an unknown name."
+    """The score f'(u) that an f-divergence puts in the place of DPO's log-ratio (f-DPO, 2309.16240).
+
+    Raises ValueError for an unknown name."""
     if f_divergence_type not in F_DIVERGENCES:
-        raise ValueError(f"unknown f-divergence {f_divergence_type!r}; choose one of {', '.join(map(repr, F_DIVERGENCES))}")
-    return F_DIVERGENCES[f_divergence_type].score(logratio.to(torch.promote_types(logratio.dtype, torch.float32)), alpha)
+        known = ", ".join(map(repr, F_DIVERGENCES))
+        raise ValueError(f"unknown f-divergence {f_divergence_type!r}; choose one of {known}")
+    logratio = logratio.to(torch.promote_types(logratio.dtype, torch.float32))
+    return F_DIVERGENCES[f_divergence_type].score(logratio, alpha)

@@ -5,6 +5,7 @@ __all__ = ['LAYOUTS', 'make_batch', 'Layout', 'forward_cost', 'lay_out']
 
 # %% ../../nbs/foundations/02_layouts.ipynb #f04ee927
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +19,10 @@ def _pad(rows: list, dtype=np.int64) -> Tensor:
     return torch.from_numpy(out)
 
 
+def _lengths(rows: list) -> Tensor:
+    return torch.tensor([len(r) for r in rows], dtype=torch.long)
+
+
 def make_batch(
     prompts: list,      # P lists of token ids; may be empty lists
     completions: list,  # B lists of token ids, those of one prompt beside each other
@@ -27,8 +32,8 @@ def make_batch(
     """Prompts with their completions as one dict of tensors, right-padded.
 
     `prompt_ids` (P, S), `prompt_lengths` (P,), `completion_ids` (B, T), `completion_lengths` (B,), `prompt_index` (B,),
-    `mask` (B, T). What `mask` marks is scored; where there is no prompt the first token has no context and is never marked (step 4).
-    Raises ValueError when the lists do not fit together."""
+    `mask` (B, T). What `mask` marks is scored. Where there is no prompt the first token has no context and is never
+    marked (step 4). Raises ValueError when the lists do not fit together."""
     index = list(range(len(prompts))) if prompt_index is None else list(prompt_index)
     if len(index) != len(completions):
         raise ValueError(f"{len(completions)} completions need as many entries in prompt_index, got {len(index)}")
@@ -40,8 +45,8 @@ def make_batch(
     mask = _pad(masks)
     for i, p in enumerate(index):
         if len(prompts[p]) == 0 and mask.shape[1]: mask[i, 0] = 0
-    return dict(prompt_ids=_pad(prompts), prompt_lengths=torch.tensor([len(p) for p in prompts], dtype=torch.long),
-                completion_ids=_pad(completions), completion_lengths=torch.tensor([len(c) for c in completions], dtype=torch.long),
+    return dict(prompt_ids=_pad(prompts), prompt_lengths=_lengths(prompts),
+                completion_ids=_pad(completions), completion_lengths=_lengths(completions),
                 prompt_index=torch.tensor(index, dtype=torch.long), mask=mask)
 
 # %% ../../nbs/foundations/02_layouts.ipynb #eab1ffba
@@ -51,16 +56,49 @@ class Layout:
     input_ids: Tensor       # (R, L)
     position_ids: Tensor    # (R, L)
     visible: Tensor | None  # (R, 1, L, L) bool, who may attend to whom; None where plain causal attention says the same
+<<<<<<< HEAD
     predicts: Tensor        # (N,) place in the flattened (R * L) of the state that bets on the n-th counted token (step 4)
     reads: Tensor           # (N,) place of the state that has read it
+=======
+    predicts: Tensor        # (N,) place in the flattened (R * L) of the state that bets on each counted token (step 4)
+>>>>>>> found
     targets: Tensor         # (N,) that token
     places: Tensor          # (N,) its place in the flattened (B * T)
     shape: tuple            # (B, T)
 
+<<<<<<< HEAD
     def scatter(self, values: Tensor) -> Tensor:
         "Put one value per counted token, (N, ...), back to where the tokens stand, (B, T, ...); 0 elsewhere."
         out = values.new_zeros(self.shape[0] * self.shape[1], *values.shape[1:])
         return out.index_put((self.places,), values).view(*self.shape, *values.shape[1:])
+=======
+    def scatter(
+        self,
+        values: Tensor,  # (N, ...) one per counted token
+    ) -> Tensor:         # (B, T, ...)
+        "Put one value per counted token back to where the tokens stand; 0 elsewhere."
+        out = values.new_zeros(self.shape[0] * self.shape[1], *values.shape[1:])
+        return out.index_put((self.places,), values).view(*self.shape, *values.shape[1:])
+
+    def rows(
+        self,
+        values: Tensor,  # (N, ...) one per counted token
+    ) -> tuple[Tensor, Tensor]:  # (B, T, ...) as in `scatter`, and (B, T) of 0/1: where a value stands
+        "One value per counted token as rows of the batch, and the mask that marks them."
+        return self.scatter(values), self.scatter(torch.ones_like(self.places))
+
+    def labels(self) -> tuple[Tensor, Tensor]:  # (R, L) and (R, L) of 0/1, beside `input_ids`
+        """The token that each position bets on, and the mask that marks the positions that bet on a counted one.
+
+        Raises ValueError where a position bets on several tokens, as a shared prompt does."""
+        if len(self.predicts.unique()) != len(self.predicts):
+            raise ValueError("a position of this layout bets on several tokens, so it has no single label: "
+                             "lay the batch out as 'flat' or 'padded'")
+        empty = torch.zeros_like(self.input_ids).flatten()
+        labels = empty.index_put((self.predicts,), self.targets)
+        mask = empty.index_put((self.predicts,), torch.ones_like(self.targets))
+        return labels.view_as(self.input_ids), mask.view_as(self.input_ids)
+>>>>>>> found
 
 
 def _fill_rows(lengths: np.ndarray, capacity: int) -> np.ndarray:
@@ -71,8 +109,10 @@ def _fill_rows(lengths: np.ndarray, capacity: int) -> np.ndarray:
         if (fits := np.flatnonzero(left >= 0)).size:
             best = fits[left[fits].argmin()]
         else:
-            best = len(room); room.append(capacity)
-        rows[i] = best; room[best] -= lengths[i]
+            best = len(room)
+            room.append(capacity)
+        rows[i] = best
+        room[best] -= lengths[i]
     return rows
 
 
@@ -85,25 +125,98 @@ def forward_cost(
     return rows * length * (1 + length / (6 * hidden_size))
 
 
-def _least(lengths: np.ndarray, hidden_size: int) -> float:
-    "The price without any padding, in rows as short as can be."
+class _Plan(NamedTuple):
+    "Blocks, and how they are binned into rows (steps 2 and 3)."
+    cost: float            # of a forward pass
+    row_of: np.ndarray     # (blocks,) the row of each block
+    width: int             # L, tokens of a row
+    heads: np.ndarray      # (blocks,) the prompt that heads each block
+    block_of: np.ndarray   # (B,) the block of each completion
+    lengths: np.ndarray    # (blocks,) tokens of each block
+
+
+def _least_cost(lengths: np.ndarray, hidden_size: int) -> float:
+    "The cost without any padding, in rows as short as can be."
     longest = max(int(lengths.max(initial=0)), 1)
     return forward_cost(lengths.sum() / longest, longest, hidden_size)
 
 
-def _plan(lengths: np.ndarray, hidden_size: int, own_row: bool) -> tuple[float, np.ndarray, int]:
-    "The cheapest of a few ways to bin blocks into rows: its price, the row of each block, the row length."
+def _bin_blocks(lengths: np.ndarray, hidden_size: int, own_row: bool) -> tuple[float, np.ndarray, int]:
+    "The cheapest of a few ways to bin blocks into rows: its cost, the row of each block, the row length."
     longest = max(int(lengths.max(initial=0)), 1)
-    plans = [(forward_cost(len(lengths), longest, hidden_size), np.arange(len(lengths)), longest)]
-    least = _least(lengths, hidden_size)
+    ways = [(forward_cost(len(lengths), longest, hidden_size), np.arange(len(lengths)), longest)]
+    least = _least_cost(lengths, hidden_size)
     for multiple in () if own_row else (1, 1.5, 2, 3, 4, 8):
-        best, capacity = min(p[0] for p in plans), multiple * longest
+        best, capacity = min(way[0] for way in ways), multiple * longest
         if best < 1.02 * least: break  # as good as done
-        if forward_cost(lengths.sum() / capacity, .9 * capacity, hidden_size) > best: continue  # attention over so long rows costs more than it saves
+        # Attention over rows that are too long costs more than they save.
+        if forward_cost(lengths.sum() / capacity, .9 * capacity, hidden_size) > best: continue
         rows = _fill_rows(lengths, int(multiple * longest))
         used = np.bincount(rows, weights=lengths).astype(np.int64)
-        plans.append((forward_cost(len(used), int(used.max()), hidden_size), rows, int(used.max())))
-    return min(plans, key=lambda p: p[0])
+        ways.append((forward_cost(len(used), int(used.max()), hidden_size), rows, int(used.max())))
+    return min(ways, key=lambda way: way[0])
+
+
+def _cheapest_plan(prompt_len, comp_len, owner, layout, hidden_size) -> _Plan:
+    "The plan of a layout; of the cheaper one for \"auto\"."
+    B = len(owner)
+    kinds = {"auto": (True, False) if len(np.unique(owner)) < B else (False,)}.get(layout, (layout == "shared",))
+    plans = []
+    for shared in kinds:
+        heads, block_of = np.unique(owner, return_inverse=True) if shared else (owner, np.arange(B))
+        lengths = np.bincount(block_of, weights=comp_len, minlength=len(heads)).astype(np.int64)
+        lengths = prompt_len[heads] + lengths
+        if plans and _least_cost(lengths, hidden_size) >= plans[0].cost: break  # no plan of this kind can be cheaper
+        plans.append(_Plan(*_bin_blocks(lengths, hidden_size, layout == "padded"), heads, block_of, lengths))
+    return min(plans, key=lambda plan: plan.cost)
+
+
+class _Segments(NamedTuple):
+    "Stretches of tokens in the rows: first one prompt per block, then all completions."
+    length: np.ndarray    # tokens
+    block: np.ndarray     # the block it belongs to
+    place: np.ndarray     # where it starts in the flattened (R * L)
+    position: np.ndarray  # the position of its first token
+    source: np.ndarray    # where it starts in the flattened prompts, followed by the flattened completions
+
+
+def _block_columns(plan: _Plan, R: int) -> np.ndarray:
+    "Where each block starts in its row."
+    order = np.argsort(plan.row_of, kind="stable")
+    before = np.cumsum(plan.lengths[order]) - plan.lengths[order]
+    first = np.searchsorted(plan.row_of[order], np.arange(R))
+    columns = np.empty_like(plan.lengths)
+    columns[order] = before - (before[first] if R else before)[plan.row_of[order]]
+    return columns
+
+
+def _segments(plan: _Plan, prompt_len, comp_len, R: int, S: int, T: int, P: int) -> _Segments:
+    blocks, B = len(plan.heads), len(comp_len)
+    head_len = prompt_len[plan.heads]
+    in_block = np.cumsum(comp_len) - comp_len  # completions of a block are neighbours: offsets are differences of sums
+    first_of = np.searchsorted(plan.block_of, np.arange(blocks))
+    comp_start = head_len[plan.block_of] + in_block - (in_block[first_of] if B else in_block)[plan.block_of]
+    none = np.zeros(blocks, np.int64)
+
+    block = np.concatenate([np.arange(blocks), plan.block_of])
+    column = _block_columns(plan, R)[block] + np.concatenate([none, comp_start])
+    return _Segments(
+        length=np.concatenate([head_len, comp_len]), block=block, place=plan.row_of[block] * plan.width + column,
+        position=np.concatenate([none, head_len[plan.block_of]]),
+        source=np.concatenate([plan.heads * S, P * S + np.arange(B) * T]))
+
+
+def _visible(segments: _Segments, segment_of, place, blocks: int, R: int, L: int, device) -> Tensor:
+    "Who sees whom (step 2). Padding is its own block, so that no row of the mask is empty."
+    block, segment = np.full(R * L, -1), np.zeros(R * L, np.int64)
+    block[place] = segments.block[segment_of]
+    segment[place] = np.maximum(segment_of - blocks + 1, 0)  # 0 = prompt
+
+    def in_rows(x): return torch.from_numpy(x).to(device).view(R, L)
+    def equal(x): return x[:, :, None] == x[:, None, :]
+    block, segment = in_rows(block), in_rows(segment)
+    causal = torch.ones(L, L, dtype=torch.bool, device=device).tril()
+    return (equal(block) & (equal(segment) | (segment == 0)[:, None, :]) & causal)[:, None]
 
 
 LAYOUTS = ("padded", "flat", "shared")
@@ -112,72 +225,49 @@ LAYOUTS = ("padded", "flat", "shared")
 def lay_out(
     batch: dict,  # as from `make_batch`
     layout: str = "auto",     # one of LAYOUTS; "auto" takes the cheaper of flat and shared
-    hidden_size: int = 1024,  # H of the model, for the price only: changes no number
+    hidden_size: int = 1024,  # H of the model, for the cost only: changes no number
 ) -> Layout:
     "Lay a batch out for the model (steps 2 to 4). Raises ValueError for an unknown layout."
-    if layout not in (*LAYOUTS, "auto"): raise ValueError(f"unknown layout {layout!r}; choose from {(*LAYOUTS, 'auto')}")
+    if layout not in (*LAYOUTS, "auto"):
+        raise ValueError(f"unknown layout {layout!r}; choose from {(*LAYOUTS, 'auto')}")
     device = batch["completion_ids"].device
-    S, (B, T) = batch["prompt_ids"].shape[1], batch["completion_ids"].shape
-    # small integer work, on the CPU in numpy: a few dozen tiny operations cost less than as many launches on a device
-    prompt_len, comp_len, owner = (batch[k].cpu().numpy() for k in ("prompt_lengths", "completion_lengths", "prompt_index"))
+    (P, S), (B, T) = batch["prompt_ids"].shape, batch["completion_ids"].shape
+    # Small integer work, on the CPU in numpy: a few dozen tiny operations cost less than as many launches on a device.
+    names = ("prompt_lengths", "completion_lengths", "prompt_index")
+    prompt_len, comp_len, owner = (batch[name].cpu().numpy() for name in names)
     mask = batch["mask"].cpu().numpy().astype(bool)
+    def to(x): return torch.from_numpy(x).to(device)
 
-    # blocks (step 2): `block_of` each completion, and the prompt that heads each block
-    def blocks(shared: bool):
-        heads, block_of = np.unique(owner, return_inverse=True) if shared else (owner, np.arange(B))
-        lengths = prompt_len[heads] + np.bincount(block_of, weights=comp_len, minlength=len(heads)).astype(np.int64)
-        return heads, block_of, lengths
-
-    kinds = {"auto": (True, False) if len(np.unique(owner)) < B else (False,)}.get(layout, (layout == "shared",))
-    plans = []
-    for heads, block_of, lengths in map(blocks, kinds):
-        if plans and _least(lengths, hidden_size) >= plans[0][0]: break  # no plan of this kind can be cheaper
-        plans.append((*_plan(lengths, hidden_size, layout == "padded"), heads, block_of, lengths))
-    _, row_of, L, heads, block_of, lengths = min(plans, key=lambda p: p[0])
-    R = int(row_of.max(initial=-1)) + 1
-
-    # where each block starts in its row, where each segment starts in its block
-    order = np.argsort(row_of, kind="stable")
-    before = np.cumsum(lengths[order]) - lengths[order]
-    first = np.searchsorted(row_of[order], np.arange(R))
-    block_col = np.empty_like(lengths)
-    block_col[order] = before - (before[first] if R else before)[row_of[order]]
-    in_block = np.cumsum(comp_len) - comp_len  # completions of a block are neighbours, so offsets are differences of sums
-    block_first = np.searchsorted(block_of, np.arange(len(heads)))
-    comp_start = prompt_len[heads][block_of] + in_block - (in_block[block_first] if B else in_block)[block_of]
-
-    # segments: one prompt per block, then all completions; each with its source, place, first position
-    seg_len = np.concatenate([prompt_len[heads], comp_len])
-    seg_block = np.concatenate([np.arange(len(heads)), block_of])
-    seg_place = row_of[seg_block] * L + block_col[seg_block] + np.concatenate([np.zeros(len(heads), np.int64), comp_start])
-    seg_pos = np.concatenate([np.zeros(len(heads), np.int64), prompt_len[heads][block_of]])
-    seg_source = np.concatenate([heads * S, batch["prompt_ids"].numel() + np.arange(B) * T])
+    plan = _cheapest_plan(prompt_len, comp_len, owner, layout, hidden_size)
+    R, L, blocks = int(plan.row_of.max(initial=-1)) + 1, plan.width, len(plan.heads)
+    segments = _segments(plan, prompt_len, comp_len, R, S, T, P)
 
     # tokens: every segment spelled out
-    seg = np.repeat(np.arange(len(seg_len)), seg_len)
-    within = np.arange(len(seg)) - np.repeat(np.cumsum(seg_len) - seg_len, seg_len)
-    place = seg_place[seg] + within
+    segment_of = np.repeat(np.arange(len(segments.length)), segments.length)
+    starts = np.cumsum(segments.length) - segments.length
+    within = np.arange(len(segment_of)) - np.repeat(starts, segments.length)
+    place = segments.place[segment_of] + within
     ids = torch.cat([batch["prompt_ids"].flatten(), batch["completion_ids"].flatten()])
-    to = lambda x: torch.from_numpy(x).to(device)
     input_ids, position_ids = ids.new_zeros(R * L), np.zeros(R * L, np.int64)
-    input_ids[to(place)] = ids[to(seg_source[seg] + within)]
-    position_ids[place] = seg_pos[seg] + within
+    input_ids[to(place)] = ids[to(segments.source[segment_of] + within)]
+    position_ids[place] = segments.position[segment_of] + within
 
-    # who sees whom (step 2); padding is its own block, so that no row of the mask is empty
-    visible = None
-    if len(heads) > R or len(heads) < B:  # otherwise one sequence a row, and right padding is behind it: plain causal
-        block, segment = np.full(R * L, -1), np.zeros(R * L, np.int64)
-        block[place], segment[place] = seg_block[seg], np.maximum(seg - len(heads) + 1, 0)  # 0 = prompt
-        block, segment = to(block).view(R, L), to(segment).view(R, L)
-        same = lambda x: x[:, :, None] == x[:, None, :]
-        causal = torch.ones(L, L, dtype=torch.bool, device=device).tril()
-        visible = (same(block) & (same(segment) | (segment == 0)[:, None, :]) & causal)[:, None]
+    # With one sequence a row, and right padding behind it, plain causal attention is right.
+    several = blocks > R or blocks < B
+    visible = _visible(segments, segment_of, place, blocks, R, L, device) if several else None
 
     # who bets on whom (step 4)
     b, t = np.nonzero(mask)
+<<<<<<< HEAD
     comp_place = seg_place[len(heads):]
     prompt_end = seg_place[:len(heads)][block_of] + prompt_len[heads][block_of] - 1
     predicts = np.where(t > 0, comp_place[b] + t - 1, prompt_end[b])
     places = to(b * T + t)
     return Layout(input_ids.view(R, L), to(position_ids).view(R, L), visible, to(predicts), to(comp_place[b] + t),
+=======
+    comp_place, head_place = segments.place[blocks:], segments.place[:blocks][plan.block_of]
+    prompt_end = head_place + prompt_len[plan.heads][plan.block_of] - 1
+    predicts, places = np.where(t > 0, comp_place[b] + t - 1, prompt_end[b]), to(b * T + t)
+    return Layout(input_ids.view(R, L), to(position_ids).view(R, L), visible, to(predicts),
+>>>>>>> found
                   batch["completion_ids"].flatten()[places], places, (B, T))

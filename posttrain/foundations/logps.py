@@ -11,11 +11,11 @@ from torch import Tensor
 
 # %% ../../nbs/foundations/01_logps.ipynb #97de8991
 def shift(
-    logits: Tensor,  # (B, T, V): position t holds the bet on token t+1
+    values: Tensor,  # (B, T, ...): position t holds the logits, states or scores of the bet on token t+1
     ids: Tensor,     # (B, T): the tokens read
-) -> tuple[Tensor, Tensor]:  # (B, T-1, V) and (B, T-1): bets beside the tokens they were about
-    "Put each bet beside the token that it was about (step 1)."
-    return logits[:, :-1], ids[:, 1:]
+) -> tuple[Tensor, Tensor]:  # (B, T-1, ...) and (B, T-1): bets beside the tokens they were about
+    "Put what stands at each position beside the token that the position bets on (step 1)."
+    return values[:, :-1], ids[:, 1:]
 
 
 def token_logps(
@@ -28,12 +28,13 @@ def token_logps(
 
 
 def token_entropy(
-    logits: Tensor,  # (..., V)
+    logits: Tensor,  # (..., V); -inf for tokens that may not be chosen
     temperature: float = 1.0,  # divides the logits
 ) -> Tensor:  # (...): nats
     "Entropy of each next-token distribution, the plain formula (step 4)."
     logp = torch.log_softmax(logits / temperature, dim=-1)
-    return -(logp.exp() * logp).sum(-1)
+    finite = logp.masked_fill(logp == -torch.inf, 0)  # 0 log 0 is 0, and so is its gradient
+    return -(logp.exp() * finite).sum(-1)
 
 # %% ../../nbs/foundations/01_logps.ipynb #f9a8254f
 STATS = ("entropy", "is_top1", "log_sum_sq_probs", "mean_logit")  # what a loss may ask for beside the log-probs
@@ -44,11 +45,11 @@ class _ChunkedHead:
 
     def __init__(self, hidden, weight, bias, temperature, logit_scale, softcap, chunk_mib):
         n, vocab = hidden.shape[0], weight.shape[0]
-        self.bias, self.temperature, self.logit_scale, self.softcap = bias, temperature, logit_scale, softcap
+        self.hidden, self.weight, self.bias = hidden, weight, bias
+        self.temperature, self.logit_scale, self.softcap = temperature, logit_scale, softcap
         self.accumulate = torch.promote_types(hidden.dtype, torch.float32)
         rows = int(chunk_mib * 2**20 / (vocab * self.accumulate.itemsize))
         self.chunks = [slice(i, min(i + max(rows, 1), n)) for i in range(0, n, max(rows, 1))]
-        self.hidden, self.weight = hidden, weight
 
     def logits(self, rows: slice) -> Tensor:
         "Step 2, except for the temperature: (chunk, V) in the accumulation dtype."
@@ -59,10 +60,10 @@ class _ChunkedHead:
         return a
 
     def reduce(self, capped: Tensor, targets: Tensor, want: tuple) -> tuple[dict, Tensor, Tensor]:
-        "Steps 3 and 4. Returns the numbers per token, exp(z - max z) unnormalised (in place of the logits), and its sum."
-        out = {}
-        # only the cap's gradient still needs `capped`; without one the buffer may be overwritten
-        z = capped if self.temperature == 1 else torch.div(capped, self.temperature, out=None if self.softcap else capped)
+        "Steps 3 and 4. Returns the numbers per token, exp(z - max z) unnormalised (in place of the logits), its sum."
+        out, z = {}, capped
+        # Only the cap's gradient still needs `capped`; without one the buffer may be overwritten.
+        if self.temperature != 1: z = torch.div(capped, self.temperature, out=None if self.softcap else capped)
         if "mean_logit" in want: out["mean_logit"] = z.mean(-1)
         if "is_top1" in want:
             top, winner = z.max(-1, keepdim=True)
@@ -75,7 +76,10 @@ class _ChunkedHead:
         total = e.sum(-1)
         log_total = total.log()
         out["logps"], out["log_z"] = z_y - log_total, top.squeeze(-1) + log_total
-        if "entropy" in want: out["entropy"] = log_total - torch.linalg.vecdot(e, z) / total
+        if "entropy" in want:
+            # A bias may hold -inf (a masked vocabulary): 0 times that would be NaN, 0 times the least number is 0.
+            if self.bias is not None: z.clamp_(min=torch.finfo(z.dtype).min)
+            out["entropy"] = log_total - torch.linalg.vecdot(e, z) / total
         if "log_sum_sq_probs" in want: out["log_sum_sq_probs"] = torch.linalg.vecdot(e, e).log() - 2 * log_total
         return out, e, total
 
@@ -90,8 +94,9 @@ class _ChunkedHead:
             d = e.mul_((-g / total)[:, None])
         else:
             p = e.div_(total[:, None])
-            # 0 * log 0 = 0: a probability that underflowed has no entropy gradient either
-            d = p * (-g[:, None] - g_entropy[:, None] * (p.clamp_min(torch.finfo(p.dtype).tiny).log() + entropy[:, None]))
+            # 0 * log 0 = 0: a probability that underflowed has no entropy gradient either.
+            log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log()
+            d = p * (-g[:, None] - g_entropy[:, None] * (log_p + entropy[:, None]))
         d.scatter_add_(1, targets[:, None], g[:, None])
         if self.softcap: d.mul_(1 - (capped / self.softcap) ** 2)
         scale = self.logit_scale / self.temperature
@@ -103,14 +108,18 @@ class _ChunkedHead:
         if "hidden" in grads: grads["hidden"][rows] = d.to(self.weight.dtype) @ self.weight
         if "weight" in grads:  # a sum over chunks: rounding each chunk's part to half precision first would add up
             h = self.hidden[rows]
-            if h.is_cuda and h.dtype != self.accumulate: grads["weight"] += torch.mm(d.to(h.dtype).T, h, out_dtype=self.accumulate)
-            else: grads["weight"].addmm_(d.T, h.to(self.accumulate))
+            if h.is_cuda and h.dtype != self.accumulate:
+                grads["weight"] += torch.mm(d.to(h.dtype).T, h, out_dtype=self.accumulate)
+            else:
+                grads["weight"].addmm_(d.T, h.to(self.accumulate))
 
     def new_grads(self, needed: dict) -> dict:
-        make = {"hidden": lambda: torch.empty_like(self.hidden),
-                "weight": lambda: torch.zeros_like(self.weight, dtype=self.accumulate),
-                "bias": lambda: torch.zeros_like(self.bias, dtype=self.accumulate)}
-        return {k: make[k]() for k, yes in needed.items() if yes}
+        "Room for the gradients that somebody asked for."
+        grads = {}
+        if needed.get("hidden"): grads["hidden"] = torch.empty_like(self.hidden)
+        if needed.get("weight"): grads["weight"] = torch.zeros_like(self.weight, dtype=self.accumulate)
+        if needed.get("bias"): grads["bias"] = torch.zeros_like(self.bias, dtype=self.accumulate)
+        return grads
 
 # %% ../../nbs/foundations/01_logps.ipynb #a3add7de
 class _LinearLogps(torch.autograd.Function):
@@ -135,10 +144,11 @@ class _LinearLogps(torch.autograd.Function):
             capped = head.logits(rows)
             p = head.probabilities(capped, log_z[rows])
             extra = () if g_entropy is None else (g_entropy[rows], entropy[rows])
-            head.to_inputs(head.logit_gradient(p, torch.ones_like(g[rows]), targets[rows], capped, g[rows], *extra), rows, grads)
-        cast = {"weight": weight, "bias": bias}
-        return (*(grads[k].to(cast[k].dtype) if k in cast and k in grads else grads.get(k)
-                  for k in ("hidden", "weight", "bias")), None, None, None)
+            d = head.logit_gradient(p, torch.ones_like(g[rows]), targets[rows], capped, g[rows], *extra)
+            head.to_inputs(d, rows, grads)
+        if "weight" in grads: grads["weight"] = grads["weight"].to(weight.dtype)
+        if "bias" in grads: grads["bias"] = grads["bias"].to(bias.dtype)
+        return (*(grads.get(k) for k in ("hidden", "weight", "bias")), None, None, None)
 
 
 def _options(hidden, temperature, logit_scale, softcap, chunk_mib) -> dict:
@@ -165,11 +175,12 @@ def linear_logps(
     logit_scale: float = 1.0,      # multiplies the logits (Cohere; 1 / logits_scaling for Granite)
     softcap: float | None = None,  # final logit soft cap (Gemma 2: 30)
     want: tuple = (),              # any of STATS, beside the log-probs
-    chunk_mib: float | None = None,  # MiB of logits at a time; default 32 on a CPU (measured best from 16 to 64), 256 on a GPU
+    chunk_mib: float | None = None,  # MiB of logits at a time; 32 on a CPU (measured best from 16 to 64), 256 on a GPU
 ) -> dict[str, Tensor]:  # "logps" (N,) and each wanted statistic (N,)
     """Log-probabilities of `targets` from hidden states, without ever building the (N, V) logits (steps 2-7).
 
-    Gradients flow through `logps` and `entropy`. Raises ValueError for an unknown statistic or a temperature that is not positive."""
+    Gradients flow through `logps` and `entropy`. Raises ValueError for an unknown statistic or a temperature that is
+    not positive."""
     if unknown := set(want) - set(STATS): raise ValueError(f"unknown statistic {sorted(unknown)}; choose from {STATS}")
     options = _options(hidden, temperature, logit_scale, softcap, chunk_mib)
     if len(targets) == 0:  # nothing to score: keep the graph whole, so that a rank without tokens still takes part
@@ -234,6 +245,8 @@ def linear_token_loss(
         out = linear_logps(hidden, weight, targets, bias=bias, want=want)
         return out["logps"].sum() + 0 * (hidden.sum() + weight.sum()).float(), {k: v.detach() for k, v in out.items()}
     hidden, weight, bias = _compute_dtype(hidden, weight, bias)
-    # asked here: inside forward gradients are always off, and an evaluation should not pay for the gradient of W
-    loss, *stats = _LinearTokenLoss.apply(hidden, weight, bias, targets, token_weights, token_loss, options, tuple(want), torch.is_grad_enabled())
+    # Asked here: inside forward gradients are always off, and an evaluation should not pay for the gradient of W.
+    training = torch.is_grad_enabled()
+    loss, *stats = _LinearTokenLoss.apply(hidden, weight, bias, targets, token_weights, token_loss, options,
+                                          tuple(want), training)
     return loss, dict(zip(("logps", *want), stats))

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['MARGIN_LOSSES', 'LABEL_NOISE', 'margin_loss', 'preference_probability', 'bradley_terry_loss', 'optimal_policy',
-           'implicit_reward', 'identity', 'Pairs']
+           'implicit_reward', 'split_pairs', 'identity', 'Pairs']
 
 # %% ../../nbs/foundations/07_preferences.ipynb #b70d8de4
 from dataclasses import dataclass, field
@@ -22,8 +22,8 @@ MARGIN_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {  # step 9, functions of
     "exponential": lambda m: torch.exp(-m),
 }
 LABEL_NOISE: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {  # f(m), f(-m), eps
-    "conservative": lambda kept, swapped, eps: (1 - eps) * kept + eps * swapped,                      # step 11
-    "robust": lambda kept, swapped, eps: ((1 - eps) * kept - eps * swapped) / (1 - 2 * eps),          # step 12
+    "conservative": lambda kept, swapped, eps: (1 - eps) * kept + eps * swapped,                # step 11
+    "robust": lambda kept, swapped, eps: ((1 - eps) * kept - eps * swapped) / (1 - 2 * eps),    # step 12
 }
 
 
@@ -37,8 +37,8 @@ def margin_loss(
     """
     A loss that pushes a margin up, of a named family, with or without label smoothing.
 
-    Raises ValueError for an unknown name and for label_smoothing outside [0, 0.5). Generalised preference optimisation 2402.05749,
-    cDPO (E. Mitchell, 2023), robust DPO 2403.00409.
+    Raises ValueError for an unknown name and for label_smoothing outside [0, 0.5). Generalised preference optimisation
+    2402.05749, cDPO (E. Mitchell, 2023), robust DPO 2403.00409.
     """
     for axis, name, known in (("margin loss", how, MARGIN_LOSSES), ("label noise", label_noise, LABEL_NOISE)):
         if name not in known:
@@ -71,13 +71,10 @@ def bradley_terry_loss(
     """
     Negative log-likelihood of the preferences, the mean over the pairs of the step (steps 4, 5 and 13).
 
-    Stats, all means over this batch: `accuracy` (a tie counts half), `margin`, `mean_reward`, and `min_reward`, `max_reward`.
+    Stats of this batch: `accuracy` (a tie counts half), `margin` and `mean_reward` (means), `min_reward`, `max_reward`.
     Raises ValueError unless chosen, rejected and a margin that is no single number hold one number per pair.
     """
-    shape, margin_shape = chosen_rewards.shape, margin.shape if isinstance(margin, Tensor) else ()
-    if len(shape) != 1 or rejected_rewards.shape != shape or margin_shape not in ((), shape):  # else (B,) and (B, 1) make B * B pairs in silence
-        raise ValueError(f"bradley_terry_loss needs one number per pair, (B,); got chosen_rewards {tuple(shape)}, "
-                         f"rejected_rewards {tuple(rejected_rewards.shape)}, margin {tuple(margin_shape)}; a margin may also be a single number")
+    _check_one_per_pair(chosen_rewards, rejected_rewards, margin)
     dtype = torch.promote_types(chosen_rewards.dtype, torch.float32)
     chosen_rewards, rejected_rewards = chosen_rewards.to(dtype), rejected_rewards.to(dtype)
     lead = chosen_rewards - rejected_rewards
@@ -89,6 +86,15 @@ def bradley_terry_loss(
         stats = {"accuracy": ((lead > 0).to(dtype) + 0.5 * (lead == 0)).mean(), "margin": lead.mean(),
                  "mean_reward": both.mean(), "min_reward": both.min(), "max_reward": both.max()}
     return loss, stats
+
+
+def _check_one_per_pair(chosen, rejected, margin) -> None:
+    "Otherwise (B,) and (B, 1) would make B * B pairs in silence."
+    shape, margin_shape = chosen.shape, margin.shape if isinstance(margin, Tensor) else ()
+    if len(shape) != 1 or rejected.shape != shape or margin_shape not in ((), shape):
+        raise ValueError(f"bradley_terry_loss needs one number per pair, (B,); got chosen_rewards {tuple(shape)}, "
+                         f"rejected_rewards {tuple(rejected.shape)}, margin {tuple(margin_shape)}; "
+                         "a margin may also be a single number")
 
 # %% ../../nbs/foundations/07_preferences.ipynb #fd4f1aae
 def optimal_policy(
@@ -110,12 +116,23 @@ def implicit_reward(
     """
     Step 8. Only differences between answers to one prompt mean anything.
 
-    Sums over tokens must come in float32: a sum of -300 in bfloat16 is already rounded to a multiple of 2, and no later step mends it.
+    Sums over tokens must come in float32: a sum of -300 in bfloat16 is already rounded to a multiple of 2, and no later
+    step repairs it.
     """
     dtype = torch.promote_types(logps.dtype, torch.float32)
     return beta * (logps.to(dtype) - ref_logps.to(dtype))
 
 # %% ../../nbs/foundations/07_preferences.ipynb #8b4ff302
+def split_pairs(
+    values: Tensor,  # (2P, ...) chosen and rejected by turns, as in a batch of `collate_pairs`
+) -> tuple[Tensor, Tensor]:  # (P, ...) of the chosen and (P, ...) of the rejected answers
+    "Take the two sides of interleaved pairs apart. Raises ValueError for an odd number of rows."
+    if len(values) % 2:
+        raise ValueError("pairs stand by turns, chosen then rejected: "
+                         f"expected an even number of rows, got {len(values)}")
+    return values[0::2], values[1::2]
+
+
 def identity(logratio: Tensor) -> Tensor: return logratio  # the score of the reverse KL
 
 
@@ -129,16 +146,21 @@ class Pairs:
     ref_rejected_logps: Tensor | float = 0.0  # (P,)
     chosen_lengths: Tensor | float = 1.0      # (P,) tokens
     rejected_lengths: Tensor | float = 1.0    # (P,) tokens
-    score: Callable[[Tensor], Tensor] = identity  # log-ratio -> score, e.g. `divergences.f_score` of another divergence
-    chosen_nll: Tensor | None = None          # (P,) each pair's share of the mean over chosen tokens (step 16); None: this batch is the whole step
-    rank_mates: dict[str, Tensor] = field(default_factory=dict)  # what losses that sort need to know of the rest of the step, by loss
+    score: Callable[[Tensor], Tensor] = identity  # log-ratio -> score, e.g. `divergences.f_score`
+    # (P,) each pair's share of the mean over chosen tokens (step 16); None: this batch is the whole step
+    chosen_nll: Tensor | None = None
+    # what losses that sort need to know of the rest of the step, by loss
+    rank_mates: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self):
-        for name in ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps"):  # in bfloat16 the difference of two large sums is noise, and its square worse
-            if isinstance(value := getattr(self, name), Tensor): setattr(self, name, value.to(torch.promote_types(value.dtype, torch.float32)))
+        # In bfloat16 the difference of two large sums is noise, and its square worse.
+        for name in ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps"):
+            if isinstance(value := getattr(self, name), Tensor):
+                setattr(self, name, value.to(torch.promote_types(value.dtype, torch.float32)))
         if self.chosen_nll is None:
-            lengths = torch.as_tensor(self.chosen_lengths, dtype=self.chosen_logps.dtype, device=self.chosen_logps.device)
-            self.chosen_nll = -self.chosen_logps / lengths.mean()
+            logps = self.chosen_logps
+            lengths = torch.as_tensor(self.chosen_lengths, dtype=logps.dtype, device=logps.device)
+            self.chosen_nll = -logps / lengths.mean()
 
     @property
     def chosen_logratios(self) -> Tensor: return self.chosen_logps - self.ref_chosen_logps
