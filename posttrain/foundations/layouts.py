@@ -49,29 +49,19 @@ def make_batch(
                 completion_ids=_pad(completions), completion_lengths=_lengths(completions),
                 prompt_index=torch.tensor(index, dtype=torch.long), mask=mask)
 
-# %% ../../nbs/foundations/02_layouts.ipynb #eab1ffba
+# %% ../../nbs/foundations/02_layouts.ipynb #5b8fc19d
 @dataclass
 class Layout:
     "What the model reads, and which of its states bet on which counted token."
     input_ids: Tensor       # (R, L)
     position_ids: Tensor    # (R, L)
     visible: Tensor | None  # (R, 1, L, L) bool, who may attend to whom; None where plain causal attention says the same
-<<<<<<< HEAD
-    predicts: Tensor        # (N,) place in the flattened (R * L) of the state that bets on the n-th counted token (step 4)
-    reads: Tensor           # (N,) place of the state that has read it
-=======
     predicts: Tensor        # (N,) place in the flattened (R * L) of the state that bets on each counted token (step 4)
->>>>>>> found
+    reads: Tensor           # (N,) place of the state that has read it
     targets: Tensor         # (N,) that token
     places: Tensor          # (N,) its place in the flattened (B * T)
     shape: tuple            # (B, T)
 
-<<<<<<< HEAD
-    def scatter(self, values: Tensor) -> Tensor:
-        "Put one value per counted token, (N, ...), back to where the tokens stand, (B, T, ...); 0 elsewhere."
-        out = values.new_zeros(self.shape[0] * self.shape[1], *values.shape[1:])
-        return out.index_put((self.places,), values).view(*self.shape, *values.shape[1:])
-=======
     def scatter(
         self,
         values: Tensor,  # (N, ...) one per counted token
@@ -98,7 +88,6 @@ class Layout:
         labels = empty.index_put((self.predicts,), self.targets)
         mask = empty.index_put((self.predicts,), torch.ones_like(self.targets))
         return labels.view_as(self.input_ids), mask.view_as(self.input_ids)
->>>>>>> found
 
 
 def _fill_rows(lengths: np.ndarray, capacity: int) -> np.ndarray:
@@ -258,16 +247,9 @@ def lay_out(
 
     # who bets on whom (step 4)
     b, t = np.nonzero(mask)
-<<<<<<< HEAD
-    comp_place = seg_place[len(heads):]
-    prompt_end = seg_place[:len(heads)][block_of] + prompt_len[heads][block_of] - 1
-    predicts = np.where(t > 0, comp_place[b] + t - 1, prompt_end[b])
-    places = to(b * T + t)
-    return Layout(input_ids.view(R, L), to(position_ids).view(R, L), visible, to(predicts), to(comp_place[b] + t),
-=======
     comp_place, head_place = segments.place[blocks:], segments.place[:blocks][plan.block_of]
     prompt_end = head_place + prompt_len[plan.heads][plan.block_of] - 1
-    predicts, places = np.where(t > 0, comp_place[b] + t - 1, prompt_end[b]), to(b * T + t)
-    return Layout(input_ids.view(R, L), to(position_ids).view(R, L), visible, to(predicts),
->>>>>>> found
+    reads, places = comp_place[b] + t, to(b * T + t)
+    predicts = np.where(t > 0, reads - 1, prompt_end[b])
+    return Layout(input_ids.view(R, L), to(position_ids).view(R, L), visible, to(predicts), to(reads),
                   batch["completion_ids"].flatten()[places], places, (B, T))
