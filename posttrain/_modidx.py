@@ -1702,6 +1702,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'posttrain.rollout.vllm.VLLMServer.sync': ( 'rollout/vllm.html#vllmserver.sync',
                                                                                     'posttrain/rollout/vllm.py'),
                                         'posttrain.rollout.vllm._Engine': ('rollout/vllm.html#_engine', 'posttrain/rollout/vllm.py'),
+                                        'posttrain.rollout.vllm._Engine._no_logps': ( 'rollout/vllm.html#_engine._no_logps',
+                                                                                      'posttrain/rollout/vllm.py'),
                                         'posttrain.rollout.vllm._Engine._verify': ( 'rollout/vllm.html#_engine._verify',
                                                                                     'posttrain/rollout/vllm.py'),
                                         'posttrain.rollout.vllm._Engine.sample': ( 'rollout/vllm.html#_engine.sample',

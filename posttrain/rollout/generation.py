@@ -27,10 +27,12 @@ class Generation:
     finished: list[bool]              # ended by itself, not cut at the longest length allowed
     completions: list                 # as reward functions see them: text, or a list with one assistant message
     num_generations: int              # G: so many neighbours answer one prompt
-    rewards: Tensor | None = None     # (B, F), one column per reward function; NaN: not applicable. None: not scored yet
+    # (B, F), one column per reward function; NaN: not applicable. None: not scored yet
+    rewards: Tensor | None = None
     masks: list[list[int]] | None = None  # which tokens count; None: all. Tokens that a tool wrote do not
     columns: dict[str, Tensor] = field(default_factory=dict)  # what credit made of the rewards: name -> (B, ...)
-    extra: dict[str, list] = field(default_factory=dict)      # further columns, of a rollout_func or of reward functions
+    # further columns, of a rollout_func or of reward functions
+    extra: dict[str, list] = field(default_factory=dict)
     logged: dict[str, list[float]] = field(default_factory=dict)  # metrics that reward functions logged: name -> values
 
     def __len__(self): return len(self.rows)
@@ -64,14 +66,16 @@ class Generation:
         "Several into one, in this order. What one of them lacks, the whole lacks."
         whole = {f.name: _joined([getattr(p, f.name) for p in parts]) for f in fields(cls)}
         logged = {}
-        for name, values in ((n, v) for p in parts for n, v in p.logged.items()): logged.setdefault(name, []).extend(values)
+        for name, values in ((n, v) for p in parts for n, v in p.logged.items()):
+            logged.setdefault(name, []).extend(values)
         return cls(**{**whole, "logged": logged})
 
     def batch(
         self,
         which: list[int] | None = None,  # numbers of completions, in order; None: all
     ) -> dict[str, Tensor]:
-        "Some of the completions as the batch of `foundations.layouts`, each prompt once for its neighbours, with `sampled_logps` (B, T)."
+        """Some of the completions as the batch of `foundations.layouts`, each prompt once for its neighbours, with
+        `sampled_logps` (B, T)."""
         which = list(range(len(self))) if which is None else list(which)
         part = self.pick(which)
         prompts, prompt_index = _distinct_neighbours(part.prompt_ids, [i // self.num_generations for i in which])
@@ -119,8 +123,8 @@ def from_rollout(
 ) -> Generation:
     "A rollout function's answer as a Generation. Raises TypeError and ValueError that say what is wrong with it."
     if not isinstance(out, Mapping):
-        raise TypeError(f"rollout_func returned {type(out).__name__}: expected a dict with prompt_ids, completion_ids and "
-                        "logprobs (or None), and columns for reward functions")
+        raise TypeError(f"rollout_func returned {type(out).__name__}: expected a dict with prompt_ids, "
+                        f"completion_ids and " "logprobs (or None), and columns for reward functions")
     if missing := {"prompt_ids", "completion_ids", "logprobs"} - set(out):
         raise ValueError("rollout_func must return prompt_ids, completion_ids and logprobs; missing: "
                          f"{', '.join(sorted(missing))}")
@@ -132,8 +136,8 @@ def from_rollout(
     if logprobs is not None:  # None is vLLM's way to say that it does not know
         logprobs = [[math.nan if x is None else x for x in row] for row in logprobs]
     return Generation(rows=rows, prompt_ids=tokens["prompt_ids"], completion_ids=ids, sampled_logps=logprobs,
-                      finished=[bool(x) and x[-1] in ends for x in ids], completions=decode(ids), masks=tokens["env_mask"],
-                      num_generations=num_generations, extra=extra)
+                      finished=[bool(x) and x[-1] in ends for x in ids], completions=decode(ids),
+                      masks=tokens["env_mask"], num_generations=num_generations, extra=extra)
 
 
 def _listed(rows) -> list | None:

@@ -389,9 +389,9 @@ class ModelReward:
         texts, device, scores = self.texts(prompts, completions), next(self.model.parameters()).device, []
         size = self.batch_size or len(texts)
         for start in range(0, len(texts), size):
-            inputs = self.processing_class(text=texts[start:start + size], return_tensors="pt", padding=True, padding_side="right",
-                                           # a chat template brings its own
-                                           add_special_tokens=isinstance(prompts[0], str))
+            special = isinstance(prompts[0], str)  # a chat template brings its own
+            inputs = self.processing_class(text=texts[start:start + size], return_tensors="pt", padding=True,
+                                           padding_side="right", add_special_tokens=special)
             with scoring(self.model): logits = self.model(**inputs.to(device)).logits
             if logits.shape[1:] != (1,): raise ValueError(self._labels(logits.shape[1:].numel()))
             scores.append(logits[:, 0].float().cpu())
@@ -475,7 +475,8 @@ def _name(function: Callable) -> str:
 
 def _is_async(function: Callable) -> bool:
     function = _innermost(function)
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))
+    of_class = vars(type(function)).get("__call__")  # an object whose class has an async __call__
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(of_class)
 
 
 def _numbered(names: list[str]) -> list[str]:
@@ -550,8 +551,9 @@ class Rewards:
                           t in zip(functions, processing_classes)]
         for f in self.functions:
             if inspect.isclass(f) or not callable(f):
-                raise TypeError(
-                    f"reward {_short(f)} is {'a class; pass an object of it' if inspect.isclass(f) else 'neither a function nor a model nor a path to one'}")
+                what = "a class; pass an object of it" if inspect.isclass(f) else (
+                    "neither a function nor a model nor a path to one")
+                raise TypeError(f"reward {_short(f)} is {what}")
         self.names = _numbered([_name(f) for f in self.functions])
         self.weights = self._checked_weights(weights)
         self._signatures = [_Signature.of(f, name) for f, name in zip(self.functions, self.names)]

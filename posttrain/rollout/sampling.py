@@ -326,7 +326,9 @@ def make_sampler(
     kind: str = "auto",  # "own" (Sampler), "transformers" (GenerateSampler); "auto": own where it can serve the model
     dtype="auto",        # of `Sampler`: to compute in
 ):  # a `Sampler` or a `GenerateSampler`
-    "The sampler for a model; warns when \"auto\" falls back. Raises ValueError for an unknown kind, TypeError if the model is beyond \"own\"."
+    """The sampler for a model; warns when "auto" falls back.
+
+    Raises ValueError for an unknown kind, TypeError if the model is beyond "own"."""
     if kind not in ("auto", "own", "transformers"):
         raise ValueError(f"kind={kind!r}: expected auto, own or transformers")
     try: return GenerateSampler(model, tokenizer) if kind == "transformers" else Sampler(model, tokenizer, dtype)

@@ -47,7 +47,8 @@ class Prompts:
         *,
         seed: int = 0,        # of the completions
         order_seed: int | None = None,  # of the order; each pass has its own; None: as `seed`
-        shuffle: bool = True, # False: as they stand. A stream is never shuffled here: call its .shuffle(buffer_size=...)
+        # False: as they stand. A stream is never shuffled here: call its .shuffle(buffer_size=...)
+        shuffle: bool = True,
         state: StreamState | None = None,  # counts what is drawn; None: a new one
     ):
         self.dataset, self.num_generations, self.seed, self.shuffle = dataset, num_generations, seed, shuffle
@@ -60,7 +61,8 @@ class Prompts:
     def draw(
         self,
         n: int,  # prompts
-    ) -> tuple[list[dict], list[int]]:  # rows, each G times beside each other, and their seeds: one of each per completion
+    # rows, each G times beside each other, and their seeds: one of each per completion
+    ) -> tuple[list[dict], list[int]]:
         "The next prompts. Raises ValueError when there are none."
         rows = [row for row in self.take(n) for _ in range(self.num_generations)]
         seeds = completion_seeds(self.seed, self.state.sampled, len(rows))
@@ -124,7 +126,8 @@ def informative_groups(
     max_rounds: int = 10,
     most: int | None = None,  # prompts in a round, at most; None: `wanted`
 ) -> tuple[Generation, Rounds]:
-    "Sample until there are enough groups that teach something (DAPO, 2503.14476). Groups keep the order they were asked in."
+    """Sample until there are enough groups that teach something (DAPO, 2503.14476). Groups keep the order they were
+    asked in."""
     parts, alive, dead, rounds = [], [], [], Rounds()
     while len(alive) < wanted and len(parts) < max_rounds:
         expected = -(-(wanted - len(alive)) * state.asked // max(state.kept, 1))  # rounded up
@@ -177,7 +180,8 @@ class RolloutStream(Dataset):
     def state_dict(self) -> dict:
         "All that going on needs: numbers, and the micro-batches that are still to be used."
         state = {f.name: getattr(self.state, f.name) for f in fields(StreamState)}
-        if self.state.position == len(self.state.batches) * self.num_iterations: return {**state, "position": 0, "batches": []}
+        if self.state.position == len(self.state.batches) * self.num_iterations:
+            return {**state, "position": 0, "batches": []}
         return {**state, "batches": [_on_cpu(batch) for batch in self.state.batches]}
 
     def load_state_dict(

@@ -17,8 +17,13 @@ from torch.utils.data import SequentialSampler
 from ..data.formats import check_rows, column_names, is_conversational, require
 from ..data.tokens import check_tokenizer, encode_prompts
 from ..foundations.advantages import group_std
-from .completions import (CompletionsLog, completion_metrics, completions_table, reward_metrics,
-                                           scores_of)
+from posttrain.rollout.completions import (
+    CompletionsLog,
+    completion_metrics,
+    completions_table,
+    reward_metrics,
+    scores_of,
+)
 from .config import OnlineConfig
 from .generation import Generation, from_rollout
 from .rewards import RewardLog, Rewards, total

@@ -63,9 +63,11 @@ def request(
     """What vLLM calls these settings, in process and in its HTTP API alike; every one is said, so that a generation
     config on the other side fills in none."""
     s = sampling
-    return dict(max_tokens=s.max_tokens, temperature=s.temperature, top_p=s.top_p, top_k=s.top_k, min_p=s.min_p or 0.0, repetition_penalty=s.repetition_penalty, presence_penalty=0.0, frequency_penalty=0.0,
-                # logprobs=0: of the chosen token alone
-                stop=list(s.stop), include_stop_str_in_output=True, stop_token_ids=list(eos), skip_special_tokens=False, seed=seed % 2 ** 63, logprobs=0)
+    how = dict(temperature=s.temperature, top_p=s.top_p, top_k=s.top_k, min_p=s.min_p or 0.0,
+               repetition_penalty=s.repetition_penalty, presence_penalty=0.0, frequency_penalty=0.0)
+    ends = dict(max_tokens=s.max_tokens, stop=list(s.stop), include_stop_str_in_output=True, stop_token_ids=list(eos))
+    # logprobs=0: of the chosen token alone
+    return dict(**how, **ends, skip_special_tokens=False, seed=seed % 2**63, logprobs=0)
 
 # %% ../../nbs/rollout/02_vllm.ipynb #92e0c718
 def engine_weights(
@@ -121,14 +123,19 @@ class _Engine(Engine):
         if not prompts: return Samples([], [], [])
         ids, logps, finished = map(list, zip(*self._complete(prompts, seeds, sampling)))
         if not tells_logps(self.mode, sampling):
-            if not self.warned:
-                warnings.warn(f"vLLM reports {self.mode}, which are not over the whole vocabulary at temperature "
-                              f"{sampling.temperature} when {'tokens are filtered' if _filters(sampling) else 'it is not 1'}: "
-                              f"no log-probs are returned. {'Start it with logprobs_mode=' + logprobs_mode_for(sampling) if tells_logps(logprobs_mode_for(sampling), sampling) else 'Sample at temperature 1, or without top_p, top_k, min_p and repetition_penalty, to have them'}",
-                              stacklevel=2)
-                self.warned = True
+            if not self.warned: warnings.warn(self._no_logps(sampling), stacklevel=2)
+            self.warned = True
             logps = None
         return Samples(ids, logps, finished)
+
+    def _no_logps(self, sampling: Sampling) -> str:
+        "Why there are no log-probs, and how to have them."
+        why = "tokens are filtered" if _filters(sampling) else "it is not 1"
+        other = logprobs_mode_for(sampling)
+        cure = f"Start it with logprobs_mode={other}" if tells_logps(other, sampling) else (
+            "Sample at temperature 1, or without top_p, top_k, min_p and repetition_penalty, to have them")
+        return (f"vLLM reports {self.mode}, which are not over the whole vocabulary at temperature "
+                f"{sampling.temperature} when {why}: no log-probs are returned. {cure}")
 
     def _verify(self, model: nn.Module) -> None:
         "Do engine and trainer agree on the log-probs of a few tokens? Once, after the first update."
@@ -189,7 +196,8 @@ def _guest():
                                                                  "nobind")), os.environ.copy()
     os.environ.update(said)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    set_threads, threads, state, dtype = torch.set_num_threads, torch.get_num_threads(), random.getstate(), torch.get_default_dtype()
+    set_threads, threads = torch.set_num_threads, torch.get_num_threads()
+    state, dtype = random.getstate(), torch.get_default_dtype()
     import numpy
     arrays = numpy.random.get_state()
     try:

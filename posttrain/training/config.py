@@ -17,7 +17,8 @@ from transformers import TrainingArguments
 class Help(str):
     """The text of a field, which carries the field's range.
 
-    HfArgumentParser hands all of a field's metadata to argparse, which knows `help` but no ranges: so they travel with it."""
+    HfArgumentParser hands all of a field's metadata to argparse, which knows `help` but no ranges: so they travel with
+    it."""
     limits: dict
 
 
@@ -95,7 +96,8 @@ class PostConfig(TrainingArguments):
         False, "Prepared rows hold only what the collator needs, there is nothing to remove.")
     model_init_kwargs: dict | str | None = option(
         None, "For from_pretrained, when the model is given as a path; dtype is float32 unless said here.")
-    trust_remote_code: bool = option(False, "Run code that a hub model brings with it, when the model is given by name.")
+    trust_remote_code: bool = option(False,
+                                     "Run code that a hub model brings with it, when the model is given by name.")
     dataset_num_proc: int | None = option(None, "Processes that prepare the dataset.", low=1)
     activation_offloading: bool = option(False, "Keep activations in host memory until the backward pass needs them.")
     router_aux_loss_coef: float | None = option(None, "Not supported: must be None.")
@@ -143,7 +145,8 @@ class PostConfig(TrainingArguments):
         self,
         function: Callable,  # a loss: its keyword-only parameters are its hyper-parameters
     ) -> dict:
-        "The fields that a loss asks for by name. Raises AttributeError when it needs one that this config does not have."
+        """The fields that a loss asks for by name. Raises AttributeError when it needs one that this config does not
+        have."""
         parameters = inspect.signature(function).parameters.values()
         asked = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
         if missing := [p.name for p in asked if p.default is p.empty and not hasattr(self, p.name)]:
@@ -157,14 +160,15 @@ class ReferenceFields:
     "For methods with a reference that may follow the policy (TR-DPO, 2404.09656). Names and defaults are TRL's."
 
     sync_ref_model: bool = option(False, "Let the reference follow the policy (TR-DPO).")
-    ref_model_mixup_alpha: float = option(0.6, "The policy's share in the new reference; 1 is a hard update.", low=0, high=1)
+    ref_model_mixup_alpha: float = option(0.6, "The policy's share in the new reference; 1 is a hard update.", low=0,
+                                          high=1)
     ref_model_sync_steps: int = option(512, "Optimizer steps between two updates.", low=1)
 
     def __post_init__(self):
         super().__post_init__()
         if self.sync_ref_model and getattr(self, "beta", None) == 0:
-            raise ValueError("sync_ref_model=True moves a reference, but with beta=0 there is none: set beta above 0, or "
-                             "leave it False")
+            raise ValueError("sync_ref_model=True moves a reference, but with beta=0 there is none: set beta above "
+                             "0, or " "leave it False")
 
 
 @dataclass

@@ -226,7 +226,8 @@ def _fault_of_sharing(lm: nn.Module, batch: dict, other_sibling: dict, other_pro
     "What goes wrong when two completions share their prompt in one row, or ''."
     shared, sibling, prompt = (_answers(lm, b, "shared") for b in (batch, other_sibling, other_prompt))
     padded = _answers(lm, batch, "padded")
-    # what is masked weighs exactly 0 in any precision, so these hold in half precision too, where all differences are small
+    # what is masked weighs exactly 0 in any precision, so these hold in half precision too, where all differences are
+    # small
     if not torch.allclose(shared[1], sibling[1], atol=1e-6):
         return "its completions see each other although the mask says no"
     if torch.equal(shared[1, 1:], prompt[1, 1:]):  # its first token is bet on by the prompt itself
@@ -352,7 +353,8 @@ def divergence(
     temperature: float = 1.0,  # divides both models' logits
     chunk_mib: float = 32,     # MiB of one model's logits at a time, as in foundations.logps
 ) -> Reader:  # "divergence" (N,), nats
-    "A reader: how far the two next-token distributions are apart at each counted token, with the gradient of this model."
+    """A reader: how far the two next-token distributions are apart at each counted token, with the gradient of this
+    model."""
     def reader(states: States) -> dict[str, Tensor]:
         def of_rows(hidden, other):
             return how(states.logits(hidden) / temperature, teacher.logits(other) / temperature)

@@ -15,7 +15,8 @@ from ..foundations.masks import Totals
 def train_loop(
     model: nn.Module,               # trained in place
     micro_batches: Iterable[dict],  # as from foundations.layouts.make_batch; at least steps * accumulate of them
-    loss: Callable[[nn.Module, dict, Totals], tuple[Tensor, dict]],  # a micro-batch's share of the step's loss, and what to log
+    # a micro-batch's share of the step's loss, and what to log
+    loss: Callable[[nn.Module, dict, Totals], tuple[Tensor, dict]],
     *,
     steps: int,                  # optimizer steps
     accumulate: int = 1,         # micro-batches per step
@@ -23,9 +24,11 @@ def train_loop(
     warmup_steps: int = 0,       # steps over which the learning rate climbs
     max_grad_norm: float = 1.0,  # transformers' default
 ) -> list[dict]:  # loss and gradient norm of each step
-    "Train in place with AdamW, a linear schedule and clipped gradients. Raises FloatingPointError, weights untouched, when a loss is not finite."
+    """Train in place with AdamW, a linear schedule and clipped gradients. Raises FloatingPointError, weights
+    untouched, when a loss is not finite."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
-    climb_then_fall = lambda step: step / warmup_steps if step < warmup_steps else (steps - step) / (steps - warmup_steps)
+    climb_then_fall = lambda step: step / warmup_steps if step < warmup_steps else (steps - step) / (
+        steps - warmup_steps)
     batches, history = iter(micro_batches), []
     model.train()
     for step in range(steps):

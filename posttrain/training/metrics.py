@@ -40,7 +40,9 @@ class MetricAccumulator:
     ) -> None:
         "Add one micro-batch."
         for name, value in stats.items():
-            if getattr(value, "ndim", 0): raise ValueError(f"the loss reports {name!r} with shape {tuple(value.shape)}; report Mean.of(values, mask) or a scalar")
+            if getattr(value, "ndim", 0):
+                raise ValueError(f"the loss reports {name!r} with shape {tuple(value.shape)}; report "
+                                 f"Mean.of(values, mask) or a scalar")
             mean = value if isinstance(value, Mean) else Mean(value.detach() if isinstance(value, Tensor) else value, 1)
             old = self.sums.get(name, Mean(0., 0.))
             self.sums[name] = Mean(old.total + mean.total, old.count + mean.count)
@@ -54,7 +56,8 @@ class MetricAccumulator:
         if not self.sums: return {}
         names = sorted(self.sums)  # the same order on every process
         exact = torch.float32 if torch.device(device).type == "mps" else torch.float64  # Apple's GPUs have no float64
-        pairs = torch.stack([torch.stack([torch.as_tensor(x, device=device).to(exact) for x in self.sums[n]]) for n in names])
+        pairs = torch.stack([torch.stack([torch.as_tensor(x, device=device).to(exact) for x in self.sums[n]])
+                             for n in names])
         total, count = gather(pairs).view(-1, len(names), 2).sum(0).cpu().unbind(1)
         self.sums = {}
         return {n: (t / c).item() for n, t, c in zip(names, total, count) if c > 0}

@@ -62,8 +62,8 @@ def _save(path: Path, kept: Kept) -> None:
             np.savez(whole := Path(folder) / "part.npz", **arrays)
             os.replace(whole, path)
     except OSError as e:
-        warnings.warn(f"the reference log-probs could not be kept in {path.parent} ({e}); the next run will compute them "
-                      "again", stacklevel=3)
+        warnings.warn(f"the reference log-probs could not be kept in {path.parent} ({e}); the next run will "
+                      f"compute them " "again", stacklevel=3)
 
 
 def _load(path: Path | None, columns: tuple) -> Kept | None:
@@ -84,15 +84,18 @@ def precompute_ref_logps(
     columns: tuple = ("ref_chosen_logps", "ref_rejected_logps"),  # one per completion of a row
     *,
     batch_size: int = 8,        # rows at a time
-    key: str | None = None,     # as from `fingerprint`: look in the cache first, and leave the result there; None: compute
+    # as from `fingerprint`: look in the cache first, and leave the result there; None: compute
+    key: str | None = None,
     device="cpu",               # of the model
     name: str = "train",        # what the dataset is called on the progress bar
     share: tuple = (0, 1),      # this process and the number of processes
     gather=lambda parts: parts, # list of one process -> list of all, e.g. accelerate.utils.gather_object
 ):  # the dataset with the columns added: a list of floats per completion, one per token
-    """Ask a reference once about every token of a dataset. Processes take batches in turn; the first one writes the cache.
+    """Ask a reference once about every token of a dataset. Processes take batches in turn; the first one writes the
+    cache.
 
-    Rows are asked in their order. A run that reads them in the same order and batches then has, in half precision too, the
+    Rows are asked in their order. A run that reads them in the same order and batches then has, in half precision too,
+    the
     very numbers that it would have asked for: rounding depends on the shape of a batch."""
     path = _cache_file(key)
     kept = _load(path, columns)

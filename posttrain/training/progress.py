@@ -10,7 +10,8 @@ import time
 from transformers import TrainerCallback
 
 # What people look at first, in this order; a run shows those that it logs.
-HEADLINES = ("loss", "reward", "rewards/margins", "rewards/accuracies", "mean_token_accuracy", "entropy", "kl", "eval_loss", "grad_norm", "learning_rate")
+HEADLINES = ("loss", "reward", "rewards/margins", "rewards/accuracies", "mean_token_accuracy", "entropy", "kl",
+             "eval_loss", "grad_norm", "learning_rate")
 
 # %% ../../nbs/training/05_progress.ipynb #e1c386cc
 def curve(
@@ -37,18 +38,22 @@ def plot_run(
     metrics: list[str] | None = None,  # default: the first three of HEADLINES that the run logged, without the settings
     title: str | None = None,  # above all of them
 ):  # a matplotlib Figure
-    "The curves of a run beside each other; an `eval_` metric is drawn dashed over its training curve. Raises ValueError if nothing was logged."
+    """The curves of a run beside each other; an `eval_` metric is drawn dashed over its training curve. Raises
+    ValueError if nothing was logged."""
     from matplotlib.figure import Figure
     logged = {k for row in log_history for k in row}
     if metrics is None: metrics = [m for m in HEADLINES[:-3] if m in logged][:3]
-    if missing := [m for m in metrics if m not in logged]: raise ValueError(f"the run did not log {missing}; it logged {sorted(logged)}")
+    if missing := [m for m in metrics if m not in logged]:
+        raise ValueError(f"the run did not log {missing}; it logged {sorted(logged)}")
     if not metrics: raise ValueError(f"nothing to plot: the run logged only {sorted(logged)}. Lower logging_steps")
     fig = Figure(figsize=(3.6 * len(metrics), 2.7), layout="constrained")
     for ax, metric in zip(fig.subplots(1, len(metrics), squeeze=False)[0], metrics):
         ax.plot(*curve(log_history, metric), color="#0072B2", marker="." if len(log_history) < 20 else None)
-        evals = sorted(k for k in logged if k.startswith("eval_") and k.endswith(f"_{metric}"))  # one, or one for each named set
+        # one, or one for each named set
+        evals = sorted(k for k in logged if k.startswith("eval_") and k.endswith(f"_{metric}"))
         for name, color in zip(evals, ("#D55E00", "#009E73", "#CC79A7", "#E69F00")):
-            ax.plot(*curve(log_history, name), color=color, linestyle="--", marker="o", markersize=3, label=name.removesuffix(f"_{metric}"))
+            ax.plot(*curve(log_history, name), color=color, linestyle="--", marker="o", markersize=3,
+                    label=name.removesuffix(f"_{metric}"))
         if evals: ax.legend(frameon=False)
         ax.set(title=metric, xlabel="step"); ax.grid(alpha=.3)
     if title: fig.suptitle(title)
@@ -91,11 +96,14 @@ class Progress(TrainerCallback):
     def _status(self, state) -> str:
         spent = time.time() - self.start
         done = state.global_step - self.first_step
-        left = f", about {clock(spent / done * (state.max_steps - state.global_step))} left" if 0 < done and state.global_step < state.max_steps else ""
+        left = (f", about {clock(spent / done * (state.max_steps - state.global_step))} left" if 0 < done
+                and state.global_step < state.max_steps else "")
         return f"step {state.global_step}/{state.max_steps}, {clock(spent)}{left}"
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.start, self.first_step, self.columns, self.handle, self.drawn = time.time(), state.global_step, None, None, 0.0
+        self.start, self.first_step = time.time(), state.global_step
+        self.columns, self.handle = None, None
+        self.drawn = 0.0
         wanted = in_notebook() and not args.disable_tqdm if self.live_wanted is None else self.live_wanted
         self.live = wanted and state.is_world_process_zero
 
@@ -110,13 +118,17 @@ class Progress(TrainerCallback):
         if not state.is_world_process_zero or not logs or "train_runtime" in logs: return
         if getattr(self, "live", False): return self._draw(state)
         if self.columns is None:
-            if not (columns := [k for k in HEADLINES if k in logs][:6]) and not any(k.endswith("_loss") for k in logs): return
+            if not (columns := [k for k in HEADLINES if k in logs][:6]) and not any(k.endswith("_loss") for k in logs):
+                return
             self._header(columns)
         cells = [_number(logs[k]) if k in logs else "" for k in self.columns]
         if (self.stream or sys.stdout).isatty(): self._say("\r\033[K", end="")
-        if any(cells): self._say(f"{state.global_step:>8}" + "".join(f"{c:>{max(len(k), 9) + 2}}" for k, c in zip(self.columns, cells))
-                  + f"  {clock(time.time() - getattr(self, 'start', time.time())):>7}")
-        if new := [k for k in logs if k.startswith("eval_") and k.endswith("_loss") and k not in self.columns]:  # of every evaluation set
+        if any(cells):
+            self._say(f"{state.global_step:>8}"
+                      + "".join(f"{c:>{max(len(k), 9) + 2}}" for k, c in zip(self.columns, cells))
+                      + f"  {clock(time.time() - getattr(self, 'start', time.time())):>7}")
+        # of every evaluation set
+        if new := [k for k in logs if k.startswith("eval_") and k.endswith("_loss") and k not in self.columns]:
             self._say(" " * 8 + "  " + ", ".join(f"{k} {_number(logs[k])}" for k in new))
 
     def _header(self, columns):
@@ -131,7 +143,8 @@ class Progress(TrainerCallback):
         "The run so far as HTML; '' while there is nothing to see. Override it to show something else."
         if not any(k in row for row in state.log_history for k in HEADLINES[:-3]): return ""
         import base64
-        return f"<img alt='curves of the run so far' src='data:image/png;base64,{base64.b64encode(png(plot_run(state.log_history))).decode()}'/>"
+        return (f"<img alt='curves of the run so far' "
+                f"src='data:image/png;base64,{base64.b64encode(png(plot_run(state.log_history))).decode()}'/>")
 
     def _draw(self, state, last=False):
         if not last and time.time() - self.drawn < self.every: return

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
-from .heads import attach_head, completion_logps, scoring
 from .config import PostConfig
+from .heads import attach_head, completion_logps, scoring
 from .trainer import load_model
 
 # %% ../../nbs/training/06_references.ipynb #91d37c75
@@ -120,7 +120,8 @@ def freeze(
 def disable_dropout(
     model: nn.Module,  # any
 ) -> None:
-    "Set the rate of every dropout to 0: of dropout layers, an adapter's too, and of what modules hand to functions (`attention_dropout`, `layerdrop`)."
+    """Set the rate of every dropout to 0: of dropout layers, an adapter's too, and of what modules hand to functions
+    (`attention_dropout`, `layerdrop`)."""
     for m in model.modules():
         if isinstance(m, nn.Dropout): m.p = 0.0
         for name, rate in vars(m).items():
@@ -157,7 +158,8 @@ def prepare_frozen(
 
 
 def frozen(
-    model: str | os.PathLike | nn.Module,  # a second model that does not learn: a reference or a teacher, or where it lies
+    # a second model that does not learn: a reference or a teacher, or where it lies
+    model: str | os.PathLike | nn.Module,
     args: PostConfig,        # of the trainer: how a path is loaded
     accelerator=None,        # of the trainer: puts the model where the policy is; None: leave it where it is
 ) -> nn.Module:  # without gradients and dropout, ready for `heads.read`
@@ -183,21 +185,27 @@ def copy_adapter(
     model: nn.Module,  # a PEFT model whose adapter was trained before
     name: str = "ref", # what the copy is called
 ) -> str:  # the name
-    "Keep the adapter that a model comes with as a frozen second one, to refer to while the first is trained. Raises ValueError if there is one of that name."
+    """Keep the adapter that a model comes with as a frozen second one, to refer to while the first is trained. Raises
+    ValueError if there is one of that name."""
     own = model.active_adapter
-    if name in model.peft_config: raise ValueError(f"the model already has an adapter called {name!r}: delete it (model.delete_adapter({name!r})) or rename it")
+    if name in model.peft_config:
+        raise ValueError(f"the model already has an adapter called {name!r}: delete it "
+                         f"(model.delete_adapter({name!r})) or rename it")
     config = copy.deepcopy(model.peft_config[own])
-    if hasattr(config, "init_lora_weights"): config.init_lora_weights = False  # PiSSA and its like would take the adapter's start out of the base a second time
+    # PiSSA and its like would take the adapter's start out of the base a second time
+    if hasattr(config, "init_lora_weights"): config.init_lora_weights = False
     model.add_adapter(name, config)
-    parameters, its = dict(model.named_parameters()), re.compile(rf"\.{re.escape(own)}(?=\.|$)(?!.*\.{re.escape(own)}(\.|$))")  # the last part of that name
+    # the last part of that name
+    parameters, its = dict(model.named_parameters()), re.compile(
+        rf"\.{re.escape(own)}(?=\.|$)(?!.*\.{re.escape(own)}(\.|$))")
     for n, p in parameters.items():
         if (other := its.sub(f".{name}", n)) != n and other in parameters: parameters[other].data.copy_(p.data)
     freeze_adapter(model, name)
     return name
 
 
-_SAME = ("model and ref_model are the same object: a reference that is trained along is none. Leave ref_model out, and a "
-         "copy is made")
+_SAME = ("model and ref_model are the same object: a reference that is trained along is none. Leave "
+         "ref_model out, and a " "copy is made")
 
 
 def make_reference(
@@ -205,7 +213,8 @@ def make_reference(
     ref_model: nn.Module | None = None,  # a reference of one's own; None: what the policy is now
     fresh_adapter: bool = True,  # PEFT: the adapter is new, so that without it the model is what training starts from
 ) -> ModelReference | AdapterReference:
-    """The reference of a policy: the model that is given, else the policy without its adapter or with a copy of it, else
+    """The reference of a policy: the model that is given, else the policy without its adapter or with a copy of it,
+    else
     a frozen copy.
 
     Raises ValueError if both are one object, or have different vocabularies."""
@@ -220,8 +229,8 @@ def make_reference(
                          "(copy.deepcopy), or leave ref_model out")
     ours, theirs = (m.get_input_embeddings().weight.shape[0] for m in (policy, ref_model))
     if ours != theirs:
-        raise ValueError(f"the policy's vocabulary has {ours} tokens, the reference's {theirs}: both must read the same "
-                         "ids")
+        raise ValueError(f"the policy's vocabulary has {ours} tokens, the reference's {theirs}: both must read the "
+                         f"same " "ids")
     return ModelReference(attach_head(freeze(ref_model)))
 
 
@@ -234,7 +243,8 @@ def _adapter_reference(policy: nn.Module, fresh_adapter: bool) -> AdapterReferen
     config = policy.peft_config[policy.active_adapter]
     start, bias = getattr(config, "init_lora_weights", None), getattr(config, "bias", "none")
     if str(start).startswith(BASE_CHANGING) or bias != "none":
-        raise ValueError(f"without its adapter this model is not what training starts from (init_lora_weights={start!r}, "
+        raise ValueError(f"without its adapter this model is not what training starts from "
+                         f"(init_lora_weights={start!r}, "
                          f"bias={bias!r} change the weights below it): pass ref_model, the model as it was")
     return AdapterReference(policy)
 
@@ -245,17 +255,22 @@ def sync_weights(
     model: nn.Module,      # stays
     alpha: float = 0.6,    # how far: 0 not at all, 1 all the way (a hard update); 0.6 is TR-DPO's
 ) -> None:
-    "ref <- alpha * policy + (1 - alpha) * ref, weight by weight (TR-DPO 2404.09656, equations 3 and 4). Raises ValueError for alpha outside [0, 1] and for models of different make."
-    if not 0 <= alpha <= 1: raise ValueError(f"alpha is the policy's share in the new reference, expected in [0, 1], got {alpha}")
+    """ref <- alpha * policy + (1 - alpha) * ref, weight by weight (TR-DPO 2404.09656, equations 3 and 4). Raises
+    ValueError for alpha outside [0, 1] and for models of different make."""
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha is the policy's share in the new reference, expected in [0, 1], got {alpha}")
     for part in (*ref_model.modules(), *model.modules()):
-        if hasattr(part, "reshard"): part.reshard()  # FSDP2 keeps the outermost weights whole after a forward pass without a backward one
+        # FSDP2 keeps the outermost weights whole after a forward pass without a backward one
+        if hasattr(part, "reshard"): part.reshard()
     ours, theirs = list(ref_model.parameters()), list(model.parameters())
-    if [p.shape for p in ours] != [p.shape for p in theirs]: raise ValueError("the reference cannot follow the policy: their weights differ in number or shape")
+    if [p.shape for p in ours] != [p.shape for p in theirs]:
+        raise ValueError("the reference cannot follow the policy: their weights differ in number or shape")
     for r, p in zip(ours, theirs): r.lerp_(p.detach().to(r.dtype), alpha)
 
 
 class SyncRefModelCallback(TrainerCallback):
-    """Move the reference towards the policy every `args.ref_model_sync_steps` optimizer steps, by `args.ref_model_mixup_alpha`.
+    """Move the reference towards the policy every `args.ref_model_sync_steps` optimizer steps, by
+    `args.ref_model_mixup_alpha`.
 
     The moving reference is part of the run's state: it is written into each checkpoint and found again on resuming."""
 
@@ -270,11 +285,13 @@ class SyncRefModelCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % args.ref_model_sync_steps: return
-        sync_weights(self.ref_model, self.accelerator.unwrap_model(model) if self.accelerator else model, args.ref_model_mixup_alpha)
+        sync_weights(self.ref_model, self.accelerator.unwrap_model(model) if self.accelerator else model,
+                     args.ref_model_mixup_alpha)
 
     def on_save(self, args, state, control, **kwargs):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        whole = lambda p: p.full_tensor() if hasattr(p, "full_tensor") else p  # shards are gathered by all processes, written by the first
+        # shards are gathered by all processes, written by the first
+        whole = lambda p: p.full_tensor() if hasattr(p, "full_tensor") else p
         weights = {n: whole(p).detach().cpu().contiguous().clone() for n, p in self.ref_model.named_parameters()}
         if not state.is_world_process_zero or not folder.exists(): return
         from safetensors.torch import save_file
@@ -287,7 +304,10 @@ class SyncRefModelCallback(TrainerCallback):
         "Go on with the reference as it was then. Raises FileNotFoundError when it was not saved."
         from safetensors.torch import load_file
         path = Path(folder) / self.FILE
-        if not path.exists(): raise FileNotFoundError(f"{path} is missing: this run goes on with a reference that had moved by then. Resume from a checkpoint that holds it, or set sync_ref_model=False")
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path} is missing: this run goes on with a reference that had moved by then. Resume "
+                f"from a checkpoint that holds it, or set sync_ref_model=False")
         saved = load_file(path)
         with torch.no_grad():
             for n, p in self.ref_model.named_parameters():

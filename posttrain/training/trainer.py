@@ -87,7 +87,8 @@ def last_complete_checkpoint(
     steps = sorted((int(number), p) for number, p in numbered if number.isdigit())
     for _, path in reversed(steps):
         try: json.loads((path / "trainer_state.json").read_text())
-        except (OSError, ValueError): warnings.warn(f"{path} was not written to its end and is passed over", stacklevel=3)
+        except (OSError, ValueError):
+            warnings.warn(f"{path} was not written to its end and is passed over", stacklevel=3)
         else: return str(path)
     raise ValueError(f"there is no complete checkpoint in {folder} to resume from; train from the start with "
                      "resume_from_checkpoint=None" + (", or use one of another run by its path" if not steps else ""))
@@ -146,7 +147,8 @@ class PostTrainer(Trainer):
         train_dataset=None,      # Dataset or IterableDataset
         eval_dataset=None,       # the same, or a dict of them
         processing_class=None,   # tokenizer; default: the model's
-        compute_metrics=None,    # EvalPrediction(logits, labels) -> dict; costs a second forward pass per evaluation batch
+        # EvalPrediction(logits, labels) -> dict; costs a second forward pass per evaluation batch
+        compute_metrics=None,
         callbacks=None,          # TrainerCallbacks; a Progress among them replaces the default one
         optimizers=(None, None), # (optimizer, scheduler)
         optimizer_cls_and_kwargs=None,  # (optimizer class, its keywords)
@@ -230,7 +232,8 @@ class PostTrainer(Trainer):
         "Raise TypeError for anything but a Dataset or a stream."
         if not isinstance(dataset, (Dataset, IterableDataset)):
             raise TypeError(f"the {name} dataset is a {type(dataset).__name__}; {type(self).__name__} needs a "
-                            "datasets.Dataset or IterableDataset (Dataset.from_list(rows) makes one of a list of dicts)")
+                            "datasets.Dataset or IterableDataset (Dataset.from_list(rows) makes one of a list of "
+                            "dicts)")
 
     def adopt_tokens(self, *names: str) -> None:
         """Give the tokenizer the special tokens that the config names. Raises ValueError for one that its vocabulary
@@ -283,8 +286,8 @@ class PostTrainer(Trainer):
         if batches: _must_be_a_batch(batches[0])
         if 0 < len(batches) < num_batches:
             # a stream has ended in the middle of a step; transformers would carry its gradient into the next one
-            warnings.warn(f"the last {len(batches)} micro-batches of the stream do not fill a step of {num_batches} and "
-                          "are left out", stacklevel=2)
+            warnings.warn(f"the last {len(batches)} micro-batches of the stream do not fill a step of "
+                          f"{num_batches} and " "are left out", stacklevel=2)
             return [], None
         self.totals, tokens_read = self._count(batches, device)
         self.state.num_input_tokens_seen += int(tokens_read)  # saved with checkpoints
@@ -330,7 +333,8 @@ class PostTrainer(Trainer):
 
     def _stop_before_the_weights(self, loss: Tensor) -> None:
         raise FloatingPointError(
-            f"the loss of step {self.state.global_step + 1} is {loss.item()}; the weights were not touched. Usual causes: "
+            f"the loss of step {self.state.global_step + 1} is {loss.item()}; the weights were not "
+            f"touched. Usual causes: "
             f"a learning rate that is too high (now {self._get_learning_rate():.3g}), fp16 overflow (try bf16), broken "
             f"weights in the checkpoint. The last checkpoint, if any, is in {self.args.output_dir}")
 
@@ -420,7 +424,9 @@ class PostTrainer(Trainer):
         Path(output_dir).mkdir(parents=True, exist_ok=True)  # this process may be ahead of the one that makes it
         super()._save_optimizer_and_scheduler(output_dir)
         state = self.run_state()
-        if state: torch.save({"processes": self.args.world_size, **state}, self._run_state_file(output_dir, self.args.process_index))
+        if state:
+            torch.save({"processes": self.args.world_size, **state},
+                       self._run_state_file(output_dir, self.args.process_index))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -428,7 +434,8 @@ class PostTrainer(Trainer):
         own, first = (self._run_state_file(checkpoint, i) for i in (self.args.process_index, 0))
         if not first.exists():
             raise FileNotFoundError(f"{first} is missing: without it this run would not go on where it stopped. Resume "
-                                    f"from a checkpoint of {type(self).__name__} that was saved with save_only_model=False")
+                                    f"from a checkpoint of {type(self).__name__} that was saved with "
+                                    "save_only_model=False")
         self.load_run_state(torch.load(own if own.exists() else first, map_location="cpu", weights_only=True))
 
 
