@@ -15,8 +15,11 @@ import torch
 from transformers import Qwen3ForSequenceClassification
 
 from posttrain import pocket
-from posttrain.rollout.rewards import (ModelReward, Rewards, accuracy_reward, exact_match_reward, get_cosine_scaled_reward, get_repetition_penalty_reward, get_soft_overlong_punishment,
+from posttrain.rollout.reward_models import ModelReward
+from posttrain.rollout.rewards import (accuracy_reward, exact_match_reward, get_cosine_scaled_reward,
+                                       get_repetition_penalty_reward, get_soft_overlong_punishment,
                                        reasoning_accuracy_reward, text_of, think_format_reward, total)
+from posttrain.rollout.score import Rewards
 
 user = lambda text: [{"role": "user", "content": text}]
 said = lambda text: [{"role": "assistant", "content": text}]
@@ -300,8 +303,8 @@ def test_a_reward_that_raises_only_for_the_batch_or_by_its_state():
 
 
 def test_the_search_for_the_row_ends(monkeypatch):
-    from posttrain.rollout import rewards
-    monkeypatch.setattr(rewards, "_SEARCH_SECONDS", 0.1)
+    from posttrain.rollout import score
+    monkeypatch.setattr(score, "_SEARCH_SECONDS", 0.1)
     def slow(completions):
         if len(completions) > 1: raise ValueError("no")
         time.sleep(0.06)
