@@ -18,7 +18,8 @@ from posttrain import pocket
 from posttrain.foundations.layouts import make_batch
 from posttrain.pocket.checkpoint import prompt_ids
 from posttrain.rollout.sampling import Sampling
-from posttrain.rollout.vllm import VLLMColocated, VLLMServer, engine_weights, logprobs_mode_for, request, serve, tells_logps
+from posttrain.rollout.vllm import VLLMColocated, engine_weights, logprobs_mode_for, request, tells_logps
+from posttrain.rollout.vllm_server import VLLMServer, serve
 from posttrain.training.heads import completion_logps
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None and not os.environ.get("CI"), reason="vLLM is not installed")
@@ -385,7 +386,7 @@ def test_a_model_that_does_not_come_up(tmp_path):
 @needs_vllm
 def test_a_server_ends_with_the_process_that_started_it(start, tmp_path):
     "Killed with -9, which leaves no time to clean up; while the server is still coming up."
-    code = "import sys, time\nfrom posttrain.rollout import vllm\nvllm._well = lambda port: True\nwith vllm.serve(sys.argv[1], max_model_len=64) as served: print(served.process.pid, flush=True); time.sleep(600)"
+    code = "import sys, time\nfrom posttrain.rollout import vllm_server as vllm\nvllm._well = lambda port: True\nwith vllm.serve(sys.argv[1], max_model_len=64) as served: print(served.process.pid, flush=True); time.sleep(600)"
     start[0].save_pretrained(tmp_path); start[1].save_pretrained(tmp_path)
     parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     pid = int(parent.stdout.readline())

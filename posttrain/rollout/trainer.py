@@ -276,15 +276,16 @@ class OnlineTrainer(WithReference, PostTrainer):
         "Who samples."
         args = self.args
         if not args.use_vllm: return make_sampler(self.model, self.processing_class, args.sampler)
-        from posttrain.rollout import vllm
         if args.vllm_mode == "server":
+            from posttrain.rollout.vllm_server import VLLMServer
             url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
-            return vllm.VLLMServer(self.model, self.processing_class, base_url=url, timeout=args.vllm_server_timeout)
-        return vllm.VLLMColocated(self.model, self.processing_class, max_model_len=args.vllm_max_model_length,
+            return VLLMServer(self.model, self.processing_class, base_url=url, timeout=args.vllm_server_timeout)
+        from posttrain.rollout.vllm import VLLMColocated, logprobs_mode_for
+        return VLLMColocated(self.model, self.processing_class, max_model_len=args.vllm_max_model_length,
                                   gpu_memory_utilization=args.vllm_gpu_memory_utilization,
                                   tensor_parallel_size=args.vllm_tensor_parallel_size,
                                   enable_sleep_mode=args.vllm_enable_sleep_mode,
-                                  logprobs_mode=vllm.logprobs_mode_for(args.sampling()))
+                                  logprobs_mode=logprobs_mode_for(args.sampling()))
 
     def _make_stream(self) -> RolloutStream:
         args, dataset = self.args, self.train_dataset
