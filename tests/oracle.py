@@ -32,6 +32,15 @@ COUNTS = {"recorded": 0, "live": 0, "changed": 0}
 
 
 # ---------------------------------------------------------------- what was asked
+def code_of(thing) -> str:
+    """The code of a function or a class, without comments, line breaks and docstrings."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(thing)))
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return stamps.tree_text(tree)
+
+
 def described(thing) -> str:
     """Inputs as text: weights and rows by their content, functions by their code without comments and line breaks."""
     if isinstance(thing, torch.nn.Module):
@@ -46,7 +55,7 @@ def described(thing) -> str:
     if isinstance(thing, (list, tuple)):
         return "[" + ", ".join(map(described, thing)) + "]"
     if callable(thing):
-        return stamps.tree_text(ast.parse(textwrap.dedent(inspect.getsource(thing)))) + described(used_by(thing))
+        return code_of(thing) + described(used_by(thing))
     if not isinstance(thing, (str, int, float, bool, type(None))):
         raise TypeError(f"inputs of an oracle cannot hold {type(thing).__name__}: say how it is described")
     return repr(thing)
