@@ -1,10 +1,10 @@
-"""Recorded answers of live trainers of TRL, which cost a second each: what they logged, and sketches of their gradients.
+"""Recorded answers of live trainers of TRL, which cost a second each: what they logged, and sketches of gradients.
 
     theirs = oracle(name, inputs, live)     # what `live()` returned when it was recorded with these very inputs
 
-A record counts only for the inputs that it was made with: weights, rows, options, functions, versions. With others the live
-trainer is asked. It is asked anyway for a tenth of the records, another one with each commit, and with POSTTRAIN_LIVE=1
-for all; then its answer must be the recorded one. `python tests/oracles/record.py` records anew.
+A record counts only for the inputs that it was made with: weights, rows, options, functions, versions. With others the
+live trainer is asked. It is asked anyway for a tenth of the records, another one with each commit, and with
+POSTTRAIN_LIVE=1 for all; then its answer must be the recorded one. `python tests/oracles/record.py` records anew.
 """
 import ast
 import base64
@@ -68,7 +68,7 @@ def names_in(code) -> set[str]:
 
 
 def used_by(function) -> dict:
-    """What a function takes from around it: values of an outer function; functions, classes and numbers of its module."""
+    """What a function takes from around it: values of an outer function, and functions and numbers of its module."""
     if not inspect.isfunction(function):
         return {}
     around = {name: function.__globals__[name] for name in names_in(function.__code__) if name in function.__globals__}

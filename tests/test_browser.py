@@ -12,19 +12,33 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.explore import beta, clip, dashboard, groups, kl, microscope, pair_losses, plane, tokens, weights, zero_loss
+from posttrain.explore import (
+    beta,
+    clip,
+    dashboard,
+    groups,
+    kl,
+    microscope,
+    pair_losses,
+    plane,
+    tokens,
+    weights,
+    zero_loss,
+)
 
 pytestmark = pytest.mark.browser
 
 ROOT = Path(__file__).resolve().parent.parent
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
 def chromium() -> str:
     "The browser's path. Missing is a failure, not a skip: the explorers' promise is that they move."
     found = next(filter(None, map(shutil.which, (os.environ.get("CHROMIUM", "chromium"), *NAMES))), None)
-    assert found, f"no browser found ({', '.join(NAMES)}): install one, e.g. `apt-get install -y chromium`, or set CHROMIUM to its path"
+    assert found, (f"no browser found ({', '.join(NAMES)}): install one, e.g. `apt-get install -y chromium`, "
+                   "or set CHROMIUM to its path")
     return found
 
 
@@ -56,7 +70,8 @@ def has_changed(page, picture, before: str) -> str:
     "Wait for a picture other than `before`."
     deadline = time.monotonic() + 15
     while time.monotonic() < deadline:
-        if picture.count() and (now := shown(picture)) != before:  # the element itself is replaced, so ask anew each time
+        # the element itself is replaced, so ask anew each time
+        if picture.count() and (now := shown(picture)) != before:
             return now
         page.wait_for_timeout(20)
     raise AssertionError(f"the picture did not change: {before!r}")
@@ -65,32 +80,46 @@ def has_changed(page, picture, before: str) -> str:
 # ---------------------------------------------------------------- the page without a kernel
 def a_run():
     "A dashboard replayed: made-up numbers, since here only the page is looked at."
-    rows = [{"step": s, "loss": 1 / (1 + s), "reward": s / 9, "reward_std": .5} for s in range(1, 9)] + [{"step": s, "samples": [{"prompt": "2+2=", "completion": str(s)}], "group": {"prompt": "1+1=", "completions": ["2", "11"], "scores": {"exact": [1.0, 0.0], "advantage": [.7, -.7]}}} for s in (1, 5, 8)]
+    rows = ([{"step": s, "loss": 1 / (1 + s), "reward": s / 9, "reward_std": .5} for s in range(1, 9)]
+            + [{"step": s, "samples": [{"prompt": "2+2=", "completion": str(s)}],
+                "group": {"prompt": "1+1=", "completions": ["2", "11"],
+                          "scores": {"exact": [1.0, 0.0], "advantage": [.7, -.7]}}} for s in (1, 5, 8)])
     return dashboard.replay(rows)
 
 
 def a_microscope():
     "Tokens of a run: made-up numbers, since here only the page is looked at."
-    look = lambda s: {"step": s, "prompts": [{"prompt": "2+2=", "prompt_ids": [1], "completions": [{"ids": [1, 2], "tokens": ["4", "<|end|>"], "special": [1], "left_out": 0, "scores": {"right": 1.0}, "logps": [-3 / (1 + s), -0.1 * s], "old_logps": [-1.0, -1.0]}]}]}
+    def look(step):
+        completion = {"ids": [1, 2], "tokens": ["4", "<|end|>"], "special": [1], "left_out": 0,
+                      "scores": {"right": 1.0}, "logps": [-3 / (1 + step), -0.1 * step], "old_logps": [-1.0, -1.0]}
+        return {"step": step, "prompts": [{"prompt": "2+2=", "prompt_ids": [1], "completions": [completion]}]}
     return microscope.microscope([look(s) for s in range(5)])
 
 
-@pytest.mark.parametrize("make", [tokens.tokens_explorer, kl.kl_explorer, weights.weights_explorer, beta.beta_explorer, plane.dpo_plane, pair_losses.pair_loss_curves, zero_loss.zero_loss_explorer, groups.groups_explorer, clip.clip_explorer, a_run, a_microscope])
+PAGES = [tokens.tokens_explorer, kl.kl_explorer, weights.weights_explorer, beta.beta_explorer, plane.dpo_plane,
+         pair_losses.pair_loss_curves, zero_loss.zero_loss_explorer, groups.groups_explorer, clip.clip_explorer,
+         a_run, a_microscope]
+
+
+@pytest.mark.parametrize("make", PAGES)
 def test_static_page_moves_by_keyboard(page, tmp_path, make):
     explorer = make()
     page.goto(explorer.save(tmp_path / "page.html").as_uri())
     picture = page.locator('[data-role="view"] > svg')
     assert shown(picture) in html.unescape(explorer.frame()) and page.locator('[data-role="view"] img').count() == 0
-    name, control = min(explorer.controls.items(), key=lambda item: item[1].kind != "slider")  # a slider if there is one
+    # a slider if there is one
+    name, control = min(explorer.controls.items(), key=lambda item: item[1].kind != "slider")
     box = page.locator(f'[data-name="{name}"]')
     at, along = control.values.index(control.value), control.kind == "slider"
-    key, to = ("ArrowRight" if along else "ArrowDown", at + 1) if at + 1 < len(control.values) else ("ArrowLeft" if along else "ArrowUp", at - 1)
+    key, to = (("ArrowRight" if along else "ArrowDown", at + 1) if at + 1 < len(control.values)
+               else ("ArrowLeft" if along else "ArrowUp", at - 1))
     before = shown(picture)
     box.focus()
     page.keyboard.press(key)
     after = has_changed(page, picture, before)
     want = explorer.frame(**{name: control.values[to]})
-    assert page.evaluate("(svg) => { const d = document.createElement('div'); d.innerHTML = svg; return d.firstChild.getAttribute('aria-label'); }", want) == after
+    assert page.evaluate("(svg) => { const d = document.createElement('div'); d.innerHTML = svg; return "
+                         "d.firstChild.getAttribute('aria-label'); }", want) == after
     assert page.locator('[data-role="said"]').text_content() == after  # announced in words
     for other, c in explorer.controls.items():  # each of the other controls moves it too, or shows its own state
         box = page.locator(f'[data-name="{other}"]')
@@ -109,8 +138,12 @@ from posttrain import GRPOConfig, GRPOTrainer, pocket
 from posttrain.explore.dashboard import Dashboard
 from posttrain.rollout.rewards import exact_match_reward
 model, tokenizer = pocket.start("reverse")
-args = GRPOConfig("out", max_steps=40, logging_steps=2, report_to="none", save_strategy="no", learning_rate=1e-3, per_device_train_batch_size=64, num_generations=8, max_completion_length=12, beta=.01)
-trainer = GRPOTrainer(model, exact_match_reward, args, train_dataset=pocket.dataset("reverse", "prompt_only", n=200), processing_class=tokenizer, callbacks=[Dashboard(every=.05)])
+args = GRPOConfig(
+    "out", max_steps=40, logging_steps=2, report_to="none", save_strategy="no", learning_rate=1e-3,
+    per_device_train_batch_size=64, num_generations=8, max_completion_length=12, beta=.01)
+rows = pocket.dataset("reverse", "prompt_only", n=200)
+trainer = GRPOTrainer(model, exact_match_reward, args, train_dataset=rows, processing_class=tokenizer,
+                      callbacks=[Dashboard(every=.05)])
 trainer.train()
 None
 """
@@ -126,22 +159,31 @@ def lab(tmp_path_factory):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     token = "posttrain-test"
-    private = {name: str(root / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_WORKSPACES_DIR", "JUPYTERLAB_SETTINGS_DIR")}
+    private = {name: str(root / name.lower())
+               for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR",
+                            "JUPYTERLAB_WORKSPACES_DIR", "JUPYTERLAB_SETTINGS_DIR")}
     env = {**os.environ, **private, "OMP_NUM_THREADS": "1"}
     cell = "from posttrain.explore.weights import weights_explorer\nweights_explorer()"
-    nb = {"cells": [{"cell_type": "code", "id": "one", "execution_count": None, "metadata": {}, "outputs": [], "source": cell}],
-          "metadata": {"kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}, "language_info": {"name": "python"}}, "nbformat": 4, "nbformat_minor": 5}
+    nb = {
+        "cells": [{"cell_type": "code", "id": "one", "execution_count": None, "metadata": {}, "outputs": [],
+                   "source": cell}],
+        "metadata": {"kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
+                     "language_info": {"name": "python"}}, "nbformat": 4, "nbformat_minor": 5}
     (folder / "live.ipynb").write_text(json.dumps(nb))
     (folder / "run.ipynb").write_text(json.dumps({**nb, "cells": [{**nb["cells"][0], "source": RUN}]}))
     committed = json.loads((ROOT / "nbs/explore/05_weights.ipynb").read_text())
-    for name in ("untrusted", "trusted"):  # as committed, outputs included; trust goes by the content, so the two must differ
-        (folder / f"{name}.ipynb").write_text(json.dumps({**committed, "metadata": {**committed["metadata"], "copy": name}}))
-    subprocess.run([sys.executable, "-m", "jupyter", "trust", str(folder / "trusted.ipynb")], env=env, check=True, capture_output=True)
+    # as committed, outputs included; trust goes by the content, so the two must differ
+    for name in ("untrusted", "trusted"):
+        (folder / f"{name}.ipynb").write_text(
+            json.dumps({**committed, "metadata": {**committed["metadata"], "copy": name}}))
+    subprocess.run([sys.executable, "-m", "jupyter", "trust", str(folder / "trusted.ipynb")], env=env, check=True,
+                   capture_output=True)
     log = open(root / "log", "w")
-    server = subprocess.Popen(
-        [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}",
-         f"--ServerApp.root_dir={folder}", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--LabApp.extension_manager=readonly"],
-        env=env, stdout=log, stderr=subprocess.STDOUT)
+    server = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1",
+                               f"--port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}",
+                               f"--ServerApp.root_dir={folder}",
+                               "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+                               "--LabApp.extension_manager=readonly"], env=env, stdout=log, stderr=subprocess.STDOUT)
     address = f"http://127.0.0.1:{port}"
 
     try:
@@ -210,7 +252,8 @@ def test_lab_shows_a_picture_of_an_untrusted_notebook(page, lab):
     image.wait_for()
     image.scroll_into_view_if_needed()
     assert page.evaluate("i => i.complete && i.naturalWidth > 300", image.element_handle())
-    assert image.get_attribute("alt") and page.locator(".jp-OutputArea input").count() == 0  # nothing that looks alive and is not
+    # nothing that looks alive and is not
+    assert image.get_attribute("alt") and page.locator(".jp-OutputArea input").count() == 0
     assert "model not found" not in page.content()
 
 
@@ -227,7 +270,8 @@ def test_lab_moves_a_trusted_notebook_without_running_it(page, lab):
 
 
 def test_lab_dashboard_grows_in_place(page, lab):
-    """GRPO: one picture for the whole run, redrawn; at the end it shows the last answers and what was sampled last, and the folder holds them."""
+    """GRPO: one picture for the whole run, redrawn; at the end it shows the last answers and what was sampled last,
+    and the folder holds them."""
     open_notebook(page, lab, "run.ipynb")
     wait_for_kernel(page, lab)
     page.get_by_role("menuitem", name="Run", exact=True).click()
@@ -238,7 +282,10 @@ def test_lab_dashboard_grows_in_place(page, lab):
     while "after step 40" not in (now := shown(picture)) and time.monotonic() < deadline:
         seen.add(now)
         page.wait_for_timeout(50)
-    assert all(text in shown(picture) for text in ("greedy answers after step 40", "sampled in step 40", "kl (nats per token)", "dead groups")) and len(seen) > 1
-    assert page.locator(".jp-OutputArea :not(svg) > svg[role=img]").count() == 1 and page.locator(".jp-OutputArea pre", has_text="step 40/40").count() == 1
+    assert all(text in shown(picture)
+               for text in ("greedy answers after step 40", "sampled in step 40", "kl (nats per token)",
+                            "dead groups")) and len(seen) > 1
+    assert page.locator(".jp-OutputArea :not(svg) > svg[role=img]").count() == 1 and page.locator(
+        ".jp-OutputArea pre", has_text="step 40/40").count() == 1
     wait_for_kernel(page, lab)
     assert (lab[2] / "out" / "dashboard.svg").exists()

@@ -1,4 +1,6 @@
-"""The data room against TRL's preparation, on bad input, on streams, and packing by its properties. What teaches is in the notebooks."""
+"""The data room against TRL's preparation, on bad input, on streams, and packing by its properties.
+
+What teaches is in the notebooks."""
 import json
 import logging
 import random
@@ -12,12 +14,18 @@ from datasets import Dataset, DatasetDict, IterableDataset, disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny  # noqa: E402
-from posttrain.data import formats, tokens  # noqa: E402
-from posttrain.data.collate import collate_pairs, collate_sft, show_batch  # noqa: E402
-from posttrain.data.formats import dataset_type, extract_prompt, maybe_convert_to_chatml, maybe_extract_prompt, unpair_preference_dataset  # noqa: E402
+from posttrain.data import formats  # noqa: E402
+from posttrain.data.collate import collate_sft, show_batch  # noqa: E402
+from posttrain.data.formats import (  # noqa: E402
+    dataset_type,
+    extract_prompt,
+    maybe_convert_to_chatml,
+    maybe_extract_prompt,
+    unpair_preference_dataset,
+)
 from posttrain.data.packing import PACKING_STRATEGIES, pack_dataset  # noqa: E402
 from posttrain.data.packing_best_fit import best_fit_decreasing  # noqa: E402
-from posttrain.data.templates import CHATML, apply_chat_template, encode_chats  # noqa: E402
+from posttrain.data.templates import CHATML, apply_chat_template  # noqa: E402
 from posttrain.data.tokens import prepare_pairs, prepare_sft, prepare_steps, prepare_unpaired  # noqa: E402
 
 disable_progress_bars()
@@ -36,9 +44,13 @@ def assistant(text): return {"role": "assistant", "content": text}
 def system(text): return {"role": "system", "content": text}
 
 
-QA = [("What colour is the sky?", " It is blue."), ("What is 2 + 3?", " The answer is 5."), ("", "Only an answer."), ("Déjà vu: ", "你好，世界!"), ("She sold 48+24 =", " 72 clips altogether in April and May.<|im_end|>")]
-CHATS = [[user(q or "?"), assistant(a)] for q, a in QA] + [[system("Be brief."), user("a"), assistant("b"), user("c"), assistant("d")]]
-TOOLS = [{"type": "function", "function": {"name": "add", "description": "Add.", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}}]
+QA = [("What colour is the sky?", " It is blue."), ("What is 2 + 3?", " The answer is 5."), ("", "Only an answer."),
+      ("Déjà vu: ", "你好，世界!"), ("She sold 48+24 =", " 72 clips altogether in April and May.<|im_end|>")]
+CHATS = ([[user(q or "?"), assistant(a)] for q, a in QA]
+         + [[system("Be brief."), user("a"), assistant("b"), user("c"), assistant("d")]])
+TOOLS = [{"type": "function",
+          "function": {"name": "add", "description": "Add.",
+                       "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}}]
 TEXT = Dataset.from_dict({"text": [q + a for q, a in QA]})
 STANDARD = Dataset.from_dict({"prompt": [q for q, _ in QA], "completion": [a for _, a in QA]})
 MESSAGES = Dataset.from_dict({"messages": CHATS})
@@ -56,8 +68,9 @@ def by_trl(dataset, tokenizer, max_length=1024, packing=False, **options):
         completion_only = "prompt" in first and "completion" in first
     trainer = SimpleNamespace(_tokenizer=tokenizer, chat_template=None, completion_only_loss=completion_only)
     formatting_func = options.pop("formatting_func", None)
-    args = SimpleNamespace(**{**dict(dataset_num_proc=None, dataset_text_field="text", assistant_only_loss=False, max_length=max_length, truncation_mode="keep_start",
-                                     shuffle_dataset=False, seed=0, packing_strategy="bfd"), **options})
+    args = SimpleNamespace(
+        **{**dict(dataset_num_proc=None, dataset_text_field="text", assistant_only_loss=False, max_length=max_length,
+                  truncation_mode="keep_start", shuffle_dataset=False, seed=0, packing_strategy="bfd"), **options})
     prepared = SFTTrainer._prepare_dataset(trainer, dataset, tokenizer, args, packing, formatting_func, "train")
     return [(r["input_ids"], r["labels"]) for r in prepared]
 
@@ -67,31 +80,33 @@ def by_us(dataset, tokenizer, **options):
 
 
 # ---------------------------------------------------------------- parity with TRL: supervised fine-tuning
-CASES = {
-    "text": (TEXT, {}),
-    "text, short": (TEXT, dict(max_length=6)),
-    "text, end kept": (TEXT, dict(max_length=6, truncation_mode="keep_end")),
-    "other text field": (TEXT.rename_column("text", "story"), dict(dataset_text_field="story")),
-    "formatted": (TEXT, dict(formatting_func=lambda row: "Story: " + row["text"])),
-    "standard": (STANDARD, {}),
-    "standard, all tokens": (STANDARD, dict(completion_only_loss=False)),
-    "standard, short": (STANDARD, dict(max_length=9)),
-    "standard, end kept": (STANDARD, dict(max_length=9, truncation_mode="keep_end")),
-    "messages": (MESSAGES, {}),
-    "messages, assistant only": (MESSAGES, dict(assistant_only_loss=True)),
-    "messages, assistant only, short": (MESSAGES, dict(assistant_only_loss=True, max_length=30)),
-    "conversations": (CONVERSATIONS, {}),
-    "conversations, all tokens": (CONVERSATIONS, dict(completion_only_loss=False)),
-    "conversations, both masks": (CONVERSATIONS, dict(assistant_only_loss=True)),
-    "tools as lists": (MESSAGES.add_column("tools", [TOOLS] * len(CHATS)), {}),
-    "tools as JSON": (CONVERSATIONS.add_column("tools", [json.dumps(TOOLS)] * len(CHATS)), {}),
-    "template options": (MESSAGES.add_column("chat_template_kwargs", [{"enable_thinking": False}] * len(CHATS)), {}),
-    "tokenised": (Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5]]}), {}),
-    "tokenised, completion mask": (Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5]], "completion_mask": [[0, 1, 1], [0, 1]]}), dict(completion_only_loss=True)),
-    "tokenised, completion mask unused": (Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5]], "completion_mask": [[0, 1, 1], [0, 1]]}), {}),
-    "tokenised, two masks": (Dataset.from_dict({"input_ids": [[1, 2, 3, 4]], "completion_mask": [[0, 1, 1, 1]], "assistant_masks": [[1, 1, 0, 1]]}), dict(completion_only_loss=True)),
-    "tokenised, labels": (Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5, 6]], "labels": [[-100, 2, 3], [-100, -100, 6]]}), dict(max_length=2)),
-}
+CASES = {"text": (TEXT, {}), "text, short": (TEXT, dict(max_length=6)),
+         "text, end kept": (TEXT, dict(max_length=6, truncation_mode="keep_end")),
+         "other text field": (TEXT.rename_column("text", "story"), dict(dataset_text_field="story")),
+         "formatted": (TEXT, dict(formatting_func=lambda row: "Story: " + row["text"])), "standard": (STANDARD, {}),
+         "standard, all tokens": (STANDARD, dict(completion_only_loss=False)),
+         "standard, short": (STANDARD, dict(max_length=9)),
+         "standard, end kept": (STANDARD, dict(max_length=9, truncation_mode="keep_end")), "messages": (MESSAGES, {}),
+         "messages, assistant only": (MESSAGES, dict(assistant_only_loss=True)),
+         "messages, assistant only, short": (MESSAGES, dict(assistant_only_loss=True, max_length=30)),
+         "conversations": (CONVERSATIONS, {}),
+         "conversations, all tokens": (CONVERSATIONS, dict(completion_only_loss=False)),
+         "conversations, both masks": (CONVERSATIONS, dict(assistant_only_loss=True)),
+         "tools as lists": (MESSAGES.add_column("tools", [TOOLS] * len(CHATS)), {}),
+         "tools as JSON": (CONVERSATIONS.add_column("tools", [json.dumps(TOOLS)] * len(CHATS)), {}),
+         "template options": (MESSAGES.add_column("chat_template_kwargs", [{"enable_thinking": False}] * len(CHATS)),
+                              {}), "tokenised": (Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5]]}), {}),
+         "tokenised, completion mask": (
+             Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5]], "completion_mask": [[0, 1, 1], [0, 1]]}),
+             dict(completion_only_loss=True)),
+         "tokenised, completion mask unused": (
+             Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5]], "completion_mask": [[0, 1, 1], [0, 1]]}), {}),
+         "tokenised, two masks": (
+             Dataset.from_dict({"input_ids": [[1, 2, 3, 4]], "completion_mask": [[0, 1, 1, 1]],
+                                "assistant_masks": [[1, 1, 0, 1]]}), dict(completion_only_loss=True)),
+         "tokenised, labels": (
+             Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5, 6]], "labels": [[-100, 2, 3], [-100, -100, 6]]}),
+             dict(max_length=2))}
 
 
 @pytest.mark.parametrize("adds", [None, "<s> $A"])
@@ -125,23 +140,31 @@ def test_rows_equal_trl_under_real_templates():
     from posttrain.data.templates import has_generation_markers
     names, marked = [], 0
     for name, tokenizer in real_templates():
-        assert by_us(CONVERSATIONS, tokenizer, max_length=None) == by_trl(CONVERSATIONS, tokenizer, max_length=None), name
+        ours, theirs = (by(CONVERSATIONS, tokenizer, max_length=None) for by in (by_us, by_trl))
+        assert ours == theirs, name
         assert by_us(MESSAGES, tokenizer, max_length=None) == by_trl(MESSAGES, tokenizer, max_length=None), name
         if has_generation_markers(tokenizer.chat_template):
             marked += 1
-            assert by_us(MESSAGES, tokenizer, assistant_only_loss=True, max_length=None) == by_trl(MESSAGES, tokenizer, assistant_only_loss=True, max_length=None), name
+            options = dict(assistant_only_loss=True, max_length=None)
+            assert by_us(MESSAGES, tokenizer, **options) == by_trl(MESSAGES, tokenizer, **options), name
         names.append(name)
     assert len(names) > 20 and marked > 5 and "qwen3" in names
 
 
 def test_sharegpt_equals_trl_and_renames_speakers():
     tokenizer = tiny.tokenizer(CHATML)
-    spelled = Dataset.from_dict({"conversations": [[{"from": m["role"], "value": m["content"]} for m in chat] for chat in CHATS]})
-    assert by_us(spelled, tokenizer, assistant_only_loss=True) == by_trl(spelled, tokenizer, assistant_only_loss=True) == by_us(MESSAGES, tokenizer, assistant_only_loss=True)
+    spelled = Dataset.from_dict(
+        {"conversations": [[{"from": m["role"], "value": m["content"]} for m in chat] for chat in CHATS]})
+    expected = by_us(MESSAGES, tokenizer, assistant_only_loss=True)
+    assert by_us(spelled, tokenizer, assistant_only_loss=True) == expected
+    assert by_trl(spelled, tokenizer, assistant_only_loss=True) == expected
     speakers = {"user": "human", "assistant": "gpt", "system": "system"}
-    original = Dataset.from_dict({"conversations": [[{"from": speakers[m["role"]], "value": m["content"]} for m in chat] for chat in CHATS]})
-    assert by_us(original, tokenizer, assistant_only_loss=True) == by_us(MESSAGES, tokenizer, assistant_only_loss=True)  # TRL keeps the name "gpt" here, and no turn is an assistant's
-    assert maybe_convert_to_chatml({"prompt": [{"from": "human", "value": "hi"}], "n": 1}) == {"prompt": [user("hi")], "n": 1}
+    original = Dataset.from_dict(
+        {"conversations": [[{"from": speakers[m["role"]], "value": m["content"]} for m in chat] for chat in CHATS]})
+    # TRL keeps the name "gpt" here, and no turn is an assistant's
+    assert by_us(original, tokenizer, assistant_only_loss=True) == by_us(MESSAGES, tokenizer, assistant_only_loss=True)
+    assert maybe_convert_to_chatml({"prompt": [{"from": "human", "value": "hi"}], "n": 1}) == {
+        "prompt": [user("hi")], "n": 1}
 
 
 def test_end_of_sequence_once_even_if_the_tokenizer_adds_its_own():
@@ -158,13 +181,15 @@ def test_padding_with_the_end_token_changes_nothing():
         assert by_us(dataset, careful) == by_us(dataset, careless)
     rows = list(prepare_sft(STANDARD, careless))
     batch = collate_sft(rows)
-    assert batch["mask"].sum(1).tolist() == [sum(l != -100 for l in r["labels"][1:]) for r in rows]  # a first token has no context
+    # a first token has no context
+    assert batch["mask"].sum(1).tolist() == [sum(l != -100 for l in r["labels"][1:]) for r in rows]
     assert show_batch(batch, careless).ends == 1.0
 
 
 def test_prompts_that_are_not_prefixes_are_reported_once(heard):
     tokenizer = tiny.tokenizer()
-    dataset = Dataset.from_dict({"prompt": ["The ", "What "], "completion": ["sky is", "is 2"]})  # " sky" and " is" are tokens
+    # " sky" and " is" are tokens
+    dataset = Dataset.from_dict({"prompt": ["The ", "What "], "completion": ["sky is", "is 2"]})
     assert by_us(dataset, tokenizer) == by_trl(dataset, tokenizer)
     assert len(heard.records) == 1 and "' '" in heard.text and "token boundary" in heard.text
 
@@ -180,7 +205,8 @@ def test_assistant_turns_of_a_long_chat():
 def test_options_differ_from_row_to_row():
     "A struct column fills in None where a row had no such field; None must not reach the template."
     template = CHATML + "{{ '[' ~ mood ~ ']' if mood is defined else '' }}"
-    dataset = MESSAGES.select([0, 1, 2]).add_column("chat_template_kwargs", [{"mood": "calm", "other": None}, {"mood": None, "other": 1}, None])
+    options = [{"mood": "calm", "other": None}, {"mood": None, "other": 1}, None]
+    dataset = MESSAGES.select([0, 1, 2]).add_column("chat_template_kwargs", options)
     texts = [tiny.tokenizer(template).decode(ids) for ids, _ in by_us(dataset, tiny.tokenizer(template))]
     assert [t.endswith("[calm]") for t in texts] == [True, False, False] and not any("None" in t for t in texts)
 
@@ -196,7 +222,8 @@ def test_formats_of_the_dataset_do_not_matter():
 def test_preparing_twice_is_cached(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps({"text": q + a}) for q, a in QA))
-    first, second = (prepare_sft(Dataset.from_json(str(path), cache_dir=str(tmp_path / "cache")), tiny.tokenizer()) for _ in range(2))
+    first, second = (prepare_sft(Dataset.from_json(str(path), cache_dir=str(tmp_path / "cache")), tiny.tokenizer())
+                     for _ in range(2))
     assert first._fingerprint == second._fingerprint and list(first) == list(second)
 
 
@@ -213,11 +240,16 @@ def test_a_stream_is_read_lazily():
 
 
 # ---------------------------------------------------------------- parity with TRL: preferences
-EXPLICIT = Dataset.from_dict({"prompt": [q for q, _ in QA], "chosen": [a for _, a in QA], "rejected": [" No." + a[:5] for _, a in QA]})
-IMPLICIT = Dataset.from_dict({side: [q + a for q, a in zip(EXPLICIT["prompt"], EXPLICIT[side])] for side in ("chosen", "rejected")})
-CHAT_PAIRS = Dataset.from_dict({"prompt": [c[:-1] for c in CHATS], "chosen": [c[-1:] for c in CHATS], "rejected": [[assistant("No.")]] * len(CHATS)})
-CHAT_IMPLICIT = Dataset.from_dict({side: [p + a for p, a in zip(CHAT_PAIRS["prompt"], CHAT_PAIRS[side])] for side in ("chosen", "rejected")})
-PAIRS = {"explicit": EXPLICIT, "implicit": IMPLICIT, "chats": CHAT_PAIRS, "implicit chats": CHAT_IMPLICIT, "chats with tools": CHAT_PAIRS.add_column("tools", [json.dumps(TOOLS)] * len(CHATS))}
+EXPLICIT = Dataset.from_dict({"prompt": [q for q, _ in QA], "chosen": [a for _, a in QA],
+                              "rejected": [" No." + a[:5] for _, a in QA]})
+IMPLICIT = Dataset.from_dict(
+    {side: [q + a for q, a in zip(EXPLICIT["prompt"], EXPLICIT[side])] for side in ("chosen", "rejected")})
+CHAT_PAIRS = Dataset.from_dict({"prompt": [c[:-1] for c in CHATS], "chosen": [c[-1:] for c in CHATS],
+                                "rejected": [[assistant("No.")]] * len(CHATS)})
+CHAT_IMPLICIT = Dataset.from_dict(
+    {side: [p + a for p, a in zip(CHAT_PAIRS["prompt"], CHAT_PAIRS[side])] for side in ("chosen", "rejected")})
+PAIRS = {"explicit": EXPLICIT, "implicit": IMPLICIT, "chats": CHAT_PAIRS, "implicit chats": CHAT_IMPLICIT,
+         "chats with tools": CHAT_PAIRS.add_column("tools", [json.dumps(TOOLS)] * len(CHATS))}
 
 
 @pytest.mark.parametrize("adds", [None, "<s> $A"])
@@ -228,13 +260,16 @@ def test_pairs_equal_trl(case, max_length, adds):
     tokenizer = tiny.tokenizer(CHATML, adds=adds, bos="<s>")
     args = SimpleNamespace(dataset_num_proc=None, max_length=max_length, truncation_mode="keep_start")
     theirs = DPOTrainer._prepare_dataset(SimpleNamespace(_tokenizer=tokenizer), PAIRS[case], tokenizer, args, "train")
-    theirs = [(r["prompt_ids"], *((r["prompt_ids"] + r[side])[:max_length][len(r["prompt_ids"]):] for side in ("chosen_ids", "rejected_ids"))) for r in theirs]
+    theirs = [(r["prompt_ids"],
+               *((r["prompt_ids"] + r[side])[:max_length][len(r["prompt_ids"]):]
+                 for side in ("chosen_ids", "rejected_ids"))) for r in theirs]
     if not theirs:
         with pytest.raises(ValueError, match="no row of the train dataset"):
             prepare_pairs(PAIRS[case], tokenizer, max_length=max_length)
         return
     for dataset in (PAIRS[case], PAIRS[case].to_iterable_dataset()):
-        assert [(r["prompt_ids"], r["chosen_ids"], r["rejected_ids"]) for r in prepare_pairs(dataset, tokenizer, max_length=max_length)] == theirs
+        assert [(r["prompt_ids"], r["chosen_ids"], r["rejected_ids"])
+                for r in prepare_pairs(dataset, tokenizer, max_length=max_length)] == theirs
 
 
 @pytest.mark.parametrize("case", PAIRS)
@@ -242,9 +277,11 @@ def test_rewards_are_asked_for_what_trl_asks(case):
     from trl import RewardTrainer
     tokenizer = tiny.tokenizer(CHATML)
     for max_length in (None, 200 if "tools" in case else 50):
-        theirs = RewardTrainer._prepare_dataset(SimpleNamespace(), PAIRS[case], tokenizer, SimpleNamespace(dataset_num_proc=None, max_length=max_length), "train")
+        theirs = RewardTrainer._prepare_dataset(SimpleNamespace(), PAIRS[case], tokenizer,
+                                                SimpleNamespace(dataset_num_proc=None, max_length=max_length), "train")
         ours = prepare_pairs(PAIRS[case], tokenizer, max_length=max_length, truncation_mode="drop")
-        assert [(r["prompt_ids"] + r["chosen_ids"], r["prompt_ids"] + r["rejected_ids"]) for r in ours] == [(r["chosen_ids"], r["rejected_ids"]) for r in theirs]
+        assert [(r["prompt_ids"] + r["chosen_ids"], r["prompt_ids"] + r["rejected_ids"])
+                for r in ours] == [(r["chosen_ids"], r["rejected_ids"]) for r in theirs]
 
 
 @pytest.mark.parametrize("case", PAIRS)
@@ -253,10 +290,12 @@ def test_judged_answers_equal_trl(case):
     tokenizer = tiny.tokenizer(CHATML)
     limit = 200 if "tools" in case else 60
     args = SimpleNamespace(dataset_num_proc=None, max_length=limit, truncation_mode="keep_start")
-    theirs = KTOTrainer._prepare_dataset(SimpleNamespace(_tokenizer=tokenizer, calculate_KL=False), PAIRS[case], tokenizer, args, "train")
+    theirs = KTOTrainer._prepare_dataset(SimpleNamespace(_tokenizer=tokenizer, calculate_KL=False), PAIRS[case],
+                                         tokenizer, args, "train")
     theirs = [(r["prompt_ids"], r["completion_ids"][:limit - len(r["prompt_ids"])], r["label"]) for r in theirs]
     for dataset in (PAIRS[case], PAIRS[case].to_iterable_dataset()):
-        assert [(r["prompt_ids"], r["completion_ids"], r["label"]) for r in prepare_unpaired(dataset, tokenizer, max_length=limit)] == theirs
+        assert [(r["prompt_ids"], r["completion_ids"], r["label"])
+                for r in prepare_unpaired(dataset, tokenizer, max_length=limit)] == theirs
 
 
 def test_conversions_equal_trl():
@@ -268,9 +307,11 @@ def test_conversions_equal_trl():
             assert maybe_extract_prompt(row) == trl.maybe_extract_prompt(row)
     for _ in range(300):
         pair = {side: "x" + "".join(rng.choices("a b", k=rng.randint(1, 5))) for side in ("chosen", "rejected")}
-        if not any(a.startswith(b) for a, b in (pair.values(), list(pair.values())[::-1])):  # there TRL leaves a space to the prompt
+        # there TRL leaves a space to the prompt
+        if not any(a.startswith(b) for a, b in (pair.values(), list(pair.values())[::-1])):
             assert extract_prompt(pair) == trl.extract_prompt(pair)
-    # Where nothing is shared TRL looks at the last character instead of the one before the first, and shares a wrong prompt.
+    # Where nothing is shared TRL looks at the last character instead of the one before the first, and shares a wrong
+    # prompt.
     assert trl.extract_prompt({"chosen": "a ", "rejected": "b "})["prompt"] == "a"
     assert extract_prompt({"chosen": "a ", "rejected": "b "})["prompt"] == ""
 
@@ -278,19 +319,23 @@ def test_conversions_equal_trl():
 def test_rendered_text_equals_trl():
     import trl
     tokenizer = tiny.tokenizer(CHATML)
-    rows = [*MESSAGES, *CONVERSATIONS, *CHAT_PAIRS, *CHAT_IMPLICIT, {"prompt": CHATS[0][:1]}, {"prompt": CHATS[0]}, {**CONVERSATIONS[0], "label": True}]
+    rows = [*MESSAGES, *CONVERSATIONS, *CHAT_PAIRS, *CHAT_IMPLICIT, {"prompt": CHATS[0][:1]}, {"prompt": CHATS[0]},
+            {**CONVERSATIONS[0], "label": True}]
     for row in rows:
         assert apply_chat_template(row, tokenizer, tools=TOOLS) == trl.apply_chat_template(row, tokenizer, tools=TOOLS)
 
 
 def test_steps_are_judged_where_they_end():
     tokenizer = tiny.tokenizer(bos="<s>")
-    rows = Dataset.from_dict({"prompt": ["What is 2 + 3?", "The sky"], "completions": [["2 + 3 = 5", "The answer is 5."], ["It is blue"]], "labels": [[True, False], [True]]})
+    rows = Dataset.from_dict({"prompt": ["What is 2 + 3?", "The sky"],
+                              "completions": [["2 + 3 = 5", "The answer is 5."], ["It is blue"]],
+                              "labels": [[True, False], [True]]})
     for row, raw in zip(prepare_steps(rows, tokenizer), rows):
         ends = [i for i, l in enumerate(row["labels"]) if l != -100]
         assert [bool(row["labels"][i]) for i in ends] == raw["labels"]
         for k, i in enumerate(ends):
-            assert tokenizer.decode(row["input_ids"][:i + 1]) == "<s>" + raw["prompt"] + "".join(s + "\n" for s in raw["completions"][:k + 1])
+            assert tokenizer.decode(row["input_ids"][:i + 1]) == "<s>" + raw["prompt"] + "".join(
+                s + "\n" for s in raw["completions"][:k + 1])
     last = prepare_steps(rows, tokenizer, train_on_last_step_only=True)
     assert [sum(l != -100 for l in r["labels"]) for r in last] == [1, 1]
     chats = rows.map(lambda row: {"prompt": [user(row["prompt"])]})
@@ -301,45 +346,80 @@ def test_steps_are_judged_where_they_end():
 def dataset(**columns): return Dataset.from_dict(columns)
 
 
-BAD = {
-    "missing column": (lambda t: prepare_sft(dataset(prompt=["a"], output=["b"]), t), ValueError, ["SFTTrainer needs", "'completion' is missing", "'prompt' and 'output'", "rename_columns({'output': 'completion'})"]),
-    "nothing alike": (lambda t: prepare_sft(dataset(foo=["a"]), t), ValueError, ["The dataset has: 'foo'", "rename_column('your_name'"]),
-    "only a prompt": (lambda t: prepare_sft(dataset(prompt=["a"]), t), ValueError, ["'completion' is missing"]),
-    "empty": (lambda t: prepare_sft(dataset(text=[]), t), ValueError, ["SFTTrainer is empty", "0 rows"]),
-    "empty stream": (lambda t: prepare_sft(IterableDataset.from_generator(lambda: iter(())), t), ValueError, ["SFTTrainer is empty"]),
-    "wrong type": (lambda t: prepare_sft(dataset(text=[1, 2]), t), TypeError, ["column 'text', row 0", "expected a string", "1 (int)"]),
-    "a hole": (lambda t: prepare_sft(dataset(text=["a", "b", None]), t), TypeError, ["column 'text', row 2", "None (NoneType)"]),
-    "a hole in a stream": (lambda t: list(prepare_sft(dataset(text=["a"] * 1500 + [None]).to_iterable_dataset(), t)), TypeError, ["column 'text', row 1500", "None (NoneType)"]),
-    "no messages": (lambda t: prepare_sft(dataset(messages=[[user("a"), assistant("b")], []]), t), TypeError, ["column 'messages', row 1", "non-empty list of messages", "[] (list)"]),
-    "mixed spelling": (lambda t: prepare_sft(dataset(prompt=["a"], completion=[[assistant("b")]]), t), TypeError, ["'prompt' is a string, 'completion' is a list of messages"]),
-    "prompts too long": (lambda t: prepare_sft(dataset(prompt=["What colour is the sky?"], completion=["blue"]), t, max_length=4), ValueError, ["no row of the train dataset", "max_length=4", "keep_end"]),
-    "stream of prompts too long": (lambda t: prepare_sft(dataset(prompt=["What colour is the sky?"], completion=["blue"]).to_iterable_dataset(), t, max_length=4), ValueError, ["first 1000 rows", "max_length=4"]),
-    "nothing to learn": (lambda t: prepare_sft(dataset(text=["", ""]), t), ValueError, ["no row of the train dataset"]),
-    "unknown truncation": (lambda t: prepare_sft(TEXT, t, truncation_mode="middle"), ValueError, ["'keep_start', 'keep_end'", "'middle'"]),
-    "max_length 0": (lambda t: prepare_sft(TEXT, t, max_length=0), ValueError, ["positive", "got 0"]),
-    "no pad": (lambda t: prepare_sft(TEXT, tiny.tokenizer(pad=None)), ValueError, ["no padding token", "tokenizer.pad_token = tokenizer.eos_token"]),
-    "no end": (lambda t: prepare_sft(TEXT, tiny.tokenizer(eos=None)), ValueError, ["no end-of-sequence token", "eos_token"]),
-    "no template": (lambda t: prepare_sft(MESSAGES, tiny.tokenizer()), ValueError, ["no chat template", "chat_template_path"]),
-    "no markers": (lambda t: prepare_sft(MESSAGES, tiny.tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}"), assistant_only_loss=True), ValueError, ["does not mark it", "{% generation %}"]),
-    "assistant_only_loss of strings": (lambda t: prepare_sft(STANDARD, t, assistant_only_loss=True), ValueError, ["needs conversations", "'prompt'"]),
-    "completion_only_loss of texts": (lambda t: prepare_sft(TEXT, t, completion_only_loss=True), ValueError, ["needs the columns 'prompt' and 'completion'"]),
-    "formatting a completion": (lambda t: prepare_sft(STANDARD, t, formatting_func=str, completion_only_loss=True), ValueError, ["formatting_func", "completion_only_loss"]),
-    "formatting to a list": (lambda t: prepare_sft(STANDARD, t, formatting_func=lambda row: [row["prompt"]]), TypeError, ["returns a string", "returned list"]),
-    "a transform": (lambda t: prepare_sft(TEXT.with_transform(lambda batch: batch), t), ValueError, ["with_transform", "Dataset.map"]),
-    "labels of another length": (lambda t: prepare_sft(dataset(input_ids=[[1, 2], [3, 4]], labels=[[1, 2], [3]]), t), ValueError, ["row 1", "2 input_ids", "1 labels"]),
-    "labels of other tokens": (lambda t: prepare_sft(dataset(input_ids=[[1, 2], [3, 4]], labels=[[1, 2], [3, 9]]), t), ValueError, ["row 1", "label 9", "token 4"]),
-    "bad tools": (lambda t: prepare_sft(MESSAGES.select([0]).add_column("tools", ["{nope"]), t), ValueError, ["'tools'", "not JSON"]),
-    "pairs without one": (lambda t: prepare_pairs(dataset(prompt=["a"], accepted=["b"], rejected=["c"]), t), ValueError, ["DPOTrainer", "'chosen' is missing", "{'accepted': 'chosen'}"]),
-    "pairs of numbers": (lambda t: prepare_pairs(dataset(prompt=["a"], chosen=["b"], rejected=[3]), t), TypeError, ["column 'rejected', row 0", "3 (int)"]),
-    "no verdict": (lambda t: prepare_unpaired(dataset(prompt=["a"], completion=["b"]), t), ValueError, ["KTOTrainer", "'label' is missing"]),
-    "a verdict of words": (lambda t: prepare_unpaired(dataset(prompt=["a"], completion=["b"], label=["good"]), t), TypeError, ["column 'label', row 0", "True or False", "'good' (str)"]),
-    "steps and labels": (lambda t: prepare_steps(dataset(prompt=["a"], completions=[["b", "c"]], labels=[[True]]), t), ValueError, ["2 completions", "1 labels"]),
-    "unknown packing": (lambda t: pack_dataset(dataset(input_ids=[[1]]), 4, "ffd"), ValueError, ["'bfd', 'bfd_split', 'wrapped'", "'ffd'"]),
-    "packing text": (lambda t: pack_dataset(TEXT, 4), TypeError, ["column 'text'", "select_columns"]),
-    "packing twice": (lambda t: pack_dataset(pack_dataset(dataset(input_ids=[[1]]), 4), 4), ValueError, ["packed already"]),
-    "unpairing answers": (lambda t: unpair_preference_dataset(dataset(prompt=["a"], completion=["b"])), ValueError, ["'chosen' and 'rejected' are missing"]),
-    "type of nothing known": (lambda t: dataset_type({"x": 1}), ValueError, ["The dataset has: 'x'"]),
-}
+BAD = {"missing column": (lambda t: prepare_sft(dataset(prompt=["a"], output=["b"]), t), ValueError,
+                          ["SFTTrainer needs", "'completion' is missing", "'prompt' and 'output'",
+                           "rename_columns({'output': 'completion'})"]),
+       "nothing alike": (lambda t: prepare_sft(dataset(foo=["a"]), t), ValueError,
+                         ["The dataset has: 'foo'", "rename_column('your_name'"]),
+       "only a prompt": (lambda t: prepare_sft(dataset(prompt=["a"]), t), ValueError, ["'completion' is missing"]),
+       "empty": (lambda t: prepare_sft(dataset(text=[]), t), ValueError, ["SFTTrainer is empty", "0 rows"]),
+       "empty stream": (lambda t: prepare_sft(IterableDataset.from_generator(lambda: iter(())), t), ValueError,
+                        ["SFTTrainer is empty"]),
+       "wrong type": (lambda t: prepare_sft(dataset(text=[1, 2]), t), TypeError,
+                      ["column 'text', row 0", "expected a string", "1 (int)"]),
+       "a hole": (lambda t: prepare_sft(dataset(text=["a", "b", None]), t), TypeError,
+                  ["column 'text', row 2", "None (NoneType)"]),
+       "a hole in a stream": (lambda t: list(prepare_sft(dataset(text=["a"] * 1500 + [None]).to_iterable_dataset(), t)),
+                              TypeError, ["column 'text', row 1500", "None (NoneType)"]),
+       "no messages": (lambda t: prepare_sft(dataset(messages=[[user("a"), assistant("b")], []]), t), TypeError,
+                       ["column 'messages', row 1", "non-empty list of messages", "[] (list)"]),
+       "mixed spelling": (lambda t: prepare_sft(dataset(prompt=["a"], completion=[[assistant("b")]]), t), TypeError,
+                          ["'prompt' is a string, 'completion' is a list of messages"]),
+       "prompts too long": (lambda t: prepare_sft(dataset(prompt=["What colour is the sky?"], completion=["blue"]), t,
+                                                  max_length=4), ValueError,
+                            ["no row of the train dataset", "max_length=4", "keep_end"]),
+       "stream of prompts too long": (
+           lambda t: prepare_sft(dataset(prompt=["What colour is the sky?"], completion=["blue"]).to_iterable_dataset(),
+                                 t, max_length=4), ValueError, ["first 1000 rows", "max_length=4"]),
+       "nothing to learn": (lambda t: prepare_sft(dataset(text=["", ""]), t), ValueError,
+                            ["no row of the train dataset"]),
+       "unknown truncation": (lambda t: prepare_sft(TEXT, t, truncation_mode="middle"), ValueError,
+                              ["'keep_start', 'keep_end'", "'middle'"]),
+       "max_length 0": (lambda t: prepare_sft(TEXT, t, max_length=0), ValueError, ["positive", "got 0"]),
+       "no pad": (lambda t: prepare_sft(TEXT, tiny.tokenizer(pad=None)), ValueError,
+                  ["no padding token", "tokenizer.pad_token = tokenizer.eos_token"]),
+       "no end": (lambda t: prepare_sft(TEXT, tiny.tokenizer(eos=None)), ValueError,
+                  ["no end-of-sequence token", "eos_token"]),
+       "no template": (lambda t: prepare_sft(MESSAGES, tiny.tokenizer()), ValueError,
+                       ["no chat template", "chat_template_path"]),
+       "no markers": (lambda t: prepare_sft(MESSAGES,
+                                            tiny.tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}"),
+                                            assistant_only_loss=True), ValueError,
+                      ["does not mark it", "{% generation %}"]),
+       "assistant_only_loss of strings": (lambda t: prepare_sft(STANDARD, t, assistant_only_loss=True), ValueError,
+                                          ["needs conversations", "'prompt'"]),
+       "completion_only_loss of texts": (lambda t: prepare_sft(TEXT, t, completion_only_loss=True), ValueError,
+                                         ["needs the columns 'prompt' and 'completion'"]),
+       "formatting a completion": (lambda t: prepare_sft(STANDARD, t, formatting_func=str, completion_only_loss=True),
+                                   ValueError, ["formatting_func", "completion_only_loss"]),
+       "formatting to a list": (lambda t: prepare_sft(STANDARD, t, formatting_func=lambda row: [row["prompt"]]),
+                                TypeError, ["returns a string", "returned list"]),
+       "a transform": (lambda t: prepare_sft(TEXT.with_transform(lambda batch: batch), t), ValueError,
+                       ["with_transform", "Dataset.map"]),
+       "labels of another length": (lambda t: prepare_sft(dataset(input_ids=[[1, 2], [3, 4]], labels=[[1, 2], [3]]), t),
+                                    ValueError, ["row 1", "2 input_ids", "1 labels"]),
+       "labels of other tokens": (lambda t: prepare_sft(dataset(input_ids=[[1, 2], [3, 4]], labels=[[1, 2], [3, 9]]),
+                                                        t), ValueError, ["row 1", "label 9", "token 4"]),
+       "bad tools": (lambda t: prepare_sft(MESSAGES.select([0]).add_column("tools", ["{nope"]), t), ValueError,
+                     ["'tools'", "not JSON"]),
+       "pairs without one": (lambda t: prepare_pairs(dataset(prompt=["a"], accepted=["b"], rejected=["c"]), t),
+                             ValueError, ["DPOTrainer", "'chosen' is missing", "{'accepted': 'chosen'}"]),
+       "pairs of numbers": (lambda t: prepare_pairs(dataset(prompt=["a"], chosen=["b"], rejected=[3]), t), TypeError,
+                            ["column 'rejected', row 0", "3 (int)"]),
+       "no verdict": (lambda t: prepare_unpaired(dataset(prompt=["a"], completion=["b"]), t), ValueError,
+                      ["KTOTrainer", "'label' is missing"]),
+       "a verdict of words": (lambda t: prepare_unpaired(dataset(prompt=["a"], completion=["b"], label=["good"]), t),
+                              TypeError, ["column 'label', row 0", "True or False", "'good' (str)"]),
+       "steps and labels": (lambda t: prepare_steps(dataset(prompt=["a"], completions=[["b", "c"]], labels=[[True]]),
+                                                    t), ValueError, ["2 completions", "1 labels"]),
+       "unknown packing": (lambda t: pack_dataset(dataset(input_ids=[[1]]), 4, "ffd"), ValueError,
+                           ["'bfd', 'bfd_split', 'wrapped'", "'ffd'"]),
+       "packing text": (lambda t: pack_dataset(TEXT, 4), TypeError, ["column 'text'", "select_columns"]),
+       "packing twice": (lambda t: pack_dataset(pack_dataset(dataset(input_ids=[[1]]), 4), 4), ValueError,
+                         ["packed already"]),
+       "unpairing answers": (lambda t: unpair_preference_dataset(dataset(prompt=["a"], completion=["b"])), ValueError,
+                             ["'chosen' and 'rejected' are missing"]),
+       "type of nothing known": (lambda t: dataset_type({"x": 1}), ValueError, ["The dataset has: 'x'"])}
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -416,13 +496,16 @@ def test_labels_travel_with_their_tokens():
 
 def test_packing_keeps_types_and_dictionaries():
     from datasets import Features, List, Value
-    documents = random_documents(np.random.default_rng(6)).cast(Features({"input_ids": List(Value("int64")), "labels": List(Value("int32"))}))
+    documents = random_documents(np.random.default_rng(6)).cast(
+        Features({"input_ids": List(Value("int64")), "labels": List(Value("int32"))}))
     packed = pack_dataset(DatasetDict(a=documents, b=documents.select(range(10))), 20)
-    assert packed["a"].features["input_ids"].feature.dtype == "int64" and packed["a"].features["labels"].feature.dtype == "int32"
+    assert packed["a"].features["input_ids"].feature.dtype == "int64" and packed["a"].features[
+        "labels"].feature.dtype == "int32"
     assert list(packed["b"]) == list(pack_dataset(documents.select(range(10)), 20))
 
 
 def test_best_fit_at_its_edges():
     assert len(best_fit_decreasing([], 8).rows) == 1 and len(best_fit_decreasing([0, 0], 8).starts) == 0
-    assert best_fit_decreasing([8, 8], 8).rows.tolist() == [0, 1, 2] and best_fit_decreasing([1] * 8, 8).rows.tolist() == [0, 8]
+    assert best_fit_decreasing([8, 8], 8).rows.tolist() == [0, 1, 2]
+    assert best_fit_decreasing([1] * 8, 8).rows.tolist() == [0, 8]
     assert list(pack_dataset(dataset(input_ids=[[], [1]]), 4)) == [dict(input_ids=[1], seq_lengths=[1])]

@@ -12,7 +12,8 @@ import pytest
 from posttrain.explore import clip, groups, kl, svg, tokens, weights, zero_loss
 from posttrain.explore.core import WIDGET_VIEW, Explorer, choice, slider, toggle
 
-EXPLORERS = {"tokens": tokens.tokens_explorer, "kl": kl.kl_explorer, "weights": weights.weights_explorer, "zero loss": zero_loss.zero_loss_explorer, "groups": groups.groups_explorer, "clip": clip.clip_explorer}
+EXPLORERS = {"tokens": tokens.tokens_explorer, "kl": kl.kl_explorer, "weights": weights.weights_explorer,
+             "zero loss": zero_loss.zero_loss_explorer, "groups": groups.groups_explorer, "clip": clip.clip_explorer}
 
 
 @pytest.fixture(scope="module", params=EXPLORERS)
@@ -50,7 +51,8 @@ def test_corners_are_finite_and_differ(explorer):
 def test_every_saved_frame_is_in_the_page_and_the_page_is_small(explorer):
     html = explorer.html()
     assert len(html.encode()) < 250_000
-    assert html == EXPLORERS[next(k for k, v in EXPLORERS.items() if v().title == explorer.title)]().html()  # the same bytes from a new object
+    # the same bytes from a new object
+    assert html == EXPLORERS[next(k for k, v in EXPLORERS.items() if v().title == explorer.title)]().html()
     data = json.loads(re.search(r"const data = (.*);\n", html)[1].replace("<\\/", "</"))
     rebuilt = ["\n".join(data["lines"][k] for k in data["frames"][i]) for i in data["index"]]
     assert rebuilt == [explorer.frame(**v) for v in explorer.grid()]
@@ -62,7 +64,7 @@ def test_without_scripts_there_is_one_right_picture(explorer):
     image = re.search(r'<img alt="([^"]+)" src="data:image/svg\+xml;base64,([^"]+)"', bare)
     assert base64.b64decode(image[2]).decode() == explorer.frame() and len(image[1]) > 20
     assert "<input" not in bare and "<select" not in bare  # no dead controls
-    for name, control in explorer.controls.items():
+    for name in explorer.controls:
         assert explorer._label(name) in bare  # but what they are set to
 
 
@@ -78,7 +80,8 @@ def test_widget_follows_its_controls(explorer):
 
 
 def test_each_asks_one_question(explorer):
-    assert explorer.question.endswith("?") and explorer.question.count("?") == 1 and explorer.question in explorer.html()
+    assert explorer.question.endswith("?") and explorer.question.count("?") == 1
+    assert explorer.question in explorer.html()
 
 
 def test_one_bundle_carries_both_forms(monkeypatch):
@@ -103,13 +106,17 @@ def test_works_without_ipywidgets():
 
 def test_text_cannot_break_the_page():
     nasty = "</script><b>\"'&<!--"
-    page = Explorer(lambda a: svg.line_plot([0, 1], {nasty: [0, 1], a: [1, 0]}, title=nasty), title=nasty, question=nasty, a=choice("x", nasty)).html()
+    page = Explorer(lambda a: svg.line_plot([0, 1], {nasty: [0, 1], a: [1, 0]}, title=nasty), title=nasty,
+                    question=nasty, a=choice("x", nasty)).html()
     assert page.count("</script>") == 1 and "<b>\"" not in page and "<!--" not in page
 
 
 def test_mistakes_say_what_to_do():
     draw = lambda a: svg.line_plot([0], {"y": [a]})
-    for wrong, hint in [(lambda: Explorer(draw, a=0.5), "expected slider"), (lambda: Explorer(draw, a=toggle()).frame(b=1), "there are: a"),
-                        (lambda: Explorer(draw, a=slider(0, 1, steps=200)), "fewer steps"), (lambda: slider(0, 1, log=True), "low > 0"), (lambda: choice("a", value="b"), "among them")]:
+    for wrong, hint in [(lambda: Explorer(draw, a=0.5), "expected slider"),
+                        (lambda: Explorer(draw, a=toggle()).frame(b=1), "there are: a"),
+                        (lambda: Explorer(draw, a=slider(0, 1, steps=200)), "fewer steps"),
+                        (lambda: slider(0, 1, log=True), "low > 0"),
+                        (lambda: choice("a", value="b"), "among them")]:
         with pytest.raises(ValueError, match=re.escape(hint)):
             wrong()

@@ -1,4 +1,4 @@
-"""The foundations against TRL 1.16's own formulas: TRL's loss methods run on a stand-in for a trainer, on the same tensors."""
+"""The foundations against TRL 1.16's own formulas: TRL's loss methods run on a stand-in for a trainer."""
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -21,9 +21,10 @@ def batch():
     torch.manual_seed(0)
     lengths = torch.tensor([9, 3, 5, 1, 7, 4])
     logps = -2 * torch.rand(B, T, dtype=torch.float64)
-    return SimpleNamespace(
-        logps=logps, old=logps + 0.4 * torch.randn(B, T, dtype=torch.float64), ref=logps + 0.3 * torch.randn(B, T, dtype=torch.float64),
-        advantages=torch.randn(B, dtype=torch.float64), mask=(torch.arange(T) < lengths[:, None]).long())
+    return SimpleNamespace(logps=logps, old=logps + 0.4 * torch.randn(B, T, dtype=torch.float64),
+                           ref=logps + 0.3 * torch.randn(B, T, dtype=torch.float64),
+                           advantages=torch.randn(B, dtype=torch.float64),
+                           mask=(torch.arange(T) < lengths[:, None]).long())
 
 
 def trl_grpo(batch, **settings):
@@ -31,12 +32,15 @@ def trl_grpo(batch, **settings):
     from trl.trainer.grpo_trainer import GRPOTrainer
     logps = batch.logps.clone().requires_grad_()
     accelerator = SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x)
-    fake = SimpleNamespace(
-        _get_per_token_logps_and_entropies=lambda *a, **k: (logps, torch.zeros(B, T), None), top_entropy_quantile=1.0, off_policy_mask_threshold=None,
-        importance_sampling_level="token", beta=0.0, loss_type="grpo", epsilon_low=0.2, epsilon_high=0.2, use_vllm=False, aux_loss_enabled=False,
-        args=SimpleNamespace(delta=settings.pop("delta", None), use_bias_correction_kl=settings.pop("use_bias_correction_kl", True), steps_per_generation=1),
-        model=SimpleNamespace(training=True), current_gradient_accumulation_steps=1, max_completion_length=MAX_LENGTH, accelerator=accelerator,
-        _entropy_bonus_enabled=False, _metrics={"train": defaultdict(list)})
+    fake = SimpleNamespace(_get_per_token_logps_and_entropies=lambda *a, **k: (logps, torch.zeros(B, T), None),
+                           top_entropy_quantile=1.0, off_policy_mask_threshold=None, importance_sampling_level="token",
+                           beta=0.0, loss_type="grpo", epsilon_low=0.2, epsilon_high=0.2, use_vllm=False,
+                           aux_loss_enabled=False,
+                           args=SimpleNamespace(delta=settings.pop("delta", None),
+                                                use_bias_correction_kl=settings.pop("use_bias_correction_kl", True),
+                                                steps_per_generation=1), model=SimpleNamespace(training=True),
+                           current_gradient_accumulation_steps=1, max_completion_length=MAX_LENGTH,
+                           accelerator=accelerator, _entropy_bonus_enabled=False, _metrics={"train": defaultdict(list)})
     for name, value in settings.items():
         assert hasattr(fake, name), f"no setting {name!r}"
         setattr(fake, name, value)
@@ -49,7 +53,8 @@ def trl_grpo(batch, **settings):
 
 def ours(batch, **settings):
     logps = batch.logps.clone().requires_grad_()
-    loss, stats = policy_gradient_loss(logps, batch.old, batch.advantages, batch.mask, max_length=MAX_LENGTH, **settings)
+    loss, stats = policy_gradient_loss(logps, batch.old, batch.advantages, batch.mask, max_length=MAX_LENGTH,
+                                       **settings)
     return loss, torch.autograd.grad(loss, logps)[0], stats
 
 
@@ -58,9 +63,11 @@ CASES = {
     "Dr. GRPO": (RECIPES["Dr. GRPO"].loss, dict(loss_type="dr_grpo")),
     "DAPO": (RECIPES["DAPO"].loss, dict(loss_type="dapo", epsilon_high=0.28)),
     "BNPO": (dict(average="token"), dict(loss_type="bnpo")),
-    "GSPO": (RECIPES["GSPO"].loss, dict(loss_type="grpo", importance_sampling_level="sequence", epsilon_low=3e-4, epsilon_high=4e-4)),
+    "GSPO": (RECIPES["GSPO"].loss, dict(loss_type="grpo", importance_sampling_level="sequence", epsilon_low=3e-4,
+                                        epsilon_high=4e-4)),
     "LUSPO": (dict(ratio="sequence", average="sum"), dict(loss_type="luspo", importance_sampling_level="sequence")),
-    "CISPO": (RECIPES["CISPO"].loss, dict(loss_type="cispo", epsilon_high=5.0)),  # TRL's epsilon_high is the limit itself here
+    # TRL's epsilon_high is the limit itself here
+    "CISPO": (RECIPES["CISPO"].loss, dict(loss_type="cispo", epsilon_high=5.0)),
     "two-sided": (dict(trust_region="two_sided", average="sequence", delta=1.4), dict(loss_type="grpo", delta=1.4)),
 }
 
@@ -72,9 +79,11 @@ def test_loss_and_gradient_are_trls(batch, name):
     want, want_grad, metrics = trl_grpo(batch, **theirs)
     torch.testing.assert_close(loss, want, rtol=1e-10, atol=0)
     torch.testing.assert_close(grad, want_grad, rtol=1e-10, atol=1e-15)
-    if "level" not in str(theirs) and name not in ("CISPO", "two-sided"):  # TRL counts rows, not tokens, for sequence ratios; and its own for CISPO
+    # TRL counts rows, not tokens, for sequence ratios; and its own for CISPO
+    if "level" not in str(theirs) and name not in ("CISPO", "two-sided"):
         for key in ("low", "high", "region"):
-            assert stats[f"clip_ratio/{key}_mean"].item() == pytest.approx(metrics[f"clip_ratio/{key}_mean"][0], abs=1e-6)
+            name = f"clip_ratio/{key}_mean"
+            assert stats[name].item() == pytest.approx(metrics[name][0], abs=1e-6)
 
 
 @pytest.mark.parametrize("corrected", [False, True])
@@ -91,11 +100,16 @@ def test_grpo_with_its_kl_penalty_is_trls(batch, corrected):
 def test_rloo_is_trls(batch):
     from trl.trainer.rloo_trainer import RLOOTrainer
     logps = batch.logps.clone().requires_grad_()
-    fake = SimpleNamespace(_get_per_token_logps_and_entropies=lambda *a, **k: (logps, torch.zeros(B, T), None), aux_loss_enabled=False, epsilon_low=0.2, epsilon_high=0.2,
-                           model=SimpleNamespace(training=True), accelerator=SimpleNamespace(gather=lambda x: x, reduce=lambda x, reduction: x), _metrics={"train": defaultdict(list)})
+    fake = SimpleNamespace(_get_per_token_logps_and_entropies=lambda *a, **k: (logps, torch.zeros(B, T), None),
+                           aux_loss_enabled=False, epsilon_low=0.2, epsilon_high=0.2,
+                           model=SimpleNamespace(training=True),
+                           accelerator=SimpleNamespace(gather=lambda x: x, reduce=lambda x, reduction: x),
+                           _metrics={"train": defaultdict(list)})
     ids = torch.zeros(B, T, dtype=torch.long)
-    want = RLOOTrainer._compute_loss(fake, None, dict(prompt_ids=ids, prompt_mask=ids, completion_ids=ids, completion_mask=batch.mask, advantages=batch.advantages,
-                                                      old_logps=(batch.old * batch.mask).sum(1)))
+    want = RLOOTrainer._compute_loss(fake, None,
+                                     dict(prompt_ids=ids, prompt_mask=ids, completion_ids=ids,
+                                          completion_mask=batch.mask, advantages=batch.advantages,
+                                          old_logps=(batch.old * batch.mask).sum(1)))
     loss, grad, _ = ours(batch, **RECIPES["RLOO"].loss)
     torch.testing.assert_close(loss, want, rtol=1e-10, atol=0)
     torch.testing.assert_close(grad, torch.autograd.grad(want, logps)[0], rtol=1e-10, atol=1e-15)
@@ -109,7 +123,8 @@ def test_group_advantages_follow_trls_nan_rules():
     mean = r.nanmean(1, keepdim=True)
     for scale, std in (("group", nanstd(r, dim=1, keepdim=True)), ("batch", nanstd(r)), ("none", None)):
         want = (r - mean) if std is None else (r - mean) / (std + 1e-4)
-        torch.testing.assert_close(group_advantages(r.flatten(), 4, scale=scale), want.nan_to_num(nan=0.0).flatten(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(group_advantages(r.flatten(), 4, scale=scale), want.nan_to_num(nan=0.0).flatten(),
+                                   rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 0.5, 1.0])

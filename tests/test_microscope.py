@@ -5,16 +5,16 @@ import warnings
 from xml.dom import minidom
 
 import pytest
-import tiny
 import torch
-from test_explore import check_picture, corners
-from test_grpo import make
 
+import tiny
 from posttrain import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer, pocket
 from posttrain.explore import microscope as m
-from posttrain.explore.microscope import FILE, Microscope, WHICH, draw_look, followed, microscope, record, values_of
 from posttrain.explore.dashboard import read_rows
+from posttrain.explore.microscope import FILE, WHICH, Microscope, draw_look, followed, microscope, record, values_of
 from posttrain.foundations.layouts import make_batch
+from test_explore import check_picture, corners
+from test_grpo import make
 
 
 def looks(folder): return read_rows(folder / FILE)
@@ -24,7 +24,9 @@ def varied(completions, **kwargs): return [float(len(set(c))) for c in completio
 
 def run(config, *, resume=None, **kw):
     scope = kw.pop("scope", None) or Microscope(1)
-    trainer = make(config, **{**dict(rewards=varied, max_steps=4, num_iterations=2, beta=0.1, learning_rate=0.05, callbacks=[scope]), **kw})
+    trainer = make(config,
+                   **{**dict(rewards=varied, max_steps=4, num_iterations=2, beta=0.1, learning_rate=0.05,
+                             callbacks=[scope]), **kw})
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -33,45 +35,61 @@ def run(config, *, resume=None, **kw):
 def test_a_run_of_four_steps(config, tmp_path):
     trainer = run(config)
     seen = looks(tmp_path)
-    assert [look["step"] for look in seen] == [0, 1, 2, 3] and all("followed" in look for look in seen[1:]) and "followed" not in seen[0]
+    assert [look["step"] for look in seen] == [0, 1, 2, 3]
+    assert all("followed" in look for look in seen[1:]) and "followed" not in seen[0]
     for look in seen:
         assert 1 <= len(look["prompts"]) <= 2 and all(1 <= len(p["completions"]) <= 3 for p in look["prompts"])
         for p in look["prompts"]:
             for c in p["completions"]:
-                assert p["prompt"].startswith("reverse") and len({len(c[k]) for k in ("tokens", "ids", "logps", "old_logps", "ref_logps", "entropy", "advantages")}) == 1
-                said = "".join(t for t, i in zip(c["tokens"], c["ids"]) if i not in trainer.processing_class.all_special_ids)
+                assert p["prompt"].startswith("reverse") and len(
+                    {len(c[k]) for k in ("tokens", "ids", "logps", "old_logps", "ref_logps", "entropy",
+                                         "advantages")}) == 1
+                said = "".join(t for t, i in zip(c["tokens"], c["ids"])
+                               if i not in trainer.processing_class.all_special_ids)
                 assert c["scores"] == {"varied": varied([said])[0]}
-    for first, second in (seen[:2], seen[2:]):  # a generation serves two steps: the same completions, sampled by the policy of the first
+    # a generation serves two steps: the same completions, sampled by the policy of the first
+    for first, second in (seen[:2], seen[2:]):
         assert [c["ids"] for c in completions(first)] == [c["ids"] for c in completions(second)]
-        assert all(abs(v) < 1e-3 for c in completions(first) for v in values_of(c, "ratio")) and any(abs(v) > 1e-3 for c in completions(second) for v in values_of(c, "ratio"))
+        assert all(abs(v) < 1e-3 for c in completions(first) for v in values_of(c, "ratio"))
+        assert any(abs(v) > 1e-3 for c in completions(second) for v in values_of(c, "ratio"))
     assert (tmp_path / "microscope.html").stat().st_size > 5000
     course = followed(seen)  # on the second pass the followed completions are the step's own
-    for a, b in zip(completions(course[1]), completions(seen[1])): assert max(abs(x - y) for x, y in zip(a["logps"], b["logps"])) < 1e-3 and a["old_logps"] == b["old_logps"]
-    assert completions(course[3])[0]["ids"] == completions(seen[0])[0]["ids"] and completions(course[3])[0]["logps"] != completions(seen[0])[0]["logps"]
+    for a, b in zip(completions(course[1]), completions(seen[1])):
+        assert max(abs(x - y) for x, y in zip(a["logps"], b["logps"])) < 1e-3 and a["old_logps"] == b["old_logps"]
+    assert completions(course[3])[0]["ids"] == completions(seen[0])[0]["ids"] and completions(course[3])[0][
+        "logps"] != completions(seen[0])[0]["logps"]
 
 
 def test_micro_batches_evaluation_and_other_settings(config, tmp_path):
-    run(config, per_device_train_batch_size=4, gradient_accumulation_steps=4, eval_dataset=pocket.dataset("reverse", "prompt_completion", n=4).rename_column("completion", "answer"), eval_strategy="steps", eval_steps=1,
-        scope=Microscope(2, prompts=1, completions=2, follow=False), num_iterations=1)
+    run(config, per_device_train_batch_size=4, gradient_accumulation_steps=4,
+        eval_dataset=pocket.dataset("reverse", "prompt_completion", n=4).rename_column("completion", "answer"),
+        eval_strategy="steps", eval_steps=1, scope=Microscope(2, prompts=1, completions=2, follow=False),
+        num_iterations=1)
     seen = looks(tmp_path)
-    assert [look["step"] for look in seen] == [0, 2, 3] and not any("followed" in look for look in seen)  # one look a step, none of an evaluation
+    # one look a step, none of an evaluation
+    assert [look["step"] for look in seen] == [0, 2, 3] and not any("followed" in look for look in seen)
     assert all(len(look["prompts"]) == 1 and len(completions(look)) == 2 for look in seen)
     explorer = microscope(tmp_path)
     assert set(explorer.controls) == {"step", "what"} and explorer.controls["step"].values == (0, 2, 3)
 
 
-@pytest.mark.parametrize("every, steps, most, iterations, want", [(None, 100, 200, 1, 5), (None, 80, 200, 2, 5), (None, 60, 200, 2, 3), (None, 7, 200, 1, 1), (None, 7, 200, 4, 1), (1, 1000, 50, 1, 20), (3, 30, 200, 3, 3)])
+@pytest.mark.parametrize("every, steps, most, iterations, want", [
+    (None, 100, 200, 1, 5), (None, 80, 200, 2, 5), (None, 60, 200, 2, 3), (None, 7, 200, 1, 1), (None, 7, 200, 4, 1),
+    (1, 1000, 50, 1, 20), (3, 30, 200, 3, 3)])
 def test_steps_between_two_looks(tmp_path, every, steps, most, iterations, want):
     from types import SimpleNamespace
     scope = Microscope(every, most=most)
-    scope.on_train_begin(SimpleNamespace(output_dir=str(tmp_path), num_iterations=iterations, steps_per_generation=2, gradient_accumulation_steps=2), SimpleNamespace(is_world_process_zero=True, global_step=0, max_steps=steps), None)
+    scope.on_train_begin(SimpleNamespace(output_dir=str(tmp_path), num_iterations=iterations, steps_per_generation=2,
+                                         gradient_accumulation_steps=2),
+                         SimpleNamespace(is_world_process_zero=True, global_step=0, max_steps=steps), None)
     assert scope.gap == want
 
 
 def test_only_the_first_process_looks(tmp_path):
     from types import SimpleNamespace
     scope = Microscope(1)
-    scope.on_train_begin(SimpleNamespace(output_dir=str(tmp_path)), SimpleNamespace(is_world_process_zero=False, global_step=0, max_steps=4), None)
+    scope.on_train_begin(SimpleNamespace(output_dir=str(tmp_path)),
+                         SimpleNamespace(is_world_process_zero=False, global_step=0, max_steps=4), None)
     scope.on_generation(None, None)
     scope.on_tokens(SimpleNamespace(state=SimpleNamespace(global_step=0)), None, None)
     scope.on_train_end(None, None, None)
@@ -86,10 +104,13 @@ def test_a_resumed_run_keeps_what_it_knew(config, tmp_path):
     assert looks(tmp_path) == whole and [look["step"] for look in m._looks(tmp_path)] == [0, 1, 2, 3]
     run(config, save_strategy="no", num_iterations=1, resume=str(tmp_path / "checkpoint-2"))
     again = looks(tmp_path)
-    assert [look["step"] for look in again] == [0, 1, 2, 3] and again[:2] == whole[:2] and (tmp_path / FILE).read_text().endswith("\n")
+    assert [look["step"] for look in again] == [0, 1, 2, 3] and again[:2] == whole[:2]
+    assert (tmp_path / FILE).read_text().endswith("\n")
     assert len(followed(again)) == 4  # the first look's completions, from the file
-    for a, b in zip(completions(again[3]), completions(whole[3])): assert a["ids"] == b["ids"] and max(abs(x - y) for x, y in zip(a["logps"], b["logps"])) < 1e-3
-    for a, b in zip(again[3]["followed"], whole[3]["followed"]): assert max(abs(x - y) for x, y in zip(a["logps"], b["logps"])) < 1e-3
+    for a, b in zip(completions(again[3]), completions(whole[3])):
+        assert a["ids"] == b["ids"] and max(abs(x - y) for x, y in zip(a["logps"], b["logps"])) < 1e-3
+    for a, b in zip(again[3]["followed"], whole[3]["followed"]):
+        assert max(abs(x - y) for x, y in zip(a["logps"], b["logps"])) < 1e-3
     run(config, max_steps=1, num_iterations=1)
     assert [look["step"] for look in looks(tmp_path)] == [0]  # a new run starts anew
 
@@ -111,7 +132,9 @@ def test_what_goes_wrong_is_said_once_and_stops_no_run(config, tmp_path, monkeyp
 
 def test_a_trainer_that_shows_no_tokens(config, tmp_path, monkeypatch):
     monkeypatch.setattr(Microscope, "on_tokens", lambda *args: None)  # whatever a trainer may show
-    trainer = SFTTrainer(pocket.start("reverse")[0], SFTConfig(**config(max_steps=1)), train_dataset=pocket.dataset("reverse", n=8), processing_class=pocket.tokenizer(), callbacks=[Microscope(1)])
+    trainer = SFTTrainer(pocket.start("reverse")[0], SFTConfig(**config(max_steps=1)),
+                         train_dataset=pocket.dataset("reverse", n=8), processing_class=pocket.tokenizer(),
+                         callbacks=[Microscope(1)])
     with pytest.warns(UserWarning, match="does not call on_tokens"): trainer.train()
     with pytest.raises(ValueError, match=r"callbacks=\[Microscope\(\)\]"): microscope(tmp_path)
 
@@ -134,18 +157,24 @@ def test_long_completions_are_cut_and_said_to_be():
     found = record(batch, {"logps": logps}, tokenizer, max_tokens=50)
     long, short = found[0]["completions"]
     total = int(batch["completion_lengths"][0])
-    assert len(long["tokens"]) == len(long["ids"]) == len(long["logps"]) == 50 and long["left_out"] == total - 50 and short["left_out"] == 0
+    assert len(long["tokens"]) == len(long["ids"]) == len(long["logps"]) == 50 and long[
+        "left_out"] == total - 50 and short["left_out"] == 0
     picture = draw_look({"step": 0, "prompts": found})
     assert f"… {total - 50} more" in picture and len(picture) < 12_000 and len(json.dumps(found)) < 4000
     check_picture(picture)
     assert m.batch_of(found)["completion_lengths"].tolist() == [50, 2]
 
 
-@pytest.mark.parametrize("text", ["</text><b>\"'&<!-- ]]>", "a\x00b\x01\x1f", "\n\r\t  x", "你好，世界! naïve café 🙂", "́combining", "﷽" * 30, "W" * 300, ""])
+@pytest.mark.parametrize("text", [
+    "</text><b>\"'&<!-- ]]>", "a\x00b\x01\x1f", "\n\r\t  x", "你好，世界! naïve café 🙂", "́combining", "﷽" * 30,
+    "W" * 300, ""])
 def test_texts_cannot_break_a_picture(text):
     tokenizer = tiny.tokenizer()
     batch = batch_of([text], [text, "ok"], [0, 0], tokenizer)
-    found = json.loads(json.dumps(record(batch, {"logps": -torch.rand(batch["mask"].shape), "entropy": torch.rand(batch["mask"].shape)}, tokenizer, scores=lambda p, c: {text: 1.0})))
+    found = json.loads(
+        json.dumps(record(batch,
+                          {"logps": -torch.rand(batch["mask"].shape), "entropy": torch.rand(batch["mask"].shape)},
+                          tokenizer, scores=lambda p, c: {text: 1.0})))
     explorer = microscope([{"step": s, "prompts": found} for s in (0, 5)])
     for v in explorer.grid(): minidom.parseString(explorer.frame(**v))
     assert explorer.html().count("</script>") == 1
@@ -166,10 +195,13 @@ def test_which_completions_are_kept():
     tokenizer = pocket.tokenizer()
     batch = batch_of(["1+1=", "2+2=", "3+3="], list("123456789"), [0, 0, 0, 1, 1, 1, 2, 2, 2], tokenizer)
     tokens = {"logps": torch.zeros(batch["mask"].shape)}
-    kept = lambda **kw: [["".join(c["tokens"][:1]) for c in p["completions"]] for p in record(batch, tokens, tokenizer, **kw)]
-    assert kept(completions=2) == [["1", "2"], ["4", "5"]] and kept(prompts=5, completions=9) == [["1", "2", "3"], ["4", "5", "6"], ["7", "8", "9"]]
+    kept = lambda **kw: [["".join(c["tokens"][:1]) for c in p["completions"]]
+                         for p in record(batch, tokens, tokenizer, **kw)]
+    assert kept(completions=2) == [["1", "2"], ["4", "5"]]
+    assert kept(prompts=5, completions=9) == [["1", "2", "3"], ["4", "5", "6"], ["7", "8", "9"]]
     batch["advantages"] = torch.tensor([0, 0, 0, .1, -.2, .1, 0, 0, 0])
-    assert kept(completions=2) == [["4", "5"], ["1", "2"]]  # a group that teaches something comes first, and in it who is pushed hardest
+    # a group that teaches something comes first, and in it who is pushed hardest
+    assert kept(completions=2) == [["4", "5"], ["1", "2"]]
     batch["advantages"] = batch["advantages"][:, None].expand(-1, batch["mask"].shape[1]).clone()
     batch["advantages"][6:, 1] = math.nan
     batch["mask"][6:, 1] = 0  # not counted, so whatever it holds is nothing
@@ -179,18 +211,24 @@ def test_which_completions_are_kept():
 
 
 def test_pairs_have_names_and_the_references_log_probs(config, tmp_path):
-    trainer = DPOTrainer(pocket.start("sort")[0], args=DPOConfig(**config(max_steps=3, learning_rate=1e-3)), train_dataset=pocket.dataset("sort", "preference", n=12), processing_class=pocket.tokenizer(), callbacks=[Microscope(1, names=("chosen", "rejected"))])
+    trainer = DPOTrainer(pocket.start("sort")[0], args=DPOConfig(**config(max_steps=3, learning_rate=1e-3)),
+                         train_dataset=pocket.dataset("sort", "preference", n=12), processing_class=pocket.tokenizer(),
+                         callbacks=[Microscope(1, names=("chosen", "rejected"))])
     trainer.train()
-    for look in looks(tmp_path): assert [c["name"] for c in completions(look)] == ["chosen", "rejected"] * 2 and not any(c["scores"] or "advantages" in c for c in completions(look))
+    for look in looks(tmp_path):
+        assert [c["name"] for c in completions(look)] == ["chosen", "rejected"] * 2
+        assert not any(c["scores"] or "advantages" in c for c in completions(look))
     explorer = microscope(trainer)
-    assert explorer.controls["what"].values == ("log-prob", "KL", "entropy") and set(explorer.controls) == {"step", "what", "which"} and explorer.controls["which"].values == WHICH
+    assert explorer.controls["what"].values == ("log-prob", "KL", "entropy")
+    assert set(explorer.controls) == {"step", "what", "which"} and explorer.controls["which"].values == WHICH
 
 
 # ---------------------------------------------------------------- the explorer
 def test_the_explorer_of_a_run(config, tmp_path):
     run(config)
     explorer = microscope(tmp_path / FILE)
-    assert len(list(explorer.grid())) <= 150 and explorer.html() == microscope(tmp_path).html() and explorer.question.count("?") == 1
+    assert len(list(explorer.grid())) <= 150 and explorer.html() == microscope(
+        tmp_path).html() and explorer.question.count("?") == 1
     for v in corners(explorer): check_picture(explorer.frame(**v))
     for name, control in explorer.controls.items():
         assert explorer.frame(**{name: control.values[0]}) != explorer.frame(**{name: control.values[-1]}), name
@@ -204,9 +242,12 @@ def test_the_explorer_of_a_run(config, tmp_path):
 def test_a_long_run_makes_a_page_of_bounded_size():
     tokenizer = tiny.tokenizer()
     batch = batch_of(["What is 2 + 3?"] * 2, ["The answer is 5. " * 60] * 6, [0, 0, 0, 1, 1, 1], tokenizer)
-    few = [record({**batch, "ref_logps": -torch.rand(batch["mask"].shape)}, {k: -torch.rand(batch["mask"].shape) for k in ("logps", "old_logps", "entropy")}, tokenizer) for _ in range(10)]
+    few = [record({**batch, "ref_logps": -torch.rand(batch["mask"].shape)},
+                  {k: -torch.rand(batch["mask"].shape) for k in ("logps", "old_logps", "entropy")}, tokenizer)
+           for _ in range(10)]
     many = [{"step": step, "prompts": few[step % 10]} for step in range(200)]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         explorer = microscope(many)
-    assert len(explorer.controls["step"].values) == 7 and len(explorer.controls["step"].fine) == 200 and len(explorer.html()) < 1_000_000
+    assert len(explorer.controls["step"].values) == 7 and len(explorer.controls["step"].fine) == 200 and len(
+        explorer.html()) < 1_000_000

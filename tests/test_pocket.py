@@ -1,4 +1,5 @@
-"""The embedded default beyond what its notebooks show: the cache under stress, rows that never change, a start that any loader reads."""
+"""The embedded default beyond what its notebooks show: the cache under stress, rows that never change, a start that any
+loader reads."""
 import subprocess
 import sys
 
@@ -43,7 +44,8 @@ def test_every_type_is_recognised_by_the_data_room(task, kind):
 
 def test_two_processes_make_one_checkpoint(cache):
     code = "from posttrain import pocket; print(pocket.start_path('sort', steps=2))"
-    both = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    both = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for _ in range(2)]
     said = [p.communicate(timeout=120) for p in both]
     assert [p.returncode for p in both] == [0, 0], said
     assert said[0][0] == said[1][0] and [p.name for p in cache.iterdir()] == [said[0][0].strip().rsplit("/", 1)[1]]
@@ -65,7 +67,9 @@ def test_a_start_is_a_checkpoint_like_any_other(cache):
     ours, own_tokenizer = pocket.start("sort", steps=2)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), ours.state_dict().values()))
     chat = [{"role": "user", "content": "sort 31="}]
-    assert tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"] == own_tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert tokenizer.apply_chat_template(chat, add_generation_prompt=True,
+                                         return_dict=True)["input_ids"] == own_tokenizer.apply_chat_template(
+                                             chat, add_generation_prompt=True, return_dict=True)["input_ids"]
     assert pocket.complete(model, tokenizer, ["sort 31="]) == pocket.complete(ours, own_tokenizer, ["sort 31="])
 
 

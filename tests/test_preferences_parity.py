@@ -1,6 +1,8 @@
-"""Every loss of pairs against TRL 1.16's own code: a real trl.DPOTrainer is handed prepared log-probs in place of a model's.
+"""Every loss of pairs against TRL 1.16's own code: a real trl.DPOTrainer is handed prepared log-probs in place of a
+model's.
 
-Value and gradient by each token's log-prob, in float64, at log-ratios from 0 to 60 nats and more. What whole trainers do is compared in test_dpo_parity."""
+Value and gradient by each token's log-prob, in float64, at log-ratios from 0 to 60 nats and more. What whole trainers
+do is compared in test_dpo_parity."""
 import inspect
 from functools import partial
 from types import SimpleNamespace
@@ -11,7 +13,14 @@ import torch
 from posttrain import pocket
 from posttrain.foundations.divergences import f_score
 from posttrain.foundations.preferences import Pairs
-from posttrain.offline.preference_zoo import OF_THE_BATCH, OF_THE_CHOSEN, OF_THE_MARGIN, PAIR_LOSSES, on_policy_weights, verbosity_weights
+from posttrain.offline.preference_zoo import (
+    OF_THE_BATCH,
+    OF_THE_CHOSEN,
+    OF_THE_MARGIN,
+    PAIR_LOSSES,
+    on_policy_weights,
+    verbosity_weights,
+)
 
 pytestmark = pytest.mark.parity
 PAIRS, TOKENS, PROMPT = 6, 9, 3
@@ -23,12 +32,16 @@ def theirs(tmp_path_factory):
     """A function that runs TRL's _compute_loss on given tokens' log-probs; one trainer serves all settings."""
     import trl
     assert trl.__version__ == "1.16.0", "the reference is TRL 1.16.0; install the dev extra with -c constraints.txt"
-    args = trl.DPOConfig(str(tmp_path_factory.mktemp("trl")), use_cpu=True, bf16=False, report_to="none", gradient_checkpointing=False)
-    trainer = trl.DPOTrainer(model=pocket.model(), ref_model=pocket.model(), args=args, processing_class=pocket.tokenizer(),
+    args = trl.DPOConfig(str(tmp_path_factory.mktemp("trl")), use_cpu=True, bf16=False, report_to="none",
+                         gradient_checkpointing=False)
+    trainer = trl.DPOTrainer(model=pocket.model(), ref_model=pocket.model(), args=args,
+                             processing_class=pocket.tokenizer(),
                              train_dataset=pocket.dataset("sort", "preference", n=4, conversational=False))
 
     def run(step, loss_type, **options):
-        settings = {"beta": .1, "label_smoothing": 0.0, "loss_weights": None, "discopop_tau": .05, "f_divergence_type": "reverse_kl", "f_alpha_divergence_coef": .5, "ld_alpha": None, "use_weighting": False, **options}
+        settings = {"beta": .1, "label_smoothing": 0.0, "loss_weights": None, "discopop_tau": .05,
+                    "f_divergence_type": "reverse_kl", "f_alpha_divergence_coef": .5, "ld_alpha": None,
+                    "use_weighting": False, **options}
         trainer.loss_types = [loss_type] if isinstance(loss_type, str) else loss_type
         trainer.loss_weights = settings.pop("loss_weights") or [1.0] * len(trainer.loss_types)
         trainer.args.discopop_tau = settings.pop("discopop_tau")
@@ -36,17 +49,23 @@ def theirs(tmp_path_factory):
             assert hasattr(trainer, name), f"TRL's trainer has no {name} to set"
             setattr(trainer, name, value)
         chosen_first = lambda x: torch.cat([x[0::2], x[1::2]])
-        shifted = lambda x: torch.cat([x.new_zeros(len(x), PROMPT - 1), x], 1)  # the first token of a text is predicted by nothing
+        # the first token of a text is predicted by nothing
+        shifted = lambda x: torch.cat([x.new_zeros(len(x), PROMPT - 1), x], 1)
         mask = torch.cat([torch.zeros(2 * PAIRS, PROMPT, dtype=torch.long), chosen_first(step.mask)], 1)
-        speaks = lambda logps: lambda **inputs: SimpleNamespace(log_probs=shifted(chosen_first(logps)), log_sum_sq_probs=shifted(chosen_first(step.log_sum_sq_probs)), entropy=shifted(step.mask * 1.0),
-                                                                mean_logits=shifted(step.mask * 1.0), is_top1=shifted(step.mask) > 0)
+        def speaks(logps):
+            return lambda **inputs: SimpleNamespace(
+                log_probs=shifted(chosen_first(logps)), log_sum_sq_probs=shifted(chosen_first(step.log_sum_sq_probs)),
+                entropy=shifted(step.mask * 1.0), mean_logits=shifted(step.mask * 1.0), is_top1=shifted(step.mask) > 0)
         trainer.ref_model = speaks(step.ref_logps)
-        return trainer._compute_loss(speaks(step.logps * step.mask), {"input_ids": torch.zeros_like(mask), "attention_mask": torch.ones_like(mask), "completion_mask": mask}, False)
+        return trainer._compute_loss(speaks(step.logps * step.mask),
+                                     {"input_ids": torch.zeros_like(mask), "attention_mask": torch.ones_like(mask),
+                                      "completion_mask": mask}, False)
     return run
 
 
 def step_of(scale, seed=0, dtype=torch.float64):
-    """A step of pairs with answers of unequal lengths, chosen and rejected in turn; log-ratios up to `scale`, the largest of which are reached."""
+    """A step of pairs with answers of unequal lengths, chosen and rejected in turn; log-ratios up to `scale`, the
+    largest of which are reached."""
     generator = torch.Generator().manual_seed(seed)
     random = lambda *shape: torch.rand(*shape, generator=generator, dtype=torch.float64)
     lengths = torch.tensor([9, 4, 1, 7, 5, 5, 3, 8, 6, 2, 9, 9])
@@ -57,19 +76,24 @@ def step_of(scale, seed=0, dtype=torch.float64):
     split = random(2 * PAIRS, TOKENS) * mask
     logps = ref_logps + ratios[:, None] * split / split.sum(1, keepdim=True)
     cast = lambda x: (x * mask).to(dtype)
-    return SimpleNamespace(logps=cast(logps).requires_grad_(), ref_logps=cast(ref_logps), mask=mask, log_sum_sq_probs=cast(-3 * random(2 * PAIRS, TOKENS)))
+    return SimpleNamespace(logps=cast(logps).requires_grad_(), ref_logps=cast(ref_logps), mask=mask,
+                           log_sum_sq_probs=cast(-3 * random(2 * PAIRS, TOKENS)))
 
 
-def ours(step, loss_type, *, loss_weights=None, ld_alpha=None, use_weighting=False, f_divergence_type="reverse_kl", f_alpha_divergence_coef=.5, **options):
+def ours(step, loss_type, *, loss_weights=None, ld_alpha=None, use_weighting=False, f_divergence_type="reverse_kl",
+         f_alpha_divergence_coef=.5, **options):
     """The mean over pairs, by the exported functions alone."""
-    names, weights = [loss_type] if isinstance(loss_type, str) else loss_type, verbosity_weights(step.mask, ld_alpha).to(step.logps.dtype)
+    names, weights = ([loss_type] if isinstance(loss_type, str) else loss_type,
+                      verbosity_weights(step.mask, ld_alpha).to(step.logps.dtype))
     by_pair, logps = lambda per_answer: per_answer.view(-1, 2).unbind(1), step.logps * step.mask
-    score = {} if f_divergence_type == "reverse_kl" else {"score": partial(f_score, f_divergence_type=f_divergence_type, alpha=f_alpha_divergence_coef)}
-    pairs = Pairs(*by_pair((logps * weights).sum(1)), *by_pair((step.ref_logps * weights).sum(1)), *by_pair(step.mask.sum(1)),
-                  chosen_nll=-logps[0::2].sum(1) * PAIRS / step.mask[0::2].sum(), **score)
+    score = ({} if f_divergence_type == "reverse_kl"
+             else {"score": partial(f_score, f_divergence_type=f_divergence_type, alpha=f_alpha_divergence_coef)})
+    pairs = Pairs(*by_pair((logps * weights).sum(1)), *by_pair((step.ref_logps * weights).sum(1)),
+                  *by_pair(step.mask.sum(1)), chosen_nll=-logps[0::2].sum(1) * PAIRS / step.mask[0::2].sum(), **score)
     options = {"beta": .1, **options}
     takes = lambda loss: {k: v for k, v in options.items() if k in inspect.signature(loss).parameters}
-    each = sum(w * PAIR_LOSSES[n](pairs, **takes(PAIR_LOSSES[n])) for n, w in zip(names, loss_weights or [1.0] * len(names)))
+    shares = zip(names, loss_weights or [1.0] * len(names))
+    each = sum(w * PAIR_LOSSES[n](pairs, **takes(PAIR_LOSSES[n])) for n, w in shares)
     assert each.shape == (PAIRS,)
     return (each * on_policy_weights(step.logps, step.log_sum_sq_probs, step.mask) if use_weighting else each).mean()
 
@@ -80,9 +104,11 @@ def compare(theirs, step, loss_type, tolerance=1e-6, **options):
     said = f"{loss_type} with {options}"
     assert mine.isfinite() and by_mine.isfinite().all(), said
     assert abs(mine - other) <= tolerance * max(1, abs(other)), f"{said}: {mine} against TRL's {other}"
-    assert (by_mine - by_other).abs().max() <= tolerance * max(1e-3, by_other.abs().max()), f"{said}: gradients differ by {(by_mine - by_other).abs().max():.2e} of {by_other.abs().max():.2e}"
+    difference, size = (by_mine - by_other).abs().max(), by_other.abs().max()
+    assert difference <= tolerance * max(1e-3, size), f"{said}: gradients differ by {difference:.2e} of {size:.2e}"
     if options.get("ld_alpha") == 0 and loss_type != "sft":
-        assert ((by_mine != 0).sum(1).view(-1, 2).diff() == 0).all(), "with ld_alpha=0 both answers count to the same length"
+        assert ((by_mine != 0).sum(1).view(-1, 2).diff(
+            ) == 0).all(), "with ld_alpha=0 both answers count to the same length"
     return by_mine
 
 
@@ -96,7 +122,8 @@ def test_value_and_gradient(loss, theirs):
     for scale in SCALES:
         for beta in (.01, .1, 1.0):
             for eps in smoothings(loss):
-                for seed in range(3): gradient = compare(theirs, step_of(scale, seed), loss, beta=beta, label_smoothing=eps)
+                for seed in range(3):
+                    gradient = compare(theirs, step_of(scale, seed), loss, beta=beta, label_smoothing=eps)
     assert gradient.abs().max() > 0
 
 
@@ -114,8 +141,11 @@ def test_ld_alpha(loss, ld_alpha, theirs):
 @pytest.mark.parametrize("loss", [*OF_THE_MARGIN, *OF_THE_CHOSEN])
 @pytest.mark.parametrize("divergence", ["forward_kl", "js_divergence"])
 def test_f_divergences(loss, divergence, theirs):
-    for scale in SCALES[:2] if loss == "discopop" else SCALES:  # exp(60) nats of margin is an overflow of TRL's discopop even in float64
-        for beta in (.01, 1.0): compare(theirs, step_of(scale), loss, f_divergence_type=divergence, beta=beta, label_smoothing=smoothings(loss)[-1])
+    # exp(60) nats of margin is an overflow of TRL's discopop even in float64
+    for scale in SCALES[:2] if loss == "discopop" else SCALES:
+        for beta in (.01, 1.0):
+            compare(theirs, step_of(scale), loss, f_divergence_type=divergence, beta=beta,
+                    label_smoothing=smoothings(loss)[-1])
 
 
 @pytest.mark.parametrize("loss", [*OF_THE_MARGIN, *OF_THE_CHOSEN])
@@ -123,27 +153,34 @@ def test_f_divergences(loss, divergence, theirs):
 def test_alpha_divergence(loss, alpha, theirs):
     """In float32, as TRL takes no float64 here; hence the tolerance."""
     for scale in SCALES[:2]:
-        compare(theirs, step_of(scale, dtype=torch.float32), loss, tolerance=2e-5, f_divergence_type="alpha_divergence", f_alpha_divergence_coef=alpha, beta=.01, label_smoothing=smoothings(loss)[-1])
+        compare(theirs, step_of(scale, dtype=torch.float32), loss, tolerance=2e-5, f_divergence_type="alpha_divergence",
+                f_alpha_divergence_coef=alpha, beta=.01, label_smoothing=smoothings(loss)[-1])
 
 
-@pytest.mark.parametrize("loss", [n for n in PAIR_LOSSES if n not in {**OF_THE_BATCH, **OF_THE_CHOSEN, "hinge": None}])  # hinge, sft: below
+# hinge, sft: below
+@pytest.mark.parametrize("loss", [n for n in PAIR_LOSSES if n not in {**OF_THE_BATCH, **OF_THE_CHOSEN, "hinge": None}])
 def test_wpo(loss, theirs):
     for scale in SCALES[:2]:
-        for seed in range(3): compare(theirs, step_of(scale, seed), loss, use_weighting=True, label_smoothing=smoothings(loss)[-1])
+        for seed in range(3):
+            compare(theirs, step_of(scale, seed), loss, use_weighting=True, label_smoothing=smoothings(loss)[-1])
 
 
-@pytest.mark.parametrize("names,weights", [(["sigmoid", "bco_pair", "sft"], [.8, .2, 1.0]), (["ipo", "nca_pair"], [.5, 2.0]), (["aot", "sft"], None), (["sigmoid_norm", "apo_down", "robust"], [1.0, 0.0, -.5])])
+@pytest.mark.parametrize("names,weights", [
+    (["sigmoid", "bco_pair", "sft"], [.8, .2, 1.0]), (["ipo", "nca_pair"], [.5, 2.0]), (["aot", "sft"], None),
+    (["sigmoid_norm", "apo_down", "robust"], [1.0, 0.0, -.5])])
 def test_mixtures(names, weights, theirs):
     for scale in SCALES: compare(theirs, step_of(scale), names, loss_weights=weights, ld_alpha=.5)
 
 
-# ---------------------------------------------------------------- where TRL 1.16 does otherwise, pinned so that a change there is noticed
+# ---------------------------------------------------------------- where TRL 1.16 does otherwise, pinned so that a
+# change there is noticed
 def test_trl_drops_label_smoothing_of_sigmoid(theirs):
     step = step_of(5.0)
     assert theirs(step, "sigmoid", label_smoothing=.2) == theirs(step, "sigmoid")
     plain, smooth = (ours(step, "sigmoid", label_smoothing=eps) for eps in (0.0, .2))
     margins = .1 * ((step.logps - step.ref_logps).sum(1).view(-1, 2) * torch.tensor([1, -1])).sum(1)
-    assert torch.isclose(smooth, plain + .2 * margins.mean()) and not torch.isclose(smooth, plain)  # softplus(m) = softplus(-m) + m
+    # softplus(m) = softplus(-m) + m
+    assert torch.isclose(smooth, plain + .2 * margins.mean()) and not torch.isclose(smooth, plain)
 
 
 def test_trl_cannot_weigh_sft_and_hinge(theirs):
@@ -155,22 +192,29 @@ def test_trl_cannot_weigh_sft_and_hinge(theirs):
     weights = on_policy_weights(step.logps, step.log_sum_sq_probs, step.mask)
     assert torch.isclose(ours(step, "sft", use_weighting=True), (weights * -logps[:, 0] / step.mask[0::2].sum()).sum())
     margins = .1 * (logps - step.ref_logps.sum(1).view(-1, 2)) @ torch.tensor([1.0, -1.0], dtype=torch.float64)
-    loss, (gradient,) = ours(step, "hinge", use_weighting=True), torch.autograd.grad(ours(step, "hinge", use_weighting=True), step.logps)
-    assert torch.isclose(loss, (weights * (1 - margins).clamp(min=0)).mean()) and torch.isclose(loss, theirs(step, "hinge", use_weighting=True))
+    loss = ours(step, "hinge", use_weighting=True)
+    gradient, = torch.autograd.grad(ours(step, "hinge", use_weighting=True), step.logps)
+    assert torch.isclose(loss,
+                         (weights * (1 - margins).clamp(min=0)).mean()) and torch.isclose(
+                             loss, theirs(step, "hinge", use_weighting=True))
     assert torch.isclose(gradient[0::2, 0], -.1 * weights * (margins < 1) / PAIRS).all()
 
 
 def test_trl_has_no_alpha_divergence_in_float64(theirs):
     with pytest.raises(KeyError): theirs(step_of(5.0), "sigmoid", f_divergence_type="alpha_divergence")
     options = dict(f_divergence_type="alpha_divergence", f_alpha_divergence_coef=.5)
-    assert torch.isclose(ours(step_of(5.0), "sigmoid", **options).float(), ours(step_of(5.0, dtype=torch.float32), "sigmoid", **options))
+    assert torch.isclose(ours(step_of(5.0), "sigmoid", **options).float(),
+                         ours(step_of(5.0, dtype=torch.float32), "sigmoid", **options))
 
 
-@pytest.mark.parametrize("loss,options", [("discopop", dict(beta=1.0)), ("sigmoid", dict(f_divergence_type="forward_kl")), ("sigmoid_norm", dict(f_divergence_type="forward_kl"))])
+@pytest.mark.parametrize("loss,options", [
+    ("discopop", dict(beta=1.0)), ("sigmoid", dict(f_divergence_type="forward_kl")),
+    ("sigmoid_norm", dict(f_divergence_type="forward_kl"))])
 def test_trl_overflows_in_float32(loss, options, theirs):
     """A hundred nats on the wrong side: TRL's loss or gradient is not a number, ours is one."""
     step = step_of(100.0, dtype=torch.float32)
     other = theirs(step, loss, **options)
-    assert not (other.isfinite() and torch.autograd.grad(other, step.logps)[0].isfinite().all()), "TRL copes now: compare it"
+    assert not (other.isfinite() and torch.autograd.grad(other, step.logps)[0].isfinite().all(
+        )), "TRL copes now: compare it"
     mine = ours(step, loss, **options)
     assert mine.isfinite() and torch.autograd.grad(mine, step.logps)[0].isfinite().all()
