@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from oracle import Answer, oracle
+from oracle import Answer, oracle, start
 from posttrain import DPOConfig, DPOTrainer, pocket
 from posttrain.offline.preference_zoo import PAIR_LOSSES
 from stamps import short_hash
@@ -46,7 +46,7 @@ def moved(model, seed, by=.05):
 
 @pytest.fixture(scope="module")
 def models():
-    reference, _ = pocket.start("sort")
+    reference, _ = start("sort")
     return moved(reference, 1, .2), reference
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from oracle import Answer, oracle
+from oracle import Answer, oracle, start
 from posttrain import SFTConfig, SFTTrainer, pocket
 
 pytestmark = pytest.mark.parity
@@ -51,7 +51,7 @@ CASES = {"text": (lambda: rows("language_modeling"), {}),
 
 
 def one_step(trainer_class, config_class, dataset, options):
-    model, _ = pocket.start("add")  # knows a little, so that accuracy and entropy have something to say
+    model, _ = start("add")  # knows a little, so that accuracy and entropy have something to say
     before = [p.detach().clone() for p in model.parameters()]
     args = config_class(**{**options, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 1e9, "max_steps": 1,
                            "lr_scheduler_type": "constant"})
@@ -65,7 +65,7 @@ def one_step(trainer_class, config_class, dataset, options):
 def test_loss_gradient_and_metrics_equal_trl(case, config, trl):
     make, options = CASES[case]
     answer = one_step(SFTTrainer, SFTConfig, make(), config(**options))
-    inputs = [one_step, pocket.start("add")[0], make(), {**config(**options), "output_dir": None}]
+    inputs = [one_step, start("add")[0], make(), {**config(**options), "output_dir": None}]
     recorded = oracle(case, inputs, lambda: one_step(trl.SFTTrainer, trl.SFTConfig, make(), config(**options)),
                       "test_parity")
     (ours,), (theirs,) = answer.gradients, recorded.gradients
