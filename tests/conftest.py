@@ -1,4 +1,6 @@
-"""What every test needs: no network, no telemetry, a fixed seed, short quiet runs. And the order of files, and what CI may not skip."""
+"""What every test needs: no network, no telemetry, a fixed seed, short quiet runs.
+
+And the order of the files, and what CI may not skip."""
 import os
 import sys
 
@@ -8,7 +10,8 @@ import pytest
 
 from gsm8k import may_be_missing
 
-# Files that take a minute or more. Workers take whole files (so that each makes its engines and models once), these first.
+# Files that take a minute or more. Workers take whole files (so that each makes its engines and models once), these
+# first.
 COUNTS = {}
 LONG = ("test_online", "test_vllm", "test_grpo", "test_dpo", "test_browser", "test_grpo_parity", "test_dpo_parity",
         "test_distributed", "test_parity", "test_sft", "test_compat", "test_sampling")

@@ -14,15 +14,23 @@ SCRIPT = """
 import json, sys, posttrain, transformers
 from posttrain import pocket
 from peft import LoraConfig
+ROWS = {"SFT": ("reverse", "prompt_completion"), "DPO": ("sort", "preference")}
+def adapter(): return LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
 def run(method, options={}, **kw):
-    rows = lambda n, **more: pocket.dataset(*{"SFT": ("reverse", "prompt_completion"), "DPO": ("sort", "preference")}[method], n=n, **more)
-    args = getattr(posttrain, method + "Config")(sys.argv[1], **options, use_cpu=True, max_steps=4, per_device_train_batch_size=2, gradient_accumulation_steps=2, logging_steps=1, save_strategy="no", report_to="none",
-                     disable_tqdm=True, learning_rate=1e-3, seed=0, eval_strategy="steps", eval_steps=2)
-    trainer = getattr(posttrain, method + "Trainer")(pocket.model(seed=0), args=args, train_dataset=rows(40, seed=1), eval_dataset=rows(10, seed=2, split="test"), processing_class=pocket.tokenizer(), **kw)
+    train, test = (pocket.dataset(*ROWS[method], n=n, seed=seed, split=split)
+                   for n, seed, split in ((40, 1, "train"), (10, 2, "test")))
+    args = getattr(posttrain, method + "Config")(
+        sys.argv[1], **options, use_cpu=True, max_steps=4, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, learning_rate=1e-3, seed=0,
+        eval_strategy="steps", eval_steps=2)
+    trainer = getattr(posttrain, method + "Trainer")(
+        pocket.model(seed=0), args=args, train_dataset=train, eval_dataset=test,
+        processing_class=pocket.tokenizer(), **kw)
     trainer.train()
     return [r.get("loss", r.get("eval_loss")) for r in trainer.state.log_history if "loss" in r or "eval_loss" in r]
-result = {"version": transformers.__version__, "full": run("SFT"), "lora": run("SFT", peft_config=LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")),
-          "dpo": run("DPO", dict(loss_type=["sigmoid", "aot"], sync_ref_model=True, ref_model_sync_steps=2)), "dpo lora": run("DPO", peft_config=LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))}
+sorts = dict(loss_type=["sigmoid", "aot"], sync_ref_model=True, ref_model_sync_steps=2)
+result = {"version": transformers.__version__, "full": run("SFT"), "lora": run("SFT", peft_config=adapter()),
+          "dpo": run("DPO", sorts), "dpo lora": run("DPO", peft_config=adapter())}
 print("RESULT" + json.dumps(result))
 """
 
@@ -36,7 +44,8 @@ def oldest():
 
 def run(tmp_path, path=None):
     env = {**os.environ, **({"PYTHONPATH": str(path)} if path else {})}
-    done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, env=env, timeout=300)
+    done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, env=env,
+                          timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.split("RESULT")[1])
 
@@ -54,4 +63,5 @@ def test_oldest_transformers_trains_the_same(tmp_path, oldest):
     old, new = run(tmp_path, tmp_path / "old"), run(tmp_path)
     assert old["version"].startswith(oldest) and not new["version"].startswith(oldest)
     for key in ("full", "lora", "dpo", "dpo lora"):
-        assert len(old[key]) == 6 and all(abs(a - b) < 1e-4 for a, b in zip(old[key], new[key], strict=True)), (old[key], new[key])
+        equal = all(abs(a - b) < 1e-4 for a, b in zip(old[key], new[key], strict=True))
+        assert len(old[key]) == 6 and equal, (old[key], new[key])

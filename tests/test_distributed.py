@@ -1,4 +1,4 @@
-"""Two processes (gloo, on the CPU) train as one: the same gradient, the same metrics, for every way of cutting the step."""
+"""Two processes (gloo, on the CPU) train as one: the same gradient and metrics, for every way of cutting the step."""
 import json
 import os
 import subprocess
@@ -9,7 +9,8 @@ import torch
 
 pytestmark = pytest.mark.distributed
 
-# The work is done and asserted, its files are closed: leave without the interpreter's teardown, in which gloo's threads sometimes abort.
+# The work is done and asserted, its files are closed: leave without the interpreter's teardown, in which gloo's threads
+# sometimes abort.
 LEAVE = """
 def leave(wait_for_all):
     import os, time
@@ -105,8 +106,9 @@ DPO = {"losses that sort": {"loss_type": ["sigmoid", "aot", "aot_unpaired", "sft
        "precomputed": {"precompute_ref_log_probs": True, "loss_type": ["ipo"]},
        "following reference": {"sync_ref_model": True, "ref_model_sync_steps": 1}}
 # One pass over eight rows; on two processes two passes over two rows each, and for one case one pass over four.
-ALONE = [*(dict(options, method="SFT", out=name, size=8, accumulate=1) for name, options in SFT.items()),
-         *(dict(options, method="DPO", out=name, size=8, accumulate=1, learning_rate=.1) for name, options in DPO.items())]
+WHOLE = dict(size=8, accumulate=1)
+ALONE = [*(dict(options, method="SFT", out=name, **WHOLE) for name, options in SFT.items()),
+         *(dict(options, method="DPO", out=name, learning_rate=.1, **WHOLE) for name, options in DPO.items())]
 TOGETHER = [*(dict(job, size=2, accumulate=2) for job in ALONE), dict(ALONE[0], out="nll, whole", size=4)]
 
 
@@ -156,6 +158,7 @@ def test_two_processes_learn_from_pairs_as_one(runs, name):
 
 
 def test_fsdp2_gathers_and_reduces_through_the_head(tmp_path):
-    """Sharded over two processes: the same gradients, although the head never calls the output layer; a sharded reference answers and follows."""
+    """Sharded over two processes: the same gradients, although the head never calls the output layer; a sharded
+    reference answers and follows."""
     (tmp_path / "sharded.py").write_text(FSDP2)
     launch(2, str(tmp_path / "sharded.py"))

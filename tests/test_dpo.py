@@ -1,4 +1,4 @@
-"""DPOTrainer as people use it: learning, references, cuts of a step, resuming, and what it says when something is wrong."""
+"""DPOTrainer as people use it: learning, references, cuts of a step, resuming, and what it says of a mistake."""
 import copy
 import json
 
@@ -10,8 +10,6 @@ from transformers import TrainerCallback
 from gsm8k import bpe_tokenizer, gsm8k, gsm8k_pairs, needs_gsm8k, ten_million
 from posttrain import DPOConfig, DPOTrainer, pocket
 from posttrain.data.collate import collate_pairs
-from posttrain.foundations.preferences import margin_loss
-from posttrain.offline import preference_zoo
 from posttrain.offline.preference_zoo import PAIR_LOSSES
 from posttrain.training.heads import completion_logps
 from posttrain.training.references import sync_weights
@@ -22,12 +20,17 @@ def rows(n=40, **kw):
 
 
 def unequal(n=40):
-    return rows(n).map(lambda row, i: {"rejected": row["rejected"][: 2 + i % 3] if i % 2 else row["rejected"] + row["chosen"][:3]}, with_indices=True)
+    def cut(row, i):
+        return {"rejected": row["rejected"][: 2 + i % 3] if i % 2 else row["rejected"] + row["chosen"][:3]}
+    return rows(n).map(cut, with_indices=True)
 
 
-def make(config, dataset=None, model=None, ref_model=None, tokenizer=None, eval_dataset=None, peft_config=None, callbacks=None, **kw):
-    return DPOTrainer(model if model is not None else pocket.model(seed=0), ref_model, DPOConfig(**config(**kw)), train_dataset=rows() if dataset is None else dataset,
-                      processing_class=tokenizer or pocket.tokenizer(), eval_dataset=eval_dataset, peft_config=peft_config, callbacks=callbacks)
+def make(config, dataset=None, model=None, ref_model=None, tokenizer=None, eval_dataset=None, peft_config=None,
+         callbacks=None, **kw):
+    return DPOTrainer(model if model is not None else pocket.model(seed=0), ref_model, DPOConfig(**config(**kw)),
+                      train_dataset=rows() if dataset is None else dataset,
+                      processing_class=tokenizer or pocket.tokenizer(), eval_dataset=eval_dataset,
+                      peft_config=peft_config, callbacks=callbacks)
 
 
 def train(config, *args, resume=None, **kw):
@@ -56,20 +59,27 @@ def test_gsm8k_right_against_wrong_solutions(config):
     tokenizer = bpe_tokenizer([*gsm8k(n=2000), *data])
     model = ten_million(len(tokenizer))
     assert 9e6 < model.num_parameters() < 12e6
-    trainer = train(config, data, model, tokenizer=tokenizer, max_length=128, max_steps=30, per_device_train_batch_size=4, learning_rate=2e-4, logging_steps=5, train_sampling_strategy="random")
+    trainer = train(config, data, model, tokenizer=tokenizer, max_length=128, max_steps=30,
+                    per_device_train_batch_size=4, learning_rate=2e-4, logging_steps=5,
+                    train_sampling_strategy="random")
     margins, accuracies = logged(trainer, "rewards/margins"), logged(trainer, "rewards/accuracies")
-    assert sum(margins[-3:]) / 3 > max(margins[0], .05) and sum(accuracies[-3:]) / 3 > .55 > accuracies[0] - .1, (margins, accuracies)
+    assert sum(margins[-3:]) / 3 > max(margins[0],
+                                       .05) and sum(accuracies[-3:]) / 3 > .55 > accuracies[0] - .1, (
+                                           margins, accuracies)
 
 
 def test_a_loss_is_a_function_and_an_entry(config, monkeypatch):
-    """No trainer or config is touched; its hyper-parameters come from the config by name, its own defaults otherwise."""
+    """No trainer or config is touched; its hyper-parameters come from the config by name, its own defaults otherwise.
+    """
     seen = {}
     def square(pairs, *, beta, target=1.0):
         seen.update(beta=beta, target=target)
         return (beta * pairs.margin - target) ** 2
     monkeypatch.setitem(PAIR_LOSSES, "square", square)
     trainer = train(config, loss_type="square", beta=.5, max_steps=12, learning_rate=1e-3)
-    assert seen == dict(beta=.5, target=1.0) and min(logged(trainer, "loss")) < .5 < logged(trainer, "loss")[0] == pytest.approx(1.0)
+    assert seen == dict(beta=.5,
+                        target=1.0) and min(logged(trainer, "loss")) < .5 < logged(trainer, "loss")[0] == pytest.approx(
+                            1.0)
     monkeypatch.setitem(PAIR_LOSSES, "needy", lambda pairs, *, gamma: pairs.margin)
     with pytest.raises(AttributeError, match="gamma.*DPOConfig does not have"): train(config, loss_type="needy")
 
@@ -81,23 +91,31 @@ LOSSES = {name: dict(loss_type=[name], label_smoothing=1e-3 if name == "exo_pair
 @pytest.mark.parametrize("case", [*LOSSES, "MPO, LD, WPO", "aot and aot_unpaired, smoothed"])
 def test_one_gradient_for_every_cut(case, config):
     """Two steps, so that in the second the policy is not the reference."""
-    options = LOSSES.get(case) or {"MPO, LD, WPO": dict(loss_type=["sigmoid", "bco_pair", "sft"], loss_weights=[.8, .2, 1], ld_alpha=.3, use_weighting=True),
-                                   "aot and aot_unpaired, smoothed": dict(loss_type=["aot", "aot_unpaired"], label_smoothing=.1)}[case]
+    options = (LOSSES.get(case)
+               or {"MPO, LD, WPO": dict(loss_type=["sigmoid", "bco_pair", "sft"], loss_weights=[.8, .2, 1], ld_alpha=.3,
+                                        use_weighting=True),
+                   "aot and aot_unpaired, smoothed": dict(loss_type=["aot", "aot_unpaired"], label_smoothing=.1)}[case])
     def after(size, accumulate):
-        return train(config, unequal(16), optim="sgd", learning_rate=0.01, max_grad_norm=1e9, lr_scheduler_type="constant", max_steps=2, per_device_train_batch_size=size, gradient_accumulation_steps=accumulate, **options)
+        return train(config, unequal(16), optim="sgd", learning_rate=0.01, max_grad_norm=1e9,
+                     lr_scheduler_type="constant", max_steps=2, per_device_train_batch_size=size,
+                     gradient_accumulation_steps=accumulate, **options)
     whole = after(8, 1)
     assert (weights(whole) - weights(pocket.model(seed=0))).norm() > 1e-4
     for cut in ((4, 2), (1, 8)):
         other = after(*cut)
-        assert torch.allclose(weights(other), weights(whole), atol=1e-6), (cut, (weights(other) - weights(whole)).abs().max())
-        for name in ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "logits/rejected", "entropy", "mean_token_accuracy", "num_tokens"):
+        difference = (weights(other) - weights(whole)).abs().max()
+        assert torch.allclose(weights(other), weights(whole), atol=1e-6), (cut, difference)
+        for name in ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "logits/rejected", "entropy",
+                     "mean_token_accuracy", "num_tokens"):
             assert logged(other, name) == pytest.approx(logged(whole, name), abs=1e-4), (cut, name)
 
 
 def test_one_gradient_for_every_cut_with_an_adapter(config):
     def after(size, accumulate):
         torch.manual_seed(0)
-        return train(config, unequal(16), optim="sgd", learning_rate=0.01, max_grad_norm=1e9, lr_scheduler_type="constant", max_steps=2, per_device_train_batch_size=size, gradient_accumulation_steps=accumulate, loss_type=["aot", "sft"], peft_config=adapter())
+        return train(config, unequal(16), optim="sgd", learning_rate=0.01, max_grad_norm=1e9,
+                     lr_scheduler_type="constant", max_steps=2, per_device_train_batch_size=size,
+                     gradient_accumulation_steps=accumulate, loss_type=["aot", "sft"], peft_config=adapter())
     assert torch.allclose(weights(after(2, 4)), weights(after(8, 1)), atol=1e-5)
 
 
@@ -116,7 +134,8 @@ def test_weighting_reaches_the_likelihood_too(config):
 @pytest.mark.parametrize("layout", ["padded", "flat", "shared"])
 def test_layouts_give_one_loss(layout, config, monkeypatch):
     import posttrain.offline.dpo_trainer as module
-    monkeypatch.setattr(module, "completion_logps", lambda model, batch, **kw: completion_logps(model, batch, layout, **kw))
+    def with_layout(model, batch, **kw): return completion_logps(model, batch, layout, **kw)
+    monkeypatch.setattr(module, "completion_logps", with_layout)
     a = train(config, unequal(), learning_rate=.1, optim="sgd")
     monkeypatch.undo()
     b = train(config, unequal(), learning_rate=.1, optim="sgd")
@@ -130,7 +149,8 @@ def test_the_reference_is_what_training_starts_from(config):
     start = weights(model).clone()
     trainer = train(config, model=model, learning_rate=1e-2)
     assert torch.equal(weights(trainer.ref_model), start) and not torch.equal(weights(trainer), start)
-    assert logged(trainer, "rewards/margins")[0] == 0 and not any(p.requires_grad for p in trainer.ref_model.parameters())
+    assert logged(trainer, "rewards/margins")[0] == 0
+    assert not any(p.requires_grad for p in trainer.ref_model.parameters())
 
 
 def test_ref_model_by_object_and_by_path(config, tmp_path):
@@ -149,7 +169,8 @@ def test_dropout_plays_no_part_in_the_reference(config):
     a, b = trainer.reference.logps(batch), trainer.reference.logps(batch)
     assert torch.equal(a, b) and trainer.model.training and not a.requires_grad
     assert torch.allclose(a, completion_logps(pocket.model(seed=0).eval(), batch)["logps"], atol=1e-5)
-    assert all(m.p == 0 for m in make(config, peft_config=adapter(lora_dropout=.5)).model.modules() if isinstance(m, torch.nn.Dropout))
+    assert all(m.p == 0 for m in make(config, peft_config=adapter(lora_dropout=.5)).model.modules()
+               if isinstance(m, torch.nn.Dropout))
 
 
 def test_a_trained_adapter_is_its_own_reference(config, tmp_path):
@@ -164,11 +185,15 @@ def test_a_trained_adapter_is_its_own_reference(config, tmp_path):
     trainer = make(config, model=model, learning_rate=1e-2, max_steps=4)
     trainer.train()
     assert torch.allclose(trainer.reference.logps(batch), before, atol=1e-6)
-    assert {n for n, p in trainer.model.named_parameters() if p.requires_grad} == trainable and trainer.model.active_adapter == "default"
-    with torch.no_grad(): assert not torch.allclose(completion_logps(trainer.model.eval(), batch)["logps"], before, atol=1e-3)
+    assert {n for n, p in trainer.model.named_parameters()
+            if p.requires_grad} == trainable and trainer.model.active_adapter == "default"
+    with torch.no_grad():
+        assert not torch.allclose(completion_logps(trainer.model.eval(), batch)["logps"], before, atol=1e-3)
     trainer.save_model(tmp_path / "saved")
     again = PeftModel.from_pretrained(pocket.model(seed=0), tmp_path / "saved")
-    with torch.no_grad(): assert torch.allclose(completion_logps(again.eval(), batch)["logps"], completion_logps(trainer.model, batch)["logps"], atol=1e-5)
+    with torch.no_grad():
+        assert torch.allclose(completion_logps(again.eval(), batch)["logps"],
+                              completion_logps(trainer.model, batch)["logps"], atol=1e-5)
 
 
 @pytest.mark.parametrize("peft", [False, True])
@@ -180,7 +205,9 @@ def test_precomputed_equals_asked_every_time(config, peft, tmp_path, monkeypatch
         torch.manual_seed(0)
         return train(config, **kw, **more, **(dict(peft_config=adapter()) if peft else {}))
     live, once = run(), run(precompute_ref_log_probs=True, precompute_ref_batch_size=7)
-    assert torch.allclose(weights(live), weights(once), atol=1e-5) and live.evaluate()["eval_loss"] == pytest.approx(once.evaluate()["eval_loss"], abs=1e-5)
+    assert torch.allclose(weights(live), weights(once),
+                          atol=1e-5) and live.evaluate()["eval_loss"] == pytest.approx(once.evaluate(
+                              )["eval_loss"], abs=1e-5)
     assert once.ref_model is None and (peft or once.reference.source is None)
     files = list((tmp_path / "cache").rglob("*.npz"))
     assert len(files) == 2  # training and evaluation
@@ -219,7 +246,8 @@ def test_columns_computed_elsewhere_are_used(config):
     live = make(config, data, ref_model=pocket.model(seed=5))
     batch = live.data_collator([live.train_dataset[i] for i in range(8)])
     sums = live.reference.logps(batch).sum(1).view(-1, 2)
-    known = data.add_column("ref_chosen_logps", sums[:, 0].tolist()).add_column("ref_rejected_logps", sums[:, 1].tolist())
+    known = data.add_column("ref_chosen_logps",
+                            sums[:, 0].tolist()).add_column("ref_rejected_logps", sums[:, 1].tolist())
     given = make(config, known, precompute_ref_log_probs=True)
     live.train(), given.train()
     assert torch.allclose(weights(live), weights(given), atol=1e-6)
@@ -231,23 +259,28 @@ def test_the_reference_follows(config, tmp_path):
         def __init__(self): self.policies = []
         def on_step_end(self, args, state, control, model=None, **kw): self.policies.append(copy.deepcopy(model))
     record = Record()
-    trainer = train(config, sync_ref_model=True, ref_model_sync_steps=2, ref_model_mixup_alpha=.6, max_steps=5, learning_rate=1e-2, callbacks=[record])
+    trainer = train(config, sync_ref_model=True, ref_model_sync_steps=2, ref_model_mixup_alpha=.6, max_steps=5,
+                    learning_rate=1e-2, callbacks=[record])
     by_hand = pocket.model(seed=0)
     for policy in record.policies[1::2]: sync_weights(by_hand, policy, .6)
     assert torch.allclose(weights(trainer.ref_model), weights(by_hand), atol=1e-7)
-    hard = train(config, sync_ref_model=True, ref_model_sync_steps=5, ref_model_mixup_alpha=1.0, max_steps=5, learning_rate=1e-2)
+    hard = train(config, sync_ref_model=True, ref_model_sync_steps=5, ref_model_mixup_alpha=1.0, max_steps=5,
+                 learning_rate=1e-2)
     assert torch.equal(weights(hard.ref_model), weights(hard))
 
 
 def test_resuming_finds_the_reference_that_had_moved(config, tmp_path):
-    options = dict(sync_ref_model=True, ref_model_sync_steps=2, max_steps=8, save_strategy="steps", save_steps=5, learning_rate=1e-2, train_sampling_strategy="random")
+    options = dict(sync_ref_model=True, ref_model_sync_steps=2, max_steps=8, save_strategy="steps", save_steps=5,
+                   learning_rate=1e-2, train_sampling_strategy="random")
     whole = train(config, **options)
     (tmp_path / "checkpoint-5").rename(tmp_path / "moved-5")
     resumed = train(config, resume=str(tmp_path / "moved-5"), **options)
-    assert torch.equal(weights(whole), weights(resumed)) and torch.equal(weights(whole.ref_model), weights(resumed.ref_model))
+    assert torch.equal(weights(whole), weights(resumed))
+    assert torch.equal(weights(whole.ref_model), weights(resumed.ref_model))
     (tmp_path / "moved-5").rename(tmp_path / "checkpoint-5")
     (tmp_path / "checkpoint-5" / "ref_model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="ref_model.safetensors.*sync_ref_model"): train(config, resume=str(tmp_path / "checkpoint-5"), **options)
+    with pytest.raises(FileNotFoundError, match="ref_model.safetensors.*sync_ref_model"):
+        train(config, resume=str(tmp_path / "checkpoint-5"), **options)
 
 
 def test_resuming_a_trained_adapter_finds_it_again(config, tmp_path):
@@ -277,7 +310,9 @@ def logged_first(trainer):
 def test_functional_dropout_is_off_too(config):
     from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(pocket.tokenizer()), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128, attention_dropout=.5))
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(pocket.tokenizer()), hidden_size=32, intermediate_size=64,
+                                         num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128,
+                                         attention_dropout=.5))
     assert logged(train(config, model=model), "rewards/margins")[0] == pytest.approx(0, abs=1e-6)
 
 
@@ -289,7 +324,8 @@ def test_the_cache_knows_how_the_weights_are_used(config, tmp_path, monkeypatch)
     assert torch.equal(weights(other), weights(pocket.model(seed=0)))
     assert make(config, model=other, precompute_ref_log_probs=True).train_dataset[0]["ref_chosen_logps"] != first
     for file in (tmp_path / "cache").rglob("*.npz"): file.write_bytes(b"cut off")
-    with pytest.warns(UserWarning, match="cannot be read.*computed anew"): again = make(config, precompute_ref_log_probs=True).train_dataset[0]["ref_chosen_logps"]
+    with pytest.warns(UserWarning, match="cannot be read.*computed anew"):
+        again = make(config, precompute_ref_log_probs=True).train_dataset[0]["ref_chosen_logps"]
     assert again == first
 
 
@@ -297,7 +333,8 @@ def test_a_stream_that_ends_in_the_middle_of_a_step(config):
     """22 rows as 2 x 4: the last six are dropped with a word, and no gradient is carried into the next step."""
     options = dict(optim="sgd", learning_rate=.1, max_steps=4, lr_scheduler_type="constant")
     with pytest.warns(UserWarning, match="do not fill a step"):
-        cut = train(config, rows(22).to_iterable_dataset(), per_device_train_batch_size=2, gradient_accumulation_steps=4, **options)
+        cut = train(config, rows(22).to_iterable_dataset(), per_device_train_batch_size=2,
+                    gradient_accumulation_steps=4, **options)
     whole = train(config, rows(16).to_iterable_dataset(), per_device_train_batch_size=8, **options)
     assert torch.allclose(weights(cut), weights(whole), atol=1e-5)
 
@@ -309,25 +346,32 @@ def test_streams_chats_tools_and_tokenised_rows(config):
     tokenised = table.train_dataset
     assert torch.allclose(weights(table), weights(train(config, tokenised)), atol=1e-6)
     chats = rows(8, conversational=True)
-    tool = [{"type": "function", "function": {"name": "look_up", "description": "a word", "parameters": {"type": "object", "properties": {}}}}]
+    tool = [{"type": "function",
+             "function": {"name": "look_up", "description": "a word",
+                          "parameters": {"type": "object", "properties": {}}}}]
     trainer = train(config, chats.map(lambda row: {"tools": json.dumps(tool)}))
     assert logged(trainer, "loss")[0] == pytest.approx(.6931, abs=1e-3)
 
 
 def test_evaluation_predict_and_checkpointing(config):
     trainer = train(config, eval_dataset={"easy": rows(8), "hard": unequal(9)}, eval_strategy="steps", eval_steps=1)
-    assert {"eval_easy_loss", "eval_hard_rewards/margins", "eval_hard_logps/chosen"} <= {k for row in trainer.state.log_history for k in row}
+    assert {"eval_easy_loss", "eval_hard_rewards/margins",
+            "eval_hard_logps/chosen"} <= {k for row in trainer.state.log_history for k in row}
     predicted = trainer.predict(rows(4))  # one row a pair: the chosen answer with its prompt, then the rejected one
     assert len(predicted.predictions) == len(predicted.label_ids) == 4
-    assert (predicted.label_ids != -100).sum(1).tolist() == [len(r["chosen"]) + 1 + len(r["rejected"]) + 1 for r in rows(4)]
+    lengths = [len(r["chosen"]) + 1 + len(r["rejected"]) + 1 for r in rows(4)]
+    assert (predicted.label_ids != -100).sum(1).tolist() == lengths
     exact = train(config, max_steps=4, learning_rate=1e-3)
-    assert torch.allclose(weights(exact), weights(train(config, max_steps=4, learning_rate=1e-3, gradient_checkpointing=True)), atol=1e-5)
+    assert torch.allclose(weights(exact),
+                          weights(train(config, max_steps=4, learning_rate=1e-3, gradient_checkpointing=True)),
+                          atol=1e-5)
     half = train(config, max_steps=4, learning_rate=1e-3, bf16=True)
     assert abs(logged(half, "loss")[-1] - logged(exact, "loss")[-1]) < .05
 
 
 def test_evaluation_batches_do_not_matter(config):
-    a, b = (make(config, eval_dataset=unequal(10), ref_model=pocket.model(seed=5), per_device_eval_batch_size=n, loss_type=["sigmoid", "ipo"]).evaluate() for n in (4, 10))
+    a, b = (make(config, eval_dataset=unequal(10), ref_model=pocket.model(seed=5), per_device_eval_batch_size=n,
+                 loss_type=["sigmoid", "ipo"]).evaluate() for n in (4, 10))
     for k in a:
         if not any(word in k for word in ("time", "per_second")): assert a[k] == pytest.approx(b[k], abs=1e-5), k
 
@@ -346,36 +390,53 @@ NOWHERE = "no/such/model"  # never looked at: the error comes first
 ], ids=["a missing column", "another kind", "a wrong type", "a list", "too long", "a stream to precompute"])
 def test_bad_data_is_named_before_a_model_is_loaded(data, options, kind, message, config):
     with pytest.raises(kind, match=f"(?s){message}"):
-        DPOTrainer(NOWHERE, args=DPOConfig(**config(**options)), train_dataset=data, processing_class=pocket.tokenizer())
+        DPOTrainer(NOWHERE, args=DPOConfig(**config(**options)), train_dataset=data,
+                   processing_class=pocket.tokenizer())
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(loss_type="dpo"), "loss_type='dpo'.*'sigmoid'"), (dict(loss_type="sigmoid,sft"), "'sigmoid,sft'.*or a list"), (dict(loss_type=["sigmoid", "sft"], loss_weights=[1.0]), "loss_weights=.*each"),
-    (dict(loss_weights=["a"]), "loss_weights=.*number"), (dict(loss_weights=[float("nan")]), "loss_weights"), (dict(beta=0), "beta=0 of DPOConfig must be above 0"), (dict(beta=float("inf")), "beta=inf.*finite"), (dict(discopop_tau=0), "discopop_tau=0"), (dict(label_smoothing=.5), "label_smoothing"), (dict(loss_type="exo_pair"), "exo_pair.*label_smoothing.*1e-3"),
-    (dict(f_divergence_type="kl"), "f_divergence_type='kl'.*'js_divergence'"), (dict(f_divergence_type="forward_kl", loss_type=["apo_zero"]), "apo_zero.*log Z"),
-    (dict(use_weighting=True, loss_type=["aot"]), "use_weighting.*aot"), (dict(sync_ref_model=True, precompute_ref_log_probs=True), "sync_ref_model.*precompute"),
-    (dict(ld_alpha=1.5), "ld_alpha=1.5"), (dict(ref_model_mixup_alpha=2), "ref_model_mixup_alpha=2"), (dict(ref_model_sync_steps=0), "ref_model_sync_steps=0"),
-    (dict(truncation_mode="drop"), "truncation_mode"), (dict(max_length=1), "max_length"), (dict(router_aux_loss_coef=.1), "router_aux_loss_coef"),
+    (dict(loss_type="dpo"), "loss_type='dpo'.*'sigmoid'"), (dict(loss_type="sigmoid,sft"), "'sigmoid,sft'.*or a list"),
+    (dict(loss_type=["sigmoid", "sft"], loss_weights=[1.0]), "loss_weights=.*each"),
+    (dict(loss_weights=["a"]), "loss_weights=.*number"), (dict(loss_weights=[float("nan")]), "loss_weights"),
+    (dict(beta=0), "beta=0 of DPOConfig must be above 0"), (dict(beta=float("inf")), "beta=inf.*finite"),
+    (dict(discopop_tau=0), "discopop_tau=0"), (dict(label_smoothing=.5), "label_smoothing"),
+    (dict(loss_type="exo_pair"), "exo_pair.*label_smoothing.*1e-3"),
+    (dict(f_divergence_type="kl"), "f_divergence_type='kl'.*'js_divergence'"),
+    (dict(f_divergence_type="forward_kl", loss_type=["apo_zero"]), "apo_zero.*log Z"),
+    (dict(use_weighting=True, loss_type=["aot"]), "use_weighting.*aot"),
+    (dict(sync_ref_model=True, precompute_ref_log_probs=True), "sync_ref_model.*precompute"),
+    (dict(ld_alpha=1.5), "ld_alpha=1.5"), (dict(ref_model_mixup_alpha=2), "ref_model_mixup_alpha=2"),
+    (dict(ref_model_sync_steps=0), "ref_model_sync_steps=0"),
+    (dict(truncation_mode="drop"), "truncation_mode"), (dict(max_length=1), "max_length"),
+    (dict(router_aux_loss_coef=.1), "router_aux_loss_coef"),
 ])
 def test_bad_config_is_named(options, message, config):
     with pytest.raises(ValueError, match=f"(?s){message}"): DPOConfig(**config(**options))
 
 
-@pytest.mark.parametrize("options, message", [(dict(beta="0.1"), "beta of DPOConfig must be a number, got '0.1'"), (dict(label_smoothing=None), "label_smoothing.*None"), (dict(loss_type=[]), "loss_type"), (dict(loss_type=None), "loss_type=None")])
+@pytest.mark.parametrize("options, message", [
+    (dict(beta="0.1"), "beta of DPOConfig must be a number, got '0.1'"),
+    (dict(label_smoothing=None), "label_smoothing.*None"), (dict(loss_type=[]), "loss_type"),
+    (dict(loss_type=None), "loss_type=None")])
 def test_what_is_no_number_is_named(options, message, config):
     with pytest.raises(TypeError, match=message): DPOConfig(**config(**options))
 
 
 def test_label_smoothing_without_effect_is_said(config):
-    with pytest.warns(UserWarning, match="label_smoothing=0.1 has no effect.*hinge"): DPOConfig(**config(loss_type="hinge", label_smoothing=.1))
+    with pytest.warns(UserWarning, match="label_smoothing=0.1 has no effect.*hinge"):
+        DPOConfig(**config(loss_type="hinge", label_smoothing=.1))
 
 
 def test_references_that_cannot_be(config):
     model = pocket.model(seed=0)
     with pytest.raises(ValueError, match="same object"): make(config, model=model, ref_model=model)
-    with pytest.raises(ValueError, match="vocabulary has .* the reference's 50"): make(config, ref_model=pocket.model(seed=0, vocab_size=50))
-    with pytest.raises(TypeError, match="got DPOConfig.*third parameter, args="): DPOTrainer(model, DPOConfig(**config()), train_dataset=rows(), processing_class=pocket.tokenizer())
-    with pytest.raises(ValueError, match="pissa.*pass ref_model"): make(config, peft_config=adapter(init_lora_weights="pissa"))
+    with pytest.raises(ValueError, match="vocabulary has .* the reference's 50"):
+        make(config, ref_model=pocket.model(seed=0, vocab_size=50))
+    with pytest.raises(TypeError, match="got DPOConfig.*third parameter, args="):
+        DPOTrainer(model, DPOConfig(**config()), train_dataset=rows(), processing_class=pocket.tokenizer())
+    with pytest.raises(ValueError, match="pissa.*pass ref_model"):
+        make(config, peft_config=adapter(init_lora_weights="pissa"))
     with pytest.raises(ValueError, match="bias='all'.*pass ref_model"): make(config, peft_config=adapter(bias="all"))
     with pytest.raises(FileNotFoundError, match="nowhere.jinja"): make(config, chat_template_path="/nowhere.jinja")
-    with pytest.raises(ValueError, match="sync_ref_model.*PEFT"): make(config, peft_config=adapter(), sync_ref_model=True)
+    with pytest.raises(ValueError, match="sync_ref_model.*PEFT"):
+        make(config, peft_config=adapter(), sync_ref_model=True)

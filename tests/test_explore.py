@@ -64,7 +64,7 @@ def test_without_scripts_there_is_one_right_picture(explorer):
     image = re.search(r'<img alt="([^"]+)" src="data:image/svg\+xml;base64,([^"]+)"', bare)
     assert base64.b64decode(image[2]).decode() == explorer.frame() and len(image[1]) > 20
     assert "<input" not in bare and "<select" not in bare  # no dead controls
-    for name, control in explorer.controls.items():
+    for name in explorer.controls:
         assert explorer._label(name) in bare  # but what they are set to
 
 

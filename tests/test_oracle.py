@@ -3,7 +3,7 @@ import pytest
 import torch
 
 import oracle as module
-from oracle import Answer, Sketch, described, oracle, sketch
+from oracle import Answer, Sketch, close_weights, described, models_in, oracle, sketch, weights_of
 
 
 @pytest.fixture
@@ -85,9 +85,14 @@ def offset(): return 1
 
 def test_inputs_are_told_by_their_content(monkeypatch):
     one, two = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-    assert described(one) != described(two)
+    assert not close_weights(weights_of(one), weights_of(two))
     two.load_state_dict(one.state_dict())
-    assert described(one) == described(two)
+    assert close_weights(weights_of(one), weights_of(two)) and models_in([1, {"b": two, "a": [one]}]) == [one, two]
+    with torch.no_grad(): two.weight[0, 0] *= 1 + 1e-7
+    assert close_weights(weights_of(one), weights_of(two)), "noise of the last digit"
+    with torch.no_grad(): two.weight[0, 0] += 1e-3
+    assert not close_weights(weights_of(one), weights_of(two))
+    assert described(one) == described(two) != described(torch.nn.Linear(2, 3))
     assert described(by(1)) == described(by(1)) != described(by(2)), "what a function takes from outside counts"
     assert "offset" in described(by(1)) and "Constant(value=1)" in described(by(1))
     with pytest.raises(TypeError, match="Tensor"): described(torch.ones(2))

@@ -11,7 +11,8 @@ pytestmark = pytest.mark.parity
 
 @pytest.fixture(scope="module")
 def theirs():
-    """TRL's loss of (chosen, rejected) mean log-probs: it returns beta times log sigma of the log odds ratio, which its trainer subtracts."""
+    """TRL's loss of (chosen, rejected) mean log-probs: it returns beta times log sigma of the log odds ratio, which
+    its trainer subtracts."""
     import trl
     assert trl.__version__ == "1.16.0", "the reference is TRL 1.16.0; install the dev extra with -c constraints.txt"
     from trl.experimental.orpo import ORPOTrainer
@@ -28,7 +29,8 @@ def value_and_gradients(loss, chosen, rejected):
 @pytest.mark.parametrize("scale", (1e-6, 1e-3, .1, 1., 10., 100.))
 def test_loss_and_gradients_equal_trl(theirs, scale):
     chosen, rejected = -scale * (torch.rand(2, 200) + .1)
-    for ours, other in zip(value_and_gradients(odds_ratio, chosen, rejected), value_and_gradients(theirs, chosen, rejected)):
+    for ours, other in zip(value_and_gradients(odds_ratio, chosen, rejected),
+                           value_and_gradients(theirs, chosen, rejected)):
         torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""Rewards: the usual functions against TRL's, and what `Rewards` does with every kind of function and every kind of mistake."""
+"""Rewards: the usual functions against TRL's, and what `Rewards` does with every kind of function and of mistake."""
 import asyncio
 import functools
 import logging
@@ -16,37 +16,54 @@ from transformers import Qwen3ForSequenceClassification
 
 from posttrain import pocket
 from posttrain.rollout.reward_models import ModelReward
-from posttrain.rollout.rewards import (accuracy_reward, exact_match_reward, get_cosine_scaled_reward,
-                                       get_repetition_penalty_reward, get_soft_overlong_punishment,
-                                       reasoning_accuracy_reward, text_of, think_format_reward, total)
+from posttrain.rollout.rewards import (
+    accuracy_reward,
+    exact_match_reward,
+    get_cosine_scaled_reward,
+    get_repetition_penalty_reward,
+    get_soft_overlong_punishment,
+    reasoning_accuracy_reward,
+    text_of,
+    think_format_reward,
+    total,
+)
 from posttrain.rollout.score import Rewards
 
 user = lambda text: [{"role": "user", "content": text}]
 said = lambda text: [{"role": "assistant", "content": text}]
-ROWS = dict(prompts=["add 1+1=", "add 2+1=", "add 2+2="], completions=["2", "4", "four"], completion_ids=[[1], [2], [3, 4]])
+ROWS = dict(prompts=["add 1+1=", "add 2+1=", "add 2+2="], completions=["2", "4", "four"],
+            completion_ids=[[1], [2], [3, 4]])
 
 
 # ---------------------------------------------------------------- the usual functions, against TRL
-ANSWERS = [r"\boxed{72}", "72", "The answer is $72$.", r"The final answer is \(72\).", r"\[72\]", r"\boxed{71} then \boxed{72}", r"\boxed{72} and \boxed{72}", r"\boxed{71,72}", r"\boxed{x=72}", r"\boxed{72",
-           r"\boxed{72.0}", r"\boxed{72\text{ apples}}", r"\boxed{\frac{144}{2}}", r"\boxed{36+36}", r"\boxed{\$72}", r"\boxed{}", "", "#### 72", r"\boxed{-72}", r"\boxed{\frac{1}{3}}", r"\boxed{1/3}",
-           r"\boxed{0.3333333333}", r"\boxed{x^2+2x+1}", r"\boxed{(x+1)^2}", r"\boxed{\sqrt{12}}", r"\boxed{(1,2)}", r"\boxed{\{2,1\}}", r"\boxed{\text{Monday}}", r"\boxed{50\%}", "<think>\\boxed{71}</think> \\boxed{72}"]
-SOLUTIONS = ["72", r"$72$", "Natalia sold 48+24 = <<48+24=72>>72 clips altogether.\n#### 72", r"\frac{1}{3}", r"$(x+1)^2$", r"$2\sqrt{3}$", r"\boxed{\{1,2\}}", r"$\text{Monday}$", "0.5", "Answer is forty-two.", ""]
+ANSWERS = [r"\boxed{72}", "72", "The answer is $72$.", r"The final answer is \(72\).", r"\[72\]",
+           r"\boxed{71} then \boxed{72}", r"\boxed{72} and \boxed{72}", r"\boxed{71,72}", r"\boxed{x=72}", r"\boxed{72",
+           r"\boxed{72.0}", r"\boxed{72\text{ apples}}", r"\boxed{\frac{144}{2}}", r"\boxed{36+36}", r"\boxed{\$72}",
+           r"\boxed{}", "", "#### 72", r"\boxed{-72}", r"\boxed{\frac{1}{3}}", r"\boxed{1/3}", r"\boxed{0.3333333333}",
+           r"\boxed{x^2+2x+1}", r"\boxed{(x+1)^2}", r"\boxed{\sqrt{12}}", r"\boxed{(1,2)}", r"\boxed{\{2,1\}}",
+           r"\boxed{\text{Monday}}", r"\boxed{50\%}", "<think>\\boxed{71}</think> \\boxed{72}"]
+SOLUTIONS = ["72", r"$72$", "Natalia sold 48+24 = <<48+24=72>>72 clips altogether.\n#### 72", r"\frac{1}{3}",
+             r"$(x+1)^2$", r"$2\sqrt{3}$", r"\boxed{\{1,2\}}", r"$\text{Monday}$", "0.5", "Answer is forty-two.", ""]
 
 
 @pytest.mark.parametrize("solution", SOLUTIONS)
 def test_accuracy_equals_trl(solution):
     from trl.rewards import accuracy_reward as theirs
     expected = theirs([said(a) for a in ANSWERS], [solution] * len(ANSWERS))
-    assert accuracy_reward(ANSWERS, [solution] * len(ANSWERS)) == accuracy_reward([said(a) for a in ANSWERS], [solution] * len(ANSWERS)) == expected
+    solutions = [solution] * len(ANSWERS)
+    assert accuracy_reward(ANSWERS, solutions) == accuracy_reward([said(a) for a in ANSWERS], solutions) == expected
     assert None in expected or 1.0 in expected  # a table in which nothing is right would prove little
 
 
 def test_accuracy_of_references_that_trl_misreads():
     """An unmarked formula: TRL takes a number in it, or nothing, for all of it."""
     from trl.rewards import accuracy_reward as theirs
-    for reference, good, bad in [(r"2\sqrt{3}", r"\sqrt{12}", "2"), ("y=2x", "2x", "2"), ("2+3i", "3i+2", "2"), ("5!", "120", "5"), ("x^2", "x^2", "2"), ("(1,2)", "(1,2)", "(1,3)"), ("1, 2", r"\{1,2\}", "2")]:
+    for reference, good, bad in [(r"2\sqrt{3}", r"\sqrt{12}", "2"), ("y=2x", "2x", "2"), ("2+3i", "3i+2", "2"),
+                                 ("5!", "120", "5"), ("x^2", "x^2", "2"), ("(1,2)", "(1,2)", "(1,3)"),
+                                 ("1, 2", r"\{1,2\}", "2")]:
         completions = [rf"\boxed{{{good}}}", rf"\boxed{{{bad}}}"]
-        assert accuracy_reward(completions, [reference] * 2) == accuracy_reward(completions, [f"${reference}$"] * 2) == [1, 0], reference
+        assert accuracy_reward(completions, [reference] * 2) == [1, 0], reference
+        assert accuracy_reward(completions, [f"${reference}$"] * 2) == [1, 0], reference
         assert theirs([said(c) for c in completions], [reference] * 2) != [1, 0]
     assert accuracy_reward([r"\boxed{72}"] * 4, [72, 72.0, None, "x is 72"]) == [1, 1, None, 1]
 
@@ -62,22 +79,29 @@ def test_accuracy_tells_what_it_read():
 
 def test_reasoning_accuracy_equals_trl():
     from trl.rewards import reasoning_accuracy_reward as theirs
-    contents = [r"<think>hm</think> \boxed{72}", r"<think>\boxed{72}</think> \boxed{71}", r"<think>\boxed{72}", r"\boxed{72}", r"</think></think>\boxed{72}", r"a</think>\boxed{71}</think>\boxed{72}", "", r"<think>x</think>"]
-    for kw in ({}, {"reasoning_delimiters": ["</think>"]}, {"reasoning_delimiters": ["\\boxed"]}, {"reasoning_delimiters": []}):
+    contents = [r"<think>hm</think> \boxed{72}", r"<think>\boxed{72}</think> \boxed{71}", r"<think>\boxed{72}",
+                r"\boxed{72}", r"</think></think>\boxed{72}", r"a</think>\boxed{71}</think>\boxed{72}", "",
+                r"<think>x</think>"]
+    for kw in ({}, {"reasoning_delimiters": ["</think>"]}, {"reasoning_delimiters": ["\\boxed"]},
+               {"reasoning_delimiters": []}):
         expected = theirs([said(c) for c in contents], ["72"] * len(contents), **kw)
         assert reasoning_accuracy_reward(contents, ["72"] * len(contents), **kw) == expected
-    # Where several delimiters occur, TRL cuts at the first of the list; its documentation and we: at the last in the text.
+    # Where several delimiters occur, TRL cuts at the first of the list; its documentation and we: at the last in the
+    # text.
     twice, both = [r"a</think>\boxed{71}<end>\boxed{72}"], ["</think>", "<end>"]
-    assert reasoning_accuracy_reward(twice, ["72"], both) == reasoning_accuracy_reward(twice, ["72"], both[::-1]) == [1] and theirs([said(twice[0])], ["72"], both) == [0]
+    assert reasoning_accuracy_reward(twice, ["72"], both) == reasoning_accuracy_reward(twice, ["72"], both[::-1]) == [1]
+    assert theirs([said(twice[0])], ["72"], both) == [0]
     # A reference that cannot be parsed judges nobody; TRL gives 0 to unfinished reasoning and None to the others.
     assert reasoning_accuracy_reward(["<think>", r"</think>\boxed{1}"], ["words"] * 2) == [None, None]
 
 
 def test_accuracy_off_the_main_thread(caplog):
-    """math-verify's alarms exist in the main thread only; elsewhere it would raise. Its own advice is not passed on, its loggers are left as they were."""
+    """math-verify's alarms exist in the main thread only; elsewhere it would raise. Its own advice is not passed on,
+    its loggers are left as they were."""
     found = []
     with caplog.at_level(logging.WARNING):
-        thread = threading.Thread(target=lambda: found.append(accuracy_reward([r"\boxed{72}", r"\boxed{71}"], ["72", "72"])))
+        thread = threading.Thread(
+            target=lambda: found.append(accuracy_reward([r"\boxed{72}", r"\boxed{71}"], ["72", "72"])))
         thread.start()
         thread.join()
     assert found == [[1, 0]] and "Timeout is disabled" not in caplog.text
@@ -106,27 +130,39 @@ def test_lengths_and_repetition_equal_trl():
     rng = random.Random(0)
     ids = [[rng.randrange(k) for _ in range(n)] for n in range(0, 130) for k in (1, 2, 50)]
     for limit, cache in [(100, 20), (100, 0), (100, 100), (1, 1), (37, 12), (0, 0)]:
-        assert get_soft_overlong_punishment(limit, cache)(ids) == trl.get_soft_overlong_punishment(limit, cache)(completion_ids=ids)
+        assert get_soft_overlong_punishment(limit,
+                                            cache)(ids) == trl.get_soft_overlong_punishment(limit, cache)(
+                                                completion_ids=ids)
     for n, penalty in [(1, -1.0), (2, -0.5), (3, -1.0), (5, -3.0), (200, -1.0), (3, 0.0)]:
-        ours, theirs = get_repetition_penalty_reward(n, penalty)(ids), trl.get_repetition_penalty_reward(n, penalty)(completion_ids=ids)
+        ours = get_repetition_penalty_reward(n, penalty)(ids)
+        theirs = trl.get_repetition_penalty_reward(n, penalty)(completion_ids=ids)
         assert ours == pytest.approx(theirs) and not any(math.copysign(1, r) < 0 for r in ours if r == 0)
-    completions, solution = [rf"\boxed{{{i % 3}}}" for i in range(len(ids))], [("1", "2", "words")[i % 7 % 3] for i in range(len(ids))]
+    completions, solution = [rf"\boxed{{{i % 3}}}"
+                             for i in range(len(ids))], [("1", "2", "words")[i % 7 % 3] for i in range(len(ids))]
     for args in [(100,), (50, -2.0, -1.0, 0.0, 4.0), (1,)]:
-        ours, theirs = get_cosine_scaled_reward(*args)(completions, solution, ids), trl.get_cosine_scaled_reward(*args)([said(c) for c in completions], solution, ids)
-        assert [r is None for r in ours] == [r is None for r in theirs] and [r for r in ours if r is not None] == pytest.approx([r for r in theirs if r is not None])
+        ours = get_cosine_scaled_reward(*args)(completions, solution, ids)
+        theirs = trl.get_cosine_scaled_reward(*args)([said(c) for c in completions], solution, ids)
+        assert [r is None for r in ours] == [r is None for r in theirs]
+        assert [r for r in ours if r is not None] == pytest.approx([r for r in theirs if r is not None])
 
 
 def test_made_rewards_have_trls_names_and_can_be_sent_to_a_process():
     from trl import rewards as trl
-    args = {"get_soft_overlong_punishment": (9, 3), "get_repetition_penalty_reward": (2,), "get_cosine_scaled_reward": (9,)}
+    args = {"get_soft_overlong_punishment": (9, 3), "get_repetition_penalty_reward": (2,),
+            "get_cosine_scaled_reward": (9,)}
     for make in (get_soft_overlong_punishment, get_repetition_penalty_reward, get_cosine_scaled_reward):
         made = make(*args[make.__name__])
-        assert Rewards(made).names == [getattr(trl, make.__name__)(*args[make.__name__]).__name__] and pickle.loads(pickle.dumps(made)) == made
+        assert Rewards(made).names == [getattr(trl, make.__name__)(*args[make.__name__]).__name__] and pickle.loads(
+            pickle.dumps(made)) == made
 
 
 @pytest.mark.parametrize("make, words", [
-    (lambda: get_soft_overlong_punishment(10, 11), "soft_punish_cache=11"), (lambda: get_soft_overlong_punishment(10, -1), "soft_punish_cache=-1"), (lambda: get_cosine_scaled_reward(0), "max_len=0"),
-    (lambda: get_repetition_penalty_reward(0), "ngram_size=0"), (lambda: get_repetition_penalty_reward(3, 0.1), "max_penalty=0.1"), (lambda: get_repetition_penalty_reward(3, math.nan), "max_penalty=nan")])
+    (lambda: get_soft_overlong_punishment(10, 11), "soft_punish_cache=11"),
+    (lambda: get_soft_overlong_punishment(10, -1), "soft_punish_cache=-1"),
+    (lambda: get_cosine_scaled_reward(0), "max_len=0"),
+    (lambda: get_repetition_penalty_reward(0), "ngram_size=0"),
+    (lambda: get_repetition_penalty_reward(3, 0.1), "max_penalty=0.1"),
+    (lambda: get_repetition_penalty_reward(3, math.nan), "max_penalty=nan")])
 def test_values_out_of_range(make, words):
     with pytest.raises(ValueError, match=words): make()
 
@@ -136,12 +172,14 @@ def test_exact_match():
     assert exact_match_reward([a + " \n" for a in rows["answer"]], **rows[:]) == [1] * 20
     assert exact_match_reward([said(a + "1") for a in rows["answer"]], rows["answer"]) == [0] * 20
     Rewards(exact_match_reward).check(rows.column_names)
-    with pytest.raises(TypeError, match="'exact_match_reward' needs one of the columns 'answer', 'solution'"): Rewards(exact_match_reward).check(["prompt", "gold"])
+    with pytest.raises(TypeError, match="'exact_match_reward' needs one of the columns 'answer', 'solution'"):
+        Rewards(exact_match_reward).check(["prompt", "gold"])
 
 
 def test_text_of():
     parts = [{"type": "text", "text": "a"}, {"type": "image", "image": None}, {"type": "text", "text": "b"}]
-    for completion in ("ab", said("ab"), said(parts), [*said("x"), {"role": "tool", "content": "y"}, *said("ab")], [*said("ab"), {"role": "tool", "content": "y"}], [{"content": "ab"}]):
+    for completion in ("ab", said("ab"), said(parts), [*said("x"), {"role": "tool", "content": "y"}, *said("ab")],
+                       [*said("ab"), {"role": "tool", "content": "y"}], [{"content": "ab"}]):
         assert text_of(completion) == "ab"
     assert text_of(said(None)) == text_of([{"role": "assistant", "tool_calls": []}]) == ""
     for wrong in (None, 3, [], ["ab"], {"content": "ab"}):
@@ -161,8 +199,11 @@ def test_functions_get_what_they_ask_for():
     rewards = Rewards([everything, some, default, Judge(), Judge().method, functools.partial(default, more="set")])
     r = rewards(**ROWS, columns=columns, trainer_state="state")
     assert r.shape == (3, 6) and r.dtype == torch.float32 and not r.requires_grad and r[:, 2].tolist() == [1, 2, 3]
-    assert seen["everything"].keys() == {"prompts", "completions", "completion_ids", "level", "trainer_state", "log_extra", "log_metric"}  # as TRL: no `prompt`, no `completion`
-    assert seen["some"] == (ROWS["completions"], columns["level"], "state") and seen["default"] == (columns["level"], "set", ROWS["prompts"]) and seen["judge"] == ROWS["completion_ids"]
+    # as TRL: no `prompt`, no `completion`
+    assert seen["everything"].keys() == {"prompts", "completions", "completion_ids", "level", "trainer_state",
+                                         "log_extra", "log_metric"}
+    assert seen["some"] == (ROWS["completions"], columns["level"], "state")
+    assert seen["default"] == (columns["level"], "set", ROWS["prompts"]) and seen["judge"] == ROWS["completion_ids"]
     assert rewards.names == ["everything", "some", "default", "Judge", "method", "default_2"]
     r = Rewards(functools.partial(default, more="set"))(**ROWS, columns={**columns, "more": [1, 2, 3]})
     assert seen["default"][1] == "set"  # a column does not replace what a partial has settled
@@ -193,7 +234,8 @@ def tokenizer(): return pocket.tokenizer()
 
 def alone(model, tokenizer, text):
     "The model's own forward on one text."
-    with torch.no_grad(): return model.eval()(**tokenizer(text, return_tensors="pt", add_special_tokens=False)).logits[0, 0].item()
+    with torch.no_grad():
+        return model.eval()(**tokenizer(text, return_tensors="pt", add_special_tokens=False)).logits[0, 0].item()
 
 
 def test_functions_async_functions_and_models_together(judge, tokenizer):
@@ -208,9 +250,11 @@ def test_functions_async_functions_and_models_together(judge, tokenizer):
             meeting.append("second")
             return torch.tensor([4.0, 5.0, 6.0])
     def hidden(completions): return Second()(completions)  # returns something to await without being `async def`
-    rewards = Rewards([numeric, first, judge, Second(), hidden], weights=[1, 2, 0, 0.5, 0], processing_classes=[None, None, tokenizer, None, None])
+    rewards = Rewards([numeric, first, judge, Second(), hidden], weights=[1, 2, 0, 0.5, 0],
+                      processing_classes=[None, None, tokenizer, None, None])
     expected = torch.tensor([[2, 1, 0, 4, 4], [4, math.nan, 0, 5, 5], [math.nan, 3, 0, 6, 6]])
-    expected[:, 2] = torch.tensor([alone(judge, tokenizer, p + c) for p, c in zip(ROWS["prompts"], ROWS["completions"])])
+    expected[:,
+             2] = torch.tensor([alone(judge, tokenizer, p + c) for p, c in zip(ROWS["prompts"], ROWS["completions"])])
     def ask():
         meeting.clear()
         torch.testing.assert_close(rewards(**ROWS), expected, equal_nan=True, rtol=0, atol=1e-5)
@@ -251,7 +295,8 @@ def test_an_error_cancels_those_who_wait():
 
 
 def test_none_is_not_applicable():
-    with pytest.warns(UserWarning, match=r"1 of 3 completions.*'numeric'.*row 2: prompts 'add 2\+2=', completions 'four', answer 'c'"):
+    match = r"1 of 3 completions.*'numeric'.*row 2: prompts 'add 2\+2=', completions 'four', answer 'c'"
+    with pytest.warns(UserWarning, match=match):
         rewards = Rewards([numeric, lambda **kw: [None] * 3])
         r = rewards(**ROWS, columns={"answer": ["a", "b", "c"]})
     assert r[:, 0].tolist()[:2] == [2, 4] and r[2].isnan().all() and r[:, 1].isnan().all()
@@ -262,7 +307,9 @@ def test_none_is_not_applicable():
     assert sums[:2].tolist() == [2, 4] and sums[2].isnan()
 
 
-@pytest.mark.parametrize("returned", [[1, True, 0.5], (1, 1.0, 0.5), np.array([1, 1, 0.5]), torch.tensor([1, 1, 0.5], dtype=torch.bfloat16), [np.float32(1), torch.tensor(1), np.bool_(True) * 0.5]])
+@pytest.mark.parametrize("returned", [
+    [1, True, 0.5], (1, 1.0, 0.5), np.array([1, 1, 0.5]), torch.tensor([1, 1, 0.5], dtype=torch.bfloat16),
+    [np.float32(1), torch.tensor(1), np.bool_(True) * 0.5]])
 def test_numbers_in_any_container(returned):
     assert Rewards(lambda **kw: returned)(**ROWS)[:, 0].tolist() == [1, 1, 0.5]
 
@@ -279,12 +326,15 @@ def test_a_reward_that_raises_names_the_row():
         calls.append(len(completions))
         return [float(int(c) == int(s)) for c, s in zip(completions, solution)]
     message, error = raised(RuntimeError, [numeric, parses], {"solution": ["2", "3", "4"], "other": [7, 8, 9]})
-    for word in ("reward 'parses' raised ValueError", "invalid literal for int() with base 10: 'four'", "row 2", "prompt 'add 2+2='", "completion 'four'", "solution '4'"): assert word in message
+    for word in ("reward 'parses' raised ValueError", "invalid literal for int() with base 10: 'four'", "row 2",
+                 "prompt 'add 2+2='", "completion 'four'", "solution '4'"):
+        assert word in message
     assert "'add 1+1='" not in message and isinstance(error.__cause__, ValueError) and calls == [3, 1, 1, 1]
 
     async def later(completions): await asyncio.sleep(0); return [1 / (c != "4") for c in completions]
     message, error = raised(RuntimeError, [later, numeric])
-    assert "'later' raised ZeroDivisionError" in message and "row 1: prompt 'add 2+1=', completion '4'" in message and isinstance(error.__cause__, ZeroDivisionError)
+    assert "'later' raised ZeroDivisionError" in message and "row 1: prompt 'add 2+1=', completion '4'" in message
+    assert isinstance(error.__cause__, ZeroDivisionError)
 
 
 def test_a_reward_that_raises_only_for_the_batch_or_by_its_state():
@@ -292,10 +342,12 @@ def test_a_reward_that_raises_only_for_the_batch_or_by_its_state():
         if len(completions) > 1: raise OSError("too much")
         return [0.0]
     message, _ = raised(RuntimeError, together)
-    assert "'together' raised OSError: too much" in message and "scored one by one, no completion raised it again" in message and "row 0: prompt 'add 1+1='" in message
+    assert "'together' raised OSError: too much" in message and "row 0: prompt 'add 1+1='" in message
+    assert "scored one by one, no completion raised it again" in message
     def batches_only(completions): raise OSError("too much") if len(completions) > 1 else TypeError("not a batch")
     message, _ = raised(RuntimeError, batches_only)
-    assert "OSError: too much" in message and "no completion raised it again" in message  # another error says nothing about the row
+    # another error says nothing about the row
+    assert "OSError: too much" in message and "no completion raised it again" in message
     logged = []
     def logs(completions, log_metric): log_metric("n", len(completions)); raise ValueError
     with pytest.raises(RuntimeError): Rewards(logs)(**ROWS, log_metric=lambda name, value: logged.append(value))
@@ -315,11 +367,17 @@ def test_the_search_for_the_row_ends(monkeypatch):
 
 
 @pytest.mark.parametrize("returned, error, words", [
-    ([1.0], ValueError, ["1 values for 3 completions", "one each", "'add 1+1='"]), ([1.0] * 4, ValueError, ["4 values for 3"]), (torch.ones(2), ValueError, ["2 values"]),
-    (1.0, TypeError, ["returned 1.0", "expected a list"]), (None, TypeError, ["returned None"]), ("abc", TypeError, ["returned 'abc'"]), ({"a": 1}, TypeError, ["expected a list"]), (torch.ones(3, 1), TypeError, ["Tensor of shape (3, 1)"]),
+    ([1.0], ValueError, ["1 values for 3 completions", "one each", "'add 1+1='"]),
+    ([1.0] * 4, ValueError, ["4 values for 3"]), (torch.ones(2), ValueError, ["2 values"]),
+    (1.0, TypeError, ["returned 1.0", "expected a list"]), (None, TypeError, ["returned None"]),
+    ("abc", TypeError, ["returned 'abc'"]), ({"a": 1}, TypeError, ["expected a list"]),
+    (torch.ones(3, 1), TypeError, ["Tensor of shape (3, 1)"]),
     (torch.tensor(1.0), TypeError, ["shape ()"]), ((x for x in [1, 2, 3]), TypeError, ["generator"]),
-    ([1.0, math.nan, 2.0], ValueError, ["returned nan", "row 1", "'add 2+1='", "completion '4'", "return None"]), (torch.tensor([1, 2, math.inf]), ValueError, ["returned inf", "row 2", "'four'"]),
-    ([-math.inf, 0, 0], ValueError, ["-inf", "row 0"]), ([0, 1e39, 0], ValueError, ["1e+39", "row 1"]), ([0, 10**400, 0], ValueError, ["row 1"]), ([1.0, "2", 3.0], TypeError, ["'2' (str)", "row 1"]), ([1j, 0, 0], TypeError, ["complex"]),
+    ([1.0, math.nan, 2.0], ValueError, ["returned nan", "row 1", "'add 2+1='", "completion '4'", "return None"]),
+    (torch.tensor([1, 2, math.inf]), ValueError, ["returned inf", "row 2", "'four'"]),
+    ([-math.inf, 0, 0], ValueError, ["-inf", "row 0"]), ([0, 1e39, 0], ValueError, ["1e+39", "row 1"]),
+    ([0, 10**400, 0], ValueError, ["row 1"]), ([1.0, "2", 3.0], TypeError, ["'2' (str)", "row 1"]),
+    ([1j, 0, 0], TypeError, ["complex"]),
     ([[1.0], 2.0, 3.0], TypeError, ["[1.0] (list)", "row 0"])])
 def test_wrong_answers_of_a_reward(returned, error, words):
     def odd(completions): return returned
@@ -334,24 +392,35 @@ def test_missing_and_taken_columns_are_found_before_anything_runs():
     ran = []
     def needs(completions, solution, **kwargs): ran.append(1); return [0.0] * 3
     rewards = Rewards([lambda **kw: ran.append(1), needs, "no/such-model"])
-    with pytest.raises(TypeError, match=r"reward 'needs' needs 'solution'.*columns for rewards: 'soluton'\. Did you mean 'soluton'\?"): rewards.check(["prompt", "soluton"])
+    match = r"reward 'needs' needs 'solution'.*columns for rewards: 'soluton'\. Did you mean 'soluton'\?"
+    with pytest.raises(TypeError, match=match):
+        rewards.check(["prompt", "soluton"])
     with pytest.raises(TypeError, match="'solution'"): rewards(**ROWS)
     rewards.check(["prompt", "solution"])  # and no model was loaded
-    with pytest.raises(ValueError, match=r"column 'completions'.*rename_column\('completions', 'my_completions'\)"): rewards.check(["prompt", "completions", "solution"])
+    with pytest.raises(ValueError, match=r"column 'completions'.*rename_column\('completions', 'my_completions'\)"):
+        rewards.check(["prompt", "completions", "solution"])
     def misnamed(prompt, completion): return []
-    with pytest.raises(TypeError, match="needs 'prompt', 'completion'.*Did you mean 'prompts'"): Rewards(misnamed).check(["prompt", "completion"])
+    with pytest.raises(TypeError, match="needs 'prompt', 'completion'.*Did you mean 'prompts'"):
+        Rewards(misnamed).check(["prompt", "completion"])
     assert not ran
 
 
 def test_inputs_of_different_lengths():
-    with pytest.raises(ValueError, match="level has 2 values for 3 prompts"): Rewards(numeric)(**ROWS, columns={"level": [1, 2]})
+    with pytest.raises(ValueError, match="level has 2 values for 3 prompts"):
+        Rewards(numeric)(**ROWS, columns={"level": [1, 2]})
     with pytest.raises(ValueError, match="completions has 1 values"): Rewards(numeric)(**ROWS | {"completions": ["1"]})
 
 
 @pytest.mark.parametrize("make, error, words", [
-    (lambda: Rewards([]), ValueError, "at least one"), (lambda: Rewards(3), TypeError, "reward 3 is neither a function nor a model"), (lambda: Rewards(ModelReward), TypeError, "a class; pass an object"),
-    (lambda: Rewards([numeric, numeric], weights=[1]), ValueError, "1 reward weights for 2 reward functions \\('numeric', 'numeric_2'\\)"), (lambda: Rewards(numeric, weights=[math.nan]), ValueError, "weight nan of reward 'numeric'"),
-    (lambda: Rewards(numeric, weights=["1"]), ValueError, "weight '1'"), (lambda: Rewards(numeric, weights=[math.inf]), ValueError, "finite"), (lambda: Rewards([numeric] * 2, processing_classes=[None]), ValueError, "1 processing classes for 2"),
+    (lambda: Rewards([]), ValueError, "at least one"),
+    (lambda: Rewards(3), TypeError, "reward 3 is neither a function nor a model"),
+    (lambda: Rewards(ModelReward), TypeError, "a class; pass an object"),
+    (lambda: Rewards([numeric, numeric], weights=[1]), ValueError,
+     "1 reward weights for 2 reward functions \\('numeric', 'numeric_2'\\)"),
+    (lambda: Rewards(numeric, weights=[math.nan]), ValueError, "weight nan of reward 'numeric'"),
+    (lambda: Rewards(numeric, weights=["1"]), ValueError, "weight '1'"),
+    (lambda: Rewards(numeric, weights=[math.inf]), ValueError, "finite"),
+    (lambda: Rewards([numeric] * 2, processing_classes=[None]), ValueError, "1 processing classes for 2"),
     (lambda: Rewards(eval("lambda completions, /: [0]")), TypeError, "completions by position only")])
 def test_what_rewards_do_not_take(make, error, words):
     with pytest.raises(error, match=words): make()
@@ -359,7 +428,8 @@ def test_what_rewards_do_not_take(make, error, words):
 
 def test_total():
     r = torch.tensor([[1.0, 2.0], [math.nan, 2.0], [math.nan, math.nan], [0.0, -1.0]])
-    torch.testing.assert_close(total(r, torch.tensor([1.0, 0.5])), torch.tensor([2.0, 1.0, math.nan, -0.5]), equal_nan=True)
+    torch.testing.assert_close(total(r, torch.tensor([1.0, 0.5])), torch.tensor([2.0, 1.0, math.nan, -0.5]),
+                               equal_nan=True)
     assert total(r.double(), torch.tensor([1.0, 0.5])).dtype == torch.float64
     for wrong in (torch.ones(1), torch.ones(3), torch.tensor(1.0)):
         with pytest.raises(ValueError, match=r"\(4, 2\)"): total(r, wrong)
@@ -377,7 +447,8 @@ def test_model_scores_are_its_own_forwards(judge, tokenizer, batch_size):
     assert judge.training and scores.dtype == torch.float32 and not scores.requires_grad
     plain = [alone(judge, tokenizer, p + c) for p, c in zip(*TEXTS.values())]
     torch.testing.assert_close(scores, torch.tensor(plain), rtol=0, atol=1e-5)
-    chats = ModelReward(judge, tokenizer, batch_size=batch_size)([user(p) for p in TEXTS["prompts"]], [said(c) for c in TEXTS["completions"]])
+    score = ModelReward(judge, tokenizer, batch_size=batch_size)
+    chats = score([user(p) for p in TEXTS["prompts"]], [said(c) for c in TEXTS["completions"]])
     templated = [alone(judge, tokenizer, f"<|user|>{p}<|end|><|assistant|>{c}<|end|>") for p, c in zip(*TEXTS.values())]
     torch.testing.assert_close(chats, torch.tensor(templated), rtol=0, atol=1e-5)
     assert not torch.allclose(scores, chats)
@@ -387,7 +458,8 @@ def test_model_with_absolute_positions(tokenizer):
     """Padding on the left would shift the positions of short texts."""
     from transformers import GPT2Config, GPT2ForSequenceClassification
     torch.manual_seed(0)
-    gpt2 = GPT2ForSequenceClassification(GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=64, num_labels=1, initializer_range=0.3))
+    gpt2 = GPT2ForSequenceClassification(GPT2Config(
+        vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=64, num_labels=1, initializer_range=0.3))
     tokenizer.padding_side = "left"
     plain = [alone(gpt2, tokenizer, p + c) for p, c in zip(*TEXTS.values())]
     torch.testing.assert_close(ModelReward(gpt2, tokenizer)(**TEXTS), torch.tensor(plain), rtol=0, atol=1e-5)
@@ -398,12 +470,16 @@ def test_model_scores_equal_trls(judge, tokenizer, config, tmp_path):
     from trl import GRPOConfig, GRPOTrainer
     judge.eval()
     policy = pocket.model()
-    trainer = GRPOTrainer(policy, judge, GRPOConfig(**config(num_generations=2, max_completion_length=4)), train_dataset=pocket.dataset("reverse", "prompt_only", n=4), processing_class=tokenizer, reward_processing_classes=tokenizer)
+    trainer = GRPOTrainer(policy, judge, GRPOConfig(**config(num_generations=2, max_completion_length=4)),
+                          train_dataset=pocket.dataset("reverse", "prompt_only", n=4), processing_class=tokenizer,
+                          reward_processing_classes=tokenizer)
     for wrap_prompt, wrap_completion in ((str, str), (user, said)):
-        prompts, completions = [wrap_prompt(p) for p in TEXTS["prompts"]], [wrap_completion(c) for c in TEXTS["completions"]]
+        prompts = [wrap_prompt(p) for p in TEXTS["prompts"]]
+        completions = [wrap_completion(c) for c in TEXTS["completions"]]
         ids = [[1]] * 4
         theirs = trainer._calculate_rewards([{"prompt": p} for p in prompts], prompts, completions, ids)
-        torch.testing.assert_close(Rewards(judge, processing_classes=tokenizer)(prompts, completions, ids), theirs.cpu(), rtol=0, atol=1e-5)
+        torch.testing.assert_close(Rewards(judge, processing_classes=tokenizer)(prompts, completions, ids),
+                                   theirs.cpu(), rtol=0, atol=1e-5)
 
 
 def test_model_from_a_path_is_loaded_when_asked(judge, tokenizer, tmp_path):
@@ -421,12 +497,15 @@ def test_plain_texts_get_the_tokenizers_special_tokens(judge):
     """A reward model trained on `<s> text` must see it; a chat template brings its own."""
     from tokenizers import processors
     tokenizer = pocket.tokenizer()
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<|system|> $A", special_tokens=[("<|system|>", tokenizer.convert_tokens_to_ids("<|system|>"))])
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|system|> $A", special_tokens=[("<|system|>", tokenizer.convert_tokens_to_ids("<|system|>"))])
     scores = ModelReward(judge, tokenizer)(["add 1+2="], ["3"])
-    with torch.no_grad(): expected = judge.eval()(**pocket.tokenizer()("<|system|>add 1+2=3", return_tensors="pt")).logits[0, 0]
+    with torch.no_grad():
+        expected = judge.eval()(**pocket.tokenizer()("<|system|>add 1+2=3", return_tensors="pt")).logits[0, 0]
     assert scores[0].item() == pytest.approx(expected.item(), abs=1e-5)
     chat = ModelReward(judge, tokenizer)([user("add 1+2=")], [said("3")])
-    assert chat[0].item() == pytest.approx(alone(judge, pocket.tokenizer(), "<|user|>add 1+2=<|end|><|assistant|>3<|end|>"), abs=1e-5)
+    assert chat[0].item() == pytest.approx(alone(judge, pocket.tokenizer(),
+                                                 "<|user|>add 1+2=<|end|><|assistant|>3<|end|>"), abs=1e-5)
 
 
 def test_models_that_are_no_rewards(judge, tokenizer, tmp_path):
@@ -434,7 +513,8 @@ def test_models_that_are_no_rewards(judge, tokenizer, tmp_path):
     rewards = Rewards(tmp_path / "lm")
     with pytest.raises(ValueError, match="lm is no reward model: it has no weights for score.weight"): rewards(**ROWS)
     with pytest.raises(ValueError, match="made in memory"): Rewards(judge)
-    with pytest.raises(ValueError, match="gives 2 scores per text"): Rewards(Qwen3ForSequenceClassification(pocket.config(num_labels=2)), processing_classes=tokenizer)
+    with pytest.raises(ValueError, match="gives 2 scores per text"):
+        Rewards(Qwen3ForSequenceClassification(pocket.config(num_labels=2)), processing_classes=tokenizer)
     with torch.no_grad(): judge.score.weight.fill_(math.nan)
     message, _ = raised(ValueError, judge, processing_classes=tokenizer)
     assert "'Qwen3ForSequenceClassification' returned nan" in message and "row 0: prompt 'add 1+1='" in message

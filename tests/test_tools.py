@@ -33,10 +33,13 @@ double(4)
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """An empty nbdev project in which the tool thinks it lives."""
-    (tmp_path / "pyproject.toml").write_text('[project]\nname = "toy"\nversion = "0"\n[tool.nbdev]\nlib_path = "toy"\nnbs_path = "nbs"\nupdate_pyproject = false\nput_version_in_init = false\nallowed_metadata_keys = ["posttrain"]\n')
+    (tmp_path / "pyproject.toml").write_text(
+        '[project]\nname = "toy"\nversion = "0"\n[tool.nbdev]\nlib_path = "toy"\nnbs_path = '
+        '"nbs"\nupdate_pyproject = false\nput_version_in_init = false\nallowed_metadata_keys = ' '["posttrain"]\n')
     for folder in ("nbs", "toy", "tutorials"): (tmp_path / folder).mkdir()
     (tmp_path / "toy" / "__init__.py").touch()
-    for name, value in dict(ROOT=tmp_path, NBS=tmp_path / "nbs", PACKAGE=tmp_path / "toy").items(): monkeypatch.setattr(tools, name, value)
+    for name, value in dict(ROOT=tmp_path, NBS=tmp_path / "nbs", PACKAGE=tmp_path / "toy").items():
+        monkeypatch.setattr(tools, name, value)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -62,16 +65,18 @@ def test_a_good_notebook_passes(project):
     assert tools.check_notebook(save(project / "nbs/a.ipynb", *GOOD)) == []
 
 
-DAMAGE = {
-    "the first cell must be a markdown title": [code("1"), *GOOD],
-    "exported but never checked in a later cell: double": [*GOOD[:2], code("double(3)")],
-    "exported but never checked in a later cell: halve": [*GOOD, code("#| export\ndef halve(x): return x / 2")],
-    "exports code but asserts nothing": [md("# One"), code("#| export\nONE = 1")],
-    "holds an error output": [*GOOD, code("1 / 0", new_output("error", ename="ZeroDivisionError", evalue="", traceback=[]))],
-    "holds a saved widget view": [*GOOD, code("slider", new_output("display_data", data={tools.WIDGET_VIEW: {"model_id": "1"}}))],
-    "is not clean (execution count)": [*GOOD, new_code_cell("1", execution_count=1)],
-    "more than": [*GOOD, code("print(text)", new_output("stream", text="x" * 1024 * (tools.MAX_OUTPUT_KB + 1)))],
-}
+DAMAGE = {"the first cell must be a markdown title": [code("1"), *GOOD],
+          "exported but never checked in a later cell: double": [*GOOD[:2], code("double(3)")],
+          "exported but never checked in a later cell: halve": [*GOOD, code("#| export\ndef halve(x): return x / 2")],
+          "exports code but asserts nothing": [md("# One"), code("#| export\nONE = 1")],
+          "holds an error output": [*GOOD,
+                                    code("1 / 0",
+                                         new_output("error", ename="ZeroDivisionError", evalue="", traceback=[]))],
+          "holds a saved widget view": [*GOOD,
+                                        code("slider",
+                                             new_output("display_data", data={tools.WIDGET_VIEW: {"model_id": "1"}}))],
+          "is not clean (execution count)": [*GOOD, new_code_cell("1", execution_count=1)],
+          "more than": [*GOOD, code("print(text)", new_output("stream", text="x" * 1024 * (tools.MAX_OUTPUT_KB + 1)))]}
 
 
 @pytest.mark.parametrize("said", DAMAGE)
@@ -96,7 +101,8 @@ def test_edited_after_its_run(project):
     nb.cells[2].source = "assert double(3) == 6.0"
     nbformat.write(nb, path)
     assert any("edited after its last run" in f for f in tools.check_notebook(path))
-    assert any("edited after its last run" in f for f in tools.check_notebook(save(project / "nbs/b.ipynb", *GOOD, stamped=False)))
+    assert any("edited after its last run" in f
+               for f in tools.check_notebook(save(project / "nbs/b.ipynb", *GOOD, stamped=False)))
 
 
 def paper(*headings):
@@ -110,7 +116,8 @@ def test_headings(project):
     assert tools.check_notebook(save(path, *paper(*tools.PAPER[1:]))) == ["missing headings: Quick facts"]
     assert "out of order" in tools.check_notebook(save(path, *paper(*reversed(tools.PAPER))))[0]
     in_code = [md("```\n## Quick facts\n```"), *(md(f"## {h}") for h in tools.PAPER[1:])]
-    assert tools.check_notebook(save(path, md("# A paper"), *in_code, *paper()[1:])) == ["missing headings: Quick facts"]
+    assert tools.check_notebook(save(path, md("# A paper"), *in_code, *paper()[1:])) == [
+        "missing headings: Quick facts"]
     assert tools.check_notebook(save(path, *paper(*tools.PAPER)[:-1])) == ["no outputs: run it"]
     lesson = project / "nbs/foundations/01_lesson.ipynb"
     assert tools.check_notebook(save(lesson, *paper(*tools.LESSON))) == []
@@ -142,7 +149,9 @@ def test_a_cell_that_did_not_change_keeps_id_and_outputs(project):
     text.write_text(TEXT + "\n# %%\ndouble(5)\n\n# %%\ndouble(5)\n")
     tools.build(text), tools.run(text.with_suffix(".ipynb"))
     before = tools.read(text.with_suffix(".ipynb")).cells
-    text.write_text(text.read_text().replace("# %%\nassert", "# %%\ndouble(5)\n\n# %% [markdown]\n# Checks\n\n# %%\nassert"))  # a cell of that text stands there twice already
+    # A cell of the text `double(5)` stands there twice already.
+    more = "# %%\ndouble(5)\n\n# %% [markdown]\n# Checks\n\n# %%\nassert"
+    text.write_text(text.read_text().replace("# %%\nassert", more))
     tools.build(text)
     after = tools.read(text.with_suffix(".ipynb")).cells
     assert len(after) == len(before) + 2 and len({c.id for c in after}) == len(after)
@@ -159,14 +168,16 @@ def test_modules_out_of_sync(project):
     module = project / "toy/double.py"
     good = module.read_text()
     module.write_text(good.replace("2 * x", "3 * x"))
-    assert tools.check_sync() == ["toy/double.py: not in sync with its notebook, run `python tools/notebooks.py export`"]
+    assert tools.check_sync() == [
+        "toy/double.py: not in sync with its notebook, run `python tools/notebooks.py export`"]
     assert "3 * x" in module.read_text(), "a check must not repair"
     module.write_text(good)
     stale = project / "toy/triple.py"
     stale.write_text(good.replace("double", "triple"))
     assert tools.check_sync() == ["toy/triple.py: stale, no notebook exports it"]
     stale.unlink(), module.unlink()
-    assert tools.check_sync() == ["toy/double.py: not in sync with its notebook, run `python tools/notebooks.py export`"] and not module.exists()
+    assert tools.check_sync() == [
+        "toy/double.py: not in sync with its notebook, run `python tools/notebooks.py export`"] and not module.exists()
 
 
 def test_a_failing_assert_fails_the_test_run(project, capsys):
@@ -182,8 +193,10 @@ def test_a_failing_assert_fails_the_test_run(project, capsys):
 
 def test_tidy_outputs():
     view = {tools.WIDGET_VIEW: {"model_id": "1"}, "text/plain": "Box()"}
-    nb = new_notebook(cells=[code("x", new_output("stream", name="stderr", text="a warning"), new_output("stream", text="kept"), new_output("display_data", data=dict(view)),
-                                  new_output("display_data", data={**view, "text/html": "<svg/>"}))], metadata={"widgets": {}})
+    nb = new_notebook(
+        cells=[code("x", new_output("stream", name="stderr", text="a warning"), new_output("stream", text="kept"),
+                    new_output("display_data", data=dict(view)),
+                    new_output("display_data", data={**view, "text/html": "<svg/>"}))], metadata={"widgets": {}})
     tools.tidy_outputs(nb)
     stream, picture = nb.cells[0].outputs
     assert stream.text == "kept" and picture.data == {"text/plain": "Box()", "text/html": "<svg/>"}
@@ -193,18 +206,23 @@ def test_tidy_outputs():
 def test_readme(project):
     (project / "nbs/rooms").mkdir()
     index = project / "nbs/index.ipynb"
-    save(index, md("# Toy\n\n[a room](rooms/a.ipynb), [how](../HOW.md#there), [out](https://example.org/b)"), code("#| hide\nsecret = 1", new_output("stream", text="hidden")),
+    save(index, md("# Toy\n\n[a room](rooms/a.ipynb), [how](../HOW.md#there), [out](https://example.org/b)"),
+         code("#| hide\nsecret = 1", new_output("stream", text="hidden")),
          code("answer = 42\nprint(answer)", new_output("stream", text="42\n"), new_output("stream", text="43\n")),
          code("#| echo: false\n#| fig-alt: a dot\ndraw()", shown(image_png=PNG, text_plain="<Figure>")),
-         code("#| echo: false\ntable()", shown(text_markdown="| [a](rooms/a.ipynb) |")), code("#| echo: false\nlive()", shown(text_html="<b>", text_plain="<HTML object>")),
+         code("#| echo: false\ntable()", shown(text_markdown="| [a](rooms/a.ipynb) |")),
+         code("#| echo: false\nlive()", shown(text_html="<b>", text_plain="<HTML object>")),
          code("#| echo: false\nSVG()", new_output("display_data", data={"image/svg+xml": "<svg/>"})))
-    assert {f.split(":")[0] for f in tools.readme(check_only=True)} == {"README.md", "nbs/images/index-0.png", "nbs/images/index-1.svg"}
+    missing = {f.split(":")[0] for f in tools.readme(check_only=True)}
+    assert missing == {"README.md", "nbs/images/index-0.png", "nbs/images/index-1.svg"}
     assert not (project / "README.md").exists(), "a check must not write"
     tools.readme()
     text = (project / "README.md").read_text()
-    assert "[a room](nbs/rooms/a.ipynb), [how](HOW.md#there), [out](https://example.org/b)" in text and "| [a](nbs/rooms/a.ipynb) |" in text
+    assert "[a room](nbs/rooms/a.ipynb), [how](HOW.md#there), [out](https://example.org/b)" in text
+    assert "| [a](nbs/rooms/a.ipynb) |" in text
     assert "```python\nanswer = 42\nprint(answer)\n```\n\n```\n42\n43\n```" in text
-    assert "![a dot](nbs/images/index-0.png)" in text and "![figure](nbs/images/index-1.svg)" in text and (project / "nbs/images/index-1.svg").read_text() == "<svg/>"
+    assert "![a dot](nbs/images/index-0.png)" in text and "![figure](nbs/images/index-1.svg)" in text and (
+        project / "nbs/images/index-1.svg").read_text() == "<svg/>"
     assert not any(word in text for word in ("secret", "hidden", "draw()", "table()", "HTML object", "Figure>"))
     assert tools.readme(check_only=True) == []
 
@@ -220,7 +238,9 @@ def test_readme(project):
 
 
 def test_broken_links(project):
-    save(project / "nbs/a.ipynb", md("# A\n\n[b](room/b.ipynb) [up](../HOW.md#x) [out](https://example.org) [here](#x) $f[x](y)$ `d[0](1)`"), code("t()", shown(text_markdown="[gone](gone.ipynb)")))
+    save(project / "nbs/a.ipynb",
+         md("# A\n\n[b](room/b.ipynb) [up](../HOW.md#x) [out](https://example.org) [here](#x) $f[x](y)$ " "`d[0](1)`"),
+         code("t()", shown(text_markdown="[gone](gone.ipynb)")))
     save(project / "nbs/room/b.ipynb", md("# B\n\n![p](p.png) <img src='q.png'>"))
     (project / "HOW.md").write_text("[a](nbs/a.ipynb) [planned](nbs/later.ipynb)\n```\n[code](none.md)\n```\n")
     assert tools.broken_links() == [
@@ -409,7 +429,8 @@ def quick_run(monkeypatch, wrong=()):
 def test_a_true_stamp_is_trusted_and_a_tenth_runs_anyway(package, monkeypatch, capsys):
     names = [f"n{i:02}" for i in range(20)]
     for name in names:
-        save(package / f"nbs/{name}.ipynb", md(f"# {name}"), code(f"from toy.{'low' if name < 'n05' else 'other'} import *"))
+        save(package / f"nbs/{name}.ipynb", md(f"# {name}"),
+             code(f"from toy.{'low' if name < 'n05' else 'other'} import *"))
     ran = quick_run(monkeypatch)
     monkeypatch.setattr(stamps, "turn", lambda root: 7)
     assert execute(keep=True) == 0 and sorted(ran) == names
@@ -496,7 +517,8 @@ def test_the_report_tells_what_was_run_and_what_was_slow(tmp_path):
     text = "\n".join(suite.describe("tests", part))
     assert "tests: 2 run, 1 left out, 1 failed" in text and "FAILED test_a::test_short" in text
     assert "1 left out, GSM8K is not here: test_b::test_c" in text and "12.5 s  test_a::test_long" in text
-    result = {"run": [{"name": "a.ipynb", "seconds": 3, "error": "", "stamp": "1"}], "picked": [], "stamped": ["b.ipynb"]}
+    result = {"run": [{"name": "a.ipynb", "seconds": 3, "error": "", "stamp": "1"}], "picked": [],
+              "stamped": ["b.ipynb"]}
     (tmp_path / "notebooks.json").write_text(json.dumps(result))
     text = "\n".join(suite.describe("notebooks", suite.notebooks_part(tmp_path / "notebooks.json")))
     assert "notebooks: 1 run, 1 left out, 0 failed" in text and "1 left out, its stamp is true: b.ipynb" in text

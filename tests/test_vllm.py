@@ -18,11 +18,12 @@ from posttrain import pocket
 from posttrain.foundations.layouts import make_batch
 from posttrain.pocket.checkpoint import prompt_ids
 from posttrain.rollout.sampling import Sampling
-from posttrain.rollout.vllm import VLLMColocated, engine_weights, logprobs_mode_for, request, tells_logps
+from posttrain.rollout.vllm import VLLMColocated, engine_weights, logprobs_mode_for, tells_logps
 from posttrain.rollout.vllm_server import VLLMServer, serve
 from posttrain.training.heads import completion_logps
 
-needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None and not os.environ.get("CI"), reason="vLLM is not installed")
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None and not os.environ.get("CI"),
+                                reason="vLLM is not installed")
 SAMPLING = Sampling(max_tokens=16)
 
 
@@ -38,7 +39,8 @@ def model(start):
 
 @pytest.fixture(scope="module")
 def prompts(start):
-    return [prompt_ids(start[1], row["prompt"]) for row in pocket.dataset("reverse", "prompt_only", n=6) for _ in range(4)]
+    return [prompt_ids(start[1], row["prompt"]) for row in pocket.dataset("reverse", "prompt_only", n=6)
+            for _ in range(4)]
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +92,9 @@ def worst(model, prompts, samples, temperature=1.0):
 def test_greedy_equals_generate(engine, model, prompts, start):
     got = engine.sample(prompts[::4], [0] * 6, Sampling(max_tokens=12, temperature=0))
     for prompt, ids in zip(prompts[::4], got.completion_ids):
-        with torch.no_grad(): out = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12, pad_token_id=start[1].pad_token_id)
+        with torch.no_grad():
+            out = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12,
+                                 pad_token_id=start[1].pad_token_id)
         assert out[0, len(prompt):].tolist() == ids
     assert worst(model, prompts[::4], got) < 1e-4  # greedy: log-probs at temperature 1
 
@@ -108,7 +112,8 @@ def test_a_weight_update_arrives(engine, model, prompts):
     moved(model)
     assert worst(model, prompts, before) > .1
     engine.sync(model)
-    after = engine.sample(prompts, list(range(24)), SAMPLING)  # the same prompts: their cached keys and values must be forgotten
+    # the same prompts: their cached keys and values must be forgotten
+    after = engine.sample(prompts, list(range(24)), SAMPLING)
     assert worst(model, prompts, after) < 1e-4
 
 
@@ -151,12 +156,15 @@ def test_the_sampled_distribution(engine, model, prompts):
 def test_ends(engine, prompts, start):
     tokenizer = start[1]
     whole = engine.sample(prompts, list(range(24)), SAMPLING)
-    assert all(ids[-1] == tokenizer.eos_token_id for ids, done in zip(whole.completion_ids, whole.finished) if done) and any(whole.finished)
+    ended = [ids for ids, done in zip(whole.completion_ids, whole.finished) if done]
+    assert ended and all(ids[-1] == tokenizer.eos_token_id for ids in ended)
     cut = engine.sample(prompts, list(range(24)), Sampling(max_tokens=2))
-    assert all(len(ids) == 2 and not done for ids, done in zip(cut.completion_ids, cut.finished) if tokenizer.eos_token_id not in ids)
+    for ids, done in zip(cut.completion_ids, cut.finished):
+        assert tokenizer.eos_token_id in ids or (len(ids) == 2 and not done)
     assert [ids[:2] for ids in whole.completion_ids] == cut.completion_ids
     stopped = engine.sample(prompts, list(range(24)), Sampling(max_tokens=16, stop=("2", "78")))
-    for ids, logps, done, full in zip(stopped.completion_ids, stopped.sampled_logps, stopped.finished, whole.completion_ids):
+    for ids, logps, done, full in zip(stopped.completion_ids, stopped.sampled_logps, stopped.finished,
+                                      whole.completion_ids):
         ends = [t for t in range(1, len(full) + 1) if tokenizer.decode(full[:t]).endswith(("2", "78"))]
         assert ids == full[:ends[0] if ends else len(full)] and done and len(logps) == len(ids)
     assert any(ids[-1] != tokenizer.eos_token_id for ids in stopped.completion_ids)
@@ -171,7 +179,9 @@ def test_no_log_prob_rather_than_a_wrong_one(engine, prompts):
 
 
 @needs_vllm
-@pytest.mark.parametrize("prompts, sampling, said", [([[]], SAMPLING, "prompt 0 is empty"), ([[9] * 250], SAMPLING, "250 tokens"), ([[9], [9]], SAMPLING, "as many seeds")])
+@pytest.mark.parametrize("prompts, sampling, said", [
+    ([[]], SAMPLING, "prompt 0 is empty"), ([[9] * 250], SAMPLING, "250 tokens"),
+    ([[9], [9]], SAMPLING, "as many seeds")])
 def test_prompts_are_checked(engine, prompts, sampling, said):
     with pytest.raises(ValueError, match=said): engine.sample(prompts, [0], sampling)
 
@@ -204,7 +214,8 @@ engine.sync(trained)
 prompts = [[9, 10, 11 + rank]] * (2 + rank)
 got = engine.sample(prompts, list(range(2 + rank)), Sampling(max_tokens=4 + rank))
 batch = make_batch(prompts, got.completion_ids)
-own, flat = completion_logps(model, batch)["logps"][batch["mask"].bool()], torch.tensor([x for row in got.sampled_logps for x in row])
+own = completion_logps(model, batch)["logps"][batch["mask"].bool()]
+flat = torch.tensor([x for row in got.sampled_logps for x in row])
 assert (own - flat).abs().max() < 1e-4
 torch.distributed.barrier()
 engine.close()
@@ -212,13 +223,15 @@ assert torch.distributed.is_initialized()  # it was there before vLLM
 print("agreed", rank)
 """)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=150, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150,
+                          env=os.environ | dict(OMP_NUM_THREADS="1"))
     assert done.returncode == 0 and "agreed 0" in done.stdout and "agreed 1" in done.stdout, done.stderr[-3000:]
 
 
 @needs_vllm
 def test_filters_at_temperature_one_have_raw_log_probs(model, start, prompts):
-    """In a process of its own, an untied model in bfloat16 with an engine started for filtered sampling; its random numbers stay the trainer's."""
+    """In a process of its own, an untied model in bfloat16 with an engine started for filtered sampling; its random
+    numbers stay the trainer's."""
     code = """
 import torch, warnings
 warnings.simplefilter("error", UserWarning)
@@ -227,7 +240,8 @@ from posttrain.rollout.sampling import Sampling
 from posttrain.rollout.vllm import VLLMColocated, logprobs_mode_for
 from posttrain.foundations.layouts import make_batch
 from posttrain.training.heads import completion_logps
-s, model, tokenizer = Sampling(max_tokens=8, top_p=.8, top_k=20), pocket.model(seed=3, tie_word_embeddings=False), pocket.tokenizer()
+s, tokenizer = Sampling(max_tokens=8, top_p=.8, top_k=20), pocket.tokenizer()
+model = pocket.model(seed=3, tie_word_embeddings=False)
 torch.manual_seed(5); expected = torch.rand(3); torch.manual_seed(5)
 engine = VLLMColocated(model, tokenizer, logprobs_mode=logprobs_mode_for(s))
 prompts = [[9, 10, 11 + i] for i in range(8)]
@@ -246,8 +260,9 @@ assert not torch.distributed.is_initialized()
 
 # ---------------------------------------------------------------- without vLLM
 def test_which_log_probs():
-    cases = {Sampling(): (True, True), Sampling(temperature=0): (True, True), Sampling(temperature=.5): (False, True), Sampling(top_k=5): (True, False),
-             Sampling(min_p=.1): (True, False), Sampling(repetition_penalty=1.1): (True, False), Sampling(temperature=.5, top_p=.9): (False, False)}
+    cases = {Sampling(): (True, True), Sampling(temperature=0): (True, True), Sampling(temperature=.5): (False, True),
+             Sampling(top_k=5): (True, False), Sampling(min_p=.1): (True, False),
+             Sampling(repetition_penalty=1.1): (True, False), Sampling(temperature=.5, top_p=.9): (False, False)}
     for sampling, (raw, processed) in cases.items():
         assert (tells_logps("raw_logprobs", sampling), tells_logps("processed_logprobs", sampling)) == (raw, processed)
         assert tells_logps(logprobs_mode_for(sampling), sampling) == (raw or processed)
@@ -255,7 +270,8 @@ def test_which_log_probs():
 
 def test_the_tied_output_layer_is_sent():
     tied, untied = pocket.model(), pocket.model(tie_word_embeddings=False)
-    assert dict(engine_weights(tied))["lm_head.weight"] is tied.model.embed_tokens.weight or torch.equal(dict(engine_weights(tied))["lm_head.weight"], tied.model.embed_tokens.weight)
+    assert dict(engine_weights(tied))["lm_head.weight"] is tied.model.embed_tokens.weight or torch.equal(
+        dict(engine_weights(tied))["lm_head.weight"], tied.model.embed_tokens.weight)
     names = [name for name, _ in engine_weights(untied)]
     assert len(names) == len(set(names)) == len(list(untied.parameters()))
 
@@ -269,7 +285,8 @@ def test_missing_vllm(monkeypatch, start):
 
 def test_tensor_parallel_needs_a_server(start, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
-    with pytest.raises(ValueError, match="vllm serve --tensor-parallel-size 2"): VLLMColocated(*start, tensor_parallel_size=2)
+    with pytest.raises(ValueError, match="vllm serve --tensor-parallel-size 2"):
+        VLLMColocated(*start, tensor_parallel_size=2)
 
 
 # ---------------------------------------------------------------- servers that fail
@@ -325,8 +342,16 @@ def connect(start, url, timeout=1.0):
 
 
 MODELS = {"data": [{"id": "m", "max_model_len": 256}]}
-INFO = {"vllm_config": {"model_config": {"model": "/nowhere/at/all", "dtype": "torch.float32", "logprobs_mode": "processed_logprobs"}}}
-GOOD = {"/health": "", "/v1/models": MODELS, "/server_info": INFO, "/collective_rpc": {"results": [None]}, "/reset_prefix_cache": {"success": True}}
+INFO = {
+    "vllm_config": {"model_config": {"model": "/nowhere/at/all", "dtype": "torch.float32",
+                                     "logprobs_mode": "processed_logprobs"}}}
+def choice(logps):
+    "A completion of one token with these log-probs."
+    return {"token_ids": [5], "logprobs": {"token_logprobs": logps}, "finish_reason": "stop"}
+
+
+GOOD = {"/health": "", "/v1/models": MODELS, "/server_info": INFO, "/collective_rpc": {"results": [None]},
+        "/reset_prefix_cache": {"success": True}}
 
 
 @pytest.mark.parametrize("answers, kind, said", [
@@ -343,8 +368,8 @@ GOOD = {"/health": "", "/v1/models": MODELS, "/server_info": INFO, "/collective_
     ({"/v1/completions": "drip"}, TimeoutError, "no answer for 1 s when asked for 2 completions"),
     ({"/v1/completions": "nonsense"}, RuntimeError, "makes no sense"),
     ({"/v1/completions": {"choices": []}}, RuntimeError, "makes no sense"),
-    ({"/v1/completions": {"choices": [{"token_ids": [5], "logprobs": {"token_logprobs": [-.1, -.2]}, "finish_reason": "stop"}]}}, RuntimeError, "1 tokens with 2 log-probs"),
-    ({"/v1/completions": {"choices": [{"token_ids": [5], "logprobs": {"token_logprobs": [-30.0]}, "finish_reason": "stop"}]}}, RuntimeError, "disagrees with the trainer"),
+    ({"/v1/completions": {"choices": [choice([-.1, -.2])]}}, RuntimeError, "1 tokens with 2 log-probs"),
+    ({"/v1/completions": {"choices": [choice([-30.0])]}}, RuntimeError, "disagrees with the trainer"),
 ])
 def test_a_server_that_fails(start, answers, kind, said):
     import re
@@ -366,7 +391,8 @@ def test_an_adapter_on_the_tied_output_layer(model, start, served, prompts):
     "Embedding and output layer become two matrices: an engine of our own knows, a server that has one cannot."
     from peft import LoraConfig, get_peft_model
     lora = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "lm_head"], lora_alpha=16))
-    with pytest.raises(RuntimeError, match="tie_word_embeddings=False"): VLLMServer(lora, start[1], base_url=served.url, timeout=20)
+    with pytest.raises(RuntimeError, match="tie_word_embeddings=False"):
+        VLLMServer(lora, start[1], base_url=served.url, timeout=20)
     engine = VLLMColocated(lora, start[1], max_model_len=256)
     try:
         with torch.no_grad():
@@ -386,7 +412,14 @@ def test_a_model_that_does_not_come_up(tmp_path):
 @needs_vllm
 def test_a_server_ends_with_the_process_that_started_it(start, tmp_path):
     "Killed with -9, which leaves no time to clean up; while the server is still coming up."
-    code = "import sys, time\nfrom posttrain.rollout import vllm_server as vllm\nvllm._well = lambda port: True\nwith vllm.serve(sys.argv[1], max_model_len=64) as served: print(served.process.pid, flush=True); time.sleep(600)"
+    code = """
+import sys, time
+from posttrain.rollout import vllm_server as vllm
+vllm._well = lambda port: True
+with vllm.serve(sys.argv[1], max_model_len=64) as served:
+    print(served.process.pid, flush=True)
+    time.sleep(600)
+"""
     start[0].save_pretrained(tmp_path); start[1].save_pretrained(tmp_path)
     parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     pid = int(parent.stdout.readline())
@@ -394,7 +427,8 @@ def test_a_server_ends_with_the_process_that_started_it(start, tmp_path):
     parent.kill(); parent.wait()
     end = time.monotonic() + 30
     def there():
-        try: return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"  # nobody may be there to reap it
+        # nobody may be there to reap it
+        try: return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
         except FileNotFoundError: return False
     while there():
         assert time.monotonic() < end, "it goes on without its parent"
@@ -403,9 +437,11 @@ def test_a_server_ends_with_the_process_that_started_it(start, tmp_path):
 
 @needs_vllm
 def test_another_model_than_the_trainers(start, served):
-    with pytest.raises(RuntimeError, match="hidden_size is 32 here and 64 there"): VLLMServer(pocket.model(hidden_size=32), start[1], base_url=served.url, timeout=20)
+    with pytest.raises(RuntimeError, match="hidden_size is 32 here and 64 there"):
+        VLLMServer(pocket.model(hidden_size=32), start[1], base_url=served.url, timeout=20)
     from tiny import tokenizer
-    with pytest.raises(RuntimeError, match="whose tokenizer is another"): VLLMServer(start[0], tokenizer(), base_url=served.url, timeout=20)
+    with pytest.raises(RuntimeError, match="whose tokenizer is another"):
+        VLLMServer(start[0], tokenizer(), base_url=served.url, timeout=20)
 
 
 @needs_vllm
@@ -414,7 +450,8 @@ def test_zz_a_server_that_hangs_then_dies(start, served, prompts):
     server = VLLMServer(*start, base_url=served.url, timeout=20)
     server.timeout = 2
     for how, kind in [(signal.SIGSTOP, TimeoutError), (signal.SIGKILL, RuntimeError)]:
-        before, begin = server.sample(prompts, list(range(24)), SAMPLING), time.monotonic()
+        server.sample(prompts, list(range(24)), SAMPLING)
+        begin = time.monotonic()
         threading.Timer(.05, lambda: os.killpg(served.process.pid, how)).start()  # in the middle of it
         with pytest.raises(kind, match=f"{served.url}.*resume_from_checkpoint"):
             for _ in range(200): server.sample(prompts, list(range(24)), SAMPLING)

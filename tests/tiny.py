@@ -1,4 +1,5 @@
-"""Small real fast tokenizers, made by code: a byte-level BPE trained on a few lines, so that words merge as they do in large ones."""
+"""Small real fast tokenizers, made by code: a byte-level BPE trained on a few lines, so that words merge as they do in
+large ones."""
 import functools
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -15,7 +16,10 @@ SPECIALS = ["<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "</
 def _core(vocab_size):
     core = Tokenizer(models.BPE())
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    core.train_from_iterator(TEXT.splitlines(), trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIALS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    core.train_from_iterator(TEXT.splitlines(),
+                             trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIALS,
+                                                 initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                                                 show_progress=False))
     return core.to_str()
 
 
@@ -23,7 +27,8 @@ def tokenizer(chat_template=None, pad="<|pad|>", eos="<|im_end|>", bos=None, add
     "`adds` is what the tokenizer puts around a text by itself, such as '<s> $A' or '<s> $A </s>'."
     core = Tokenizer.from_str(_core(vocab_size))
     if adds:
-        core.post_processor = processors.TemplateProcessing(single=adds, special_tokens=[(t, core.token_to_id(t)) for t in ("<s>", "</s>")])
+        specials = [(t, core.token_to_id(t)) for t in ("<s>", "</s>")]
+        core.post_processor = processors.TemplateProcessing(single=adds, special_tokens=specials)
     made = PreTrainedTokenizerFast(tokenizer_object=core, pad_token=pad, eos_token=eos, bos_token=bos)
     made.chat_template = chat_template
     return made

@@ -29,6 +29,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import nbformat
+
 import stamps
 
 ROOT = Path(__file__).resolve().parent.parent
