@@ -12,8 +12,19 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.explore import beta, clip, dashboard, groups, kl, microscope, pair_losses, plane, tokens, weights
-from posttrain.explore import zero_loss
+from posttrain.explore import (
+    beta,
+    clip,
+    dashboard,
+    groups,
+    kl,
+    microscope,
+    pair_losses,
+    plane,
+    tokens,
+    weights,
+    zero_loss,
+)
 
 pytestmark = pytest.mark.browser
 

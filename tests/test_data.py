@@ -14,10 +14,15 @@ from datasets import Dataset, DatasetDict, IterableDataset, disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny  # noqa: E402
-from posttrain.data import formats, tokens  # noqa: E402
+from posttrain.data import formats  # noqa: E402
 from posttrain.data.collate import collate_sft, show_batch  # noqa: E402
 from posttrain.data.formats import (  # noqa: E402
-    dataset_type, extract_prompt, maybe_convert_to_chatml, maybe_extract_prompt, unpair_preference_dataset)
+    dataset_type,
+    extract_prompt,
+    maybe_convert_to_chatml,
+    maybe_extract_prompt,
+    unpair_preference_dataset,
+)
 from posttrain.data.packing import PACKING_STRATEGIES, pack_dataset  # noqa: E402
 from posttrain.data.packing_best_fit import best_fit_decreasing  # noqa: E402
 from posttrain.data.templates import CHATML, apply_chat_template  # noqa: E402

@@ -5,17 +5,16 @@ import warnings
 from xml.dom import minidom
 
 import pytest
-import tiny
 import torch
-from test_explore import check_picture, corners
-from test_grpo import make
 
+import tiny
 from posttrain import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer, pocket
 from posttrain.explore import microscope as m
-from posttrain.explore.microscope import FILE, Microscope, WHICH, draw_look, followed, microscope, record, values_of
 from posttrain.explore.dashboard import read_rows
+from posttrain.explore.microscope import FILE, WHICH, Microscope, draw_look, followed, microscope, record, values_of
 from posttrain.foundations.layouts import make_batch
-
+from test_explore import check_picture, corners
+from test_grpo import make
 
 COLUMNS = ("tokens", "ids", "logps", "old_logps", "ref_logps", "entropy", "advantages")
 

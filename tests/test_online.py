@@ -1,4 +1,5 @@
-"""Learning from rewards, for real: the pocket model finds out how to reverse digits, with our sampler and with vLLM, and does not without a baseline."""
+"""Learning from rewards, for real: the pocket model finds out how to reverse digits, with our sampler and with vLLM,
+and does not without a baseline."""
 import io
 import os
 import subprocess
@@ -6,7 +7,6 @@ import sys
 import time
 
 import pytest
-import torch
 
 from posttrain import GRPOTrainer, pocket
 from posttrain.cli import demo_config
@@ -32,7 +32,8 @@ def learn(seed, folder, trainer=GRPOTrainer, steps=280, rewards=exact_match_rewa
     config = demo_config(str(folder), steps, seed)
     for name, value in dict(dict(beta=0.0, disable_tqdm=True), **settings).items(): setattr(config, name, value)
     before, start = pocket.accuracy(model, tokenizer, test), time.time()
-    running = trainer(model, rewards, config, train_dataset=pocket.dataset("reverse", "prompt_only", n=8000, seed=1), processing_class=tokenizer, callbacks=[Progress(stream=io.StringIO())])
+    running = trainer(model, rewards, config, train_dataset=pocket.dataset("reverse", "prompt_only", n=8000, seed=1),
+                      processing_class=tokenizer, callbacks=[Progress(stream=io.StringIO())])
     running.train()
     return before, pocket.accuracy(running.model, tokenizer, test), time.time() - start, running
 
@@ -42,12 +43,15 @@ def test_grpo_teaches_the_pocket_model(seed, tmp_path):
     before, after, seconds, trainer = learn(seed, tmp_path)
     print(f"seed {seed}: {before:.2f} -> {after:.2f} in {seconds:.0f} s, {trainer.stream.state.sampled} completions")
     assert before < 0.25 and after >= 0.85
-    assert all(abs(row["ratio/max"] - 1) < 1e-4 and abs(row["ratio/min"] - 1) < 1e-4 for row in trainer.state.log_history if "ratio/max" in row)
+    assert all(abs(row["ratio/max"] - 1) < 1e-4 and abs(row["ratio/min"] - 1) < 1e-4
+               for row in trainer.state.log_history if "ratio/max" in row)
 
 
 def test_without_a_baseline_it_does_not(tmp_path):
-    "A reward for form, which nearly every answer earns, is a constant offset to a group and everything to a run without a baseline: it learns to write short numbers. nbs/online/01_grpo.ipynb takes it apart."
-    reached = {kind.__name__: learn(0, tmp_path, kind, steps=80, rewards=[exact_match_reward, a_number])[1] for kind in (GRPOTrainer, NoBaseline)}
+    """A reward for form, which nearly every answer earns, is a constant offset to a group and everything to a run
+    without a baseline: it learns to write short numbers. nbs/online/01_grpo.ipynb takes it apart."""
+    reached = {kind.__name__: learn(0, tmp_path, kind, steps=80, rewards=[exact_match_reward, a_number])[1]
+               for kind in (GRPOTrainer, NoBaseline)}
     print(reached)
     assert reached["GRPOTrainer"] > 0.28 and reached["NoBaseline"] < 0.2
 
@@ -61,7 +65,9 @@ from posttrain import pocket
 mode, folder = sys.argv[1:]
 mean = lambda rows: sum(r["reward"] for r in rows) / len(rows)
 def run(**settings):
-    before, after, seconds, trainer = learn(0, folder, steps=40, start_steps=130, per_device_train_batch_size=64, generation_batch_size=64, dynamic_sampling_rounds=2, learning_rate=5e-4, **settings)
+    small = dict(per_device_train_batch_size=64, generation_batch_size=64, dynamic_sampling_rounds=2,
+                 learning_rate=5e-4)
+    before, after, seconds, trainer = learn(0, folder, steps=40, start_steps=130, **small, **settings)
     rows = [r for r in trainer.state.log_history if "reward" in r]
     gaps = [r["sampling/sampling_logp_difference/max"] for r in rows if "sampling/sampling_logp_difference/max" in r]
     print("RESULT", before, after, mean(rows[:5]), mean(rows[-5:]), max(gaps, default=-1), flush=True)
@@ -69,15 +75,18 @@ if mode == "own": run()
 elif mode == "colocate": run(use_vllm=True)
 else:
     from posttrain.rollout.vllm_server import serve
-    with serve(pocket.start_path("reverse", steps=130), dtype="float32", max_model_len=64) as server: run(use_vllm=True, vllm_mode="server", vllm_server_base_url=server.url)
+    with serve(pocket.start_path("reverse", steps=130), dtype="float32", max_model_len=64) as server:
+        run(use_vllm=True, vllm_mode="server", vllm_server_base_url=server.url)
 """
 
 
 def test_vllm_earns_the_same_reward(tmp_path):
-    "Colocated and server, the real vLLM: after 40 steps the reward is that of our own sampler within noise. (A batch half as large and a better start than in the demo: vLLM on a CPU takes some milliseconds for each completion.)"
+    """Colocated and server, the real vLLM: after 40 steps the reward is that of our own sampler within noise. (A batch
+    half as large and a better start than in the demo: vLLM on a CPU takes some milliseconds for each completion.)"""
     reached = {}
     for mode in ("own", "colocate", "server"):
-        out = subprocess.run([sys.executable, "-W", "ignore", "-c", VLLM, mode, str(tmp_path)], capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        out = subprocess.run([sys.executable, "-W", "ignore", "-c", VLLM, mode, str(tmp_path)], capture_output=True,
+                             text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"})
         lines = [line.split()[1:] for line in out.stdout.splitlines() if line.startswith("RESULT")]
         assert lines, out.stdout[-2000:] + out.stderr[-3000:]
         before, after, first, last, gap = map(float, lines[0])
@@ -85,5 +94,6 @@ def test_vllm_earns_the_same_reward(tmp_path):
         print(mode, before, after, first, last, gap)
         assert after > before + 0.08 and last > first + 0.02
         assert gap == -1 if mode == "own" else 0 <= gap < 1e-3, gap
-    noise = 4 * (2 * 0.25 / (10 * 64)) ** 0.5  # four standard errors of a difference of two means of ten steps each, of at least 64 completions
+    # four standard errors of a difference of two means of ten steps each, of at least 64 completions
+    noise = 4 * (2 * 0.25 / (10 * 64)) ** 0.5
     assert max(reached.values()) - min(reached.values()) < noise, reached

@@ -13,7 +13,13 @@ from posttrain import pocket
 from posttrain.foundations.divergences import f_score
 from posttrain.foundations.preferences import Pairs, split_pairs
 from posttrain.offline.preference_zoo import (
-    OF_THE_BATCH, OF_THE_CHOSEN, OF_THE_MARGIN, PAIR_LOSSES, on_policy_weights, verbosity_weights)
+    OF_THE_BATCH,
+    OF_THE_CHOSEN,
+    OF_THE_MARGIN,
+    PAIR_LOSSES,
+    on_policy_weights,
+    verbosity_weights,
+)
 
 pytestmark = pytest.mark.parity
 PAIRS, TOKENS, PROMPT = 6, 9, 3

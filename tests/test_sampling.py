@@ -1,26 +1,43 @@
-"""Samplers beyond what their notebooks show: every family with adapters, odd groups, long completions, real tokenizers; nothing that a batch does may reach a completion."""
+"""Samplers beyond what their notebooks show: every family with adapters, odd groups, long completions, real
+tokenizers; nothing that a batch does may reach a completion."""
 import copy
 import warnings
 
 import pytest
-import tiny
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
+import tiny
 from posttrain.foundations.layouts import make_batch
 from posttrain.rollout.decoder import dense_weights
 from posttrain.rollout.sampling import GenerateSampler, Sampler, Sampling, draw, eos_ids, filtered, make_sampler
 from posttrain.training.heads import attach_head, completion_logps
 
-COMMON = dict(vocab_size=420, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0, eos_token_id=1, bos_token_id=None)
+COMMON = dict(vocab_size=420, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+              num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0, eos_token_id=1, bos_token_id=None)
 MODELS = {
-    "qwen3": lambda **kw: Qwen3ForCausalLM(Qwen3Config(**{**COMMON, "head_dim": 16, "tie_word_embeddings": True, **kw})),
-    "qwen3 untied": lambda **kw: Qwen3ForCausalLM(Qwen3Config(**{**COMMON, "head_dim": 8, "num_key_value_heads": 1, **kw})),
+    "qwen3": lambda **kw: Qwen3ForCausalLM(
+        Qwen3Config(**{**COMMON, "head_dim": 16, "tie_word_embeddings": True, **kw})),
+    "qwen3 untied": lambda **kw: Qwen3ForCausalLM(
+        Qwen3Config(**{**COMMON, "head_dim": 8, "num_key_value_heads": 1, **kw})),
     "qwen2": lambda **kw: Qwen2ForCausalLM(Qwen2Config(**{**COMMON, **kw})),
     "llama": lambda **kw: LlamaForCausalLM(LlamaConfig(**{**COMMON, **kw})),
-    "llama yarn": lambda **kw: LlamaForCausalLM(LlamaConfig(**{**COMMON, "attention_bias": True, "rope_parameters": dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=64), **kw})),
-    "gpt2": lambda **kw: GPT2LMHeadModel(GPT2Config(vocab_size=kw.get("vocab_size", 420), n_embd=32, n_layer=2, n_head=4, n_positions=256, pad_token_id=0, eos_token_id=1, bos_token_id=None)),
-}
+    "llama yarn": lambda **kw: LlamaForCausalLM(
+        LlamaConfig(**{**COMMON, "attention_bias": True,
+                       "rope_parameters": dict(rope_type="yarn", rope_theta=1e4, factor=4.0,
+                                               original_max_position_embeddings=64), **kw})),
+    "gpt2": lambda **kw: GPT2LMHeadModel(GPT2Config(vocab_size=kw.get("vocab_size", 420), n_embd=32, n_layer=2,
+                                                    n_head=4, n_positions=256, pad_token_id=0, eos_token_id=1,
+                                                    bos_token_id=None)),}
 LORA = {"gpt2": ["c_attn", "c_fc"]}
 
 
@@ -35,34 +52,43 @@ def shaken(name, **kw):
 
 def adapted(name, **kw):
     from peft import LoraConfig, get_peft_model
-    return get_peft_model(shaken(name), LoraConfig(r=4, target_modules=LORA.get(name, ["q_proj", "v_proj", "down_proj"]), init_lora_weights=False, lora_dropout=0.1, fan_in_fan_out=name == "gpt2", **kw))
+    return get_peft_model(shaken(name),
+                          LoraConfig(r=4, target_modules=LORA.get(name, ["q_proj", "v_proj", "down_proj"]),
+                                     init_lora_weights=False, lora_dropout=0.1, fan_in_fan_out=name == "gpt2", **kw))
 
 
 def groups(sizes, lengths, vocab=420):
     g = torch.Generator().manual_seed(3)
-    return [p for n, length in zip(sizes, lengths) for p in [torch.randint(2, vocab, (length,), generator=g).tolist()] * n]
+    return [p for n, length in zip(sizes, lengths)
+            for p in [torch.randint(2, vocab, (length,), generator=g).tolist()] * n]
 
 
 def by_generate(model, prompts, sampling):
-    """transformers.generate, one prompt at a time without padding: the plainest there is. Equal prompts have equal answers."""
+    """transformers.generate, one prompt at a time without padding: the plainest there is. Equal prompts have equal
+    answers."""
     said = {}
     for p in map(tuple, prompts):
         if p in said: continue
-        ids = model.generate(input_ids=torch.tensor([p]), attention_mask=torch.ones(1, len(p), dtype=torch.long), max_new_tokens=sampling.max_tokens, do_sample=False, repetition_penalty=sampling.repetition_penalty)
+        ids = model.generate(input_ids=torch.tensor([p]), attention_mask=torch.ones(1, len(p), dtype=torch.long),
+                             max_new_tokens=sampling.max_tokens, do_sample=False,
+                             repetition_penalty=sampling.repetition_penalty)
         said[p] = ids[0, len(p):].tolist()
     return [said[tuple(p)] for p in prompts]
 
 
 def difference(model, prompts, samples, temperature=1.0):
-    logps = completion_logps(model, make_batch(prompts, samples.completion_ids), temperature=temperature)["logps"].detach()
-    return max((torch.tensor(own) - row[:len(own)]).abs().max().item() for own, row in zip(samples.sampled_logps, logps))
+    logps = completion_logps(model, make_batch(prompts, samples.completion_ids),
+                             temperature=temperature)["logps"].detach()
+    return max((torch.tensor(own) - row[:len(own)]).abs().max().item() for own,
+               row in zip(samples.sampled_logps, logps))
 
 
 @pytest.mark.parametrize("lora, penalty", [(False, 1.3), (True, 1.0)], ids=["plain, penalty", "lora"])
 @pytest.mark.parametrize("name", MODELS)
 def test_greedy_is_generate(name, lora, penalty):
     model = (adapted if lora else shaken)(name).eval()
-    prompts, greedy = groups((3, 1, 2, 5), (3, 17, 1, 40)), Sampling(max_tokens=45, temperature=0.0, repetition_penalty=penalty)
+    prompts, greedy = groups((3, 1, 2, 5), (3, 17, 1, 40)), Sampling(max_tokens=45, temperature=0.0,
+                                                                     repetition_penalty=penalty)
     expected = by_generate(model, prompts, greedy)
     for engine in (Sampler(model), GenerateSampler(model)):
         samples = engine.sample(prompts, list(range(11)), greedy)
@@ -85,7 +111,8 @@ def test_sync_takes_new_weights(name):
     sampler.sync(model)
     new = sampler.sample(prompts, [0] * 3, greedy).completion_ids
     assert new != old and new == by_generate(model.eval(), prompts, greedy)
-    assert any(not torch.equal(before[n], changed[n]) for n in before) and all(torch.equal(p, changed[n]) for n, p in model.state_dict().items())
+    assert any(not torch.equal(before[n], changed[n])
+               for n in before) and all(torch.equal(p, changed[n]) for n, p in model.state_dict().items())
 
 
 def test_the_copy_shares_no_memory_with_the_trainer():
@@ -98,10 +125,12 @@ def test_the_copy_shares_no_memory_with_the_trainer():
         assert sampler.sample(prompts, [1, 2], Sampling(max_tokens=8)) == old, name
 
 
-@pytest.mark.parametrize("config", [dict(use_dora=True), dict(use_rslora=True), dict(modules_to_save=["lm_head"]), dict(target_modules=["q_proj", "lm_head", "embed_tokens"])], ids=str)
+@pytest.mark.parametrize("config", [dict(use_dora=True), dict(use_rslora=True), dict(modules_to_save=["lm_head"]),
+                                    dict(target_modules=["q_proj", "lm_head", "embed_tokens"])], ids=str)
 def test_dense_weights_of_adapters(config):
     from peft import LoraConfig, get_peft_model
-    model = get_peft_model(shaken("qwen3 untied"), LoraConfig(**{**dict(r=4, target_modules=["q_proj"], init_lora_weights=False), **config}))
+    model = get_peft_model(shaken("qwen3 untied"),
+                           LoraConfig(**{**dict(r=4, target_modules=["q_proj"], init_lora_weights=False), **config}))
     if "modules_to_save" in config:
         with torch.no_grad(): model.base_model.model.lm_head.modules_to_save.default.weight.add_(1)
     dense = {n: p.clone() for n, p in dense_weights(model)}
@@ -117,10 +146,12 @@ def test_dense_weights_through_wrappers():
             super().__init__()
             self.module = inner
     assert [n for n, _ in dense_weights(Wrapped(attach_head(model)))] == names and "lm_head.weight" not in names
-    for _, p in dense_weights(model): assert not p.requires_grad and torch.is_grad_enabled()  # whoever reads them half way keeps his gradients
+    # whoever reads them half way keeps his gradients
+    for _, p in dense_weights(model): assert not p.requires_grad and torch.is_grad_enabled()
 
 
-@pytest.mark.parametrize("how", [dict(), dict(top_k=20, temperature=1.3), dict(top_p=0.9, repetition_penalty=1.2), dict(min_p=0.02)], ids=str)
+@pytest.mark.parametrize("how", [dict(), dict(top_k=20, temperature=1.3), dict(top_p=0.9, repetition_penalty=1.2),
+                                 dict(min_p=0.02)], ids=str)
 def test_a_completion_depends_on_its_prompt_and_seed_alone(how):
     model = shaken("qwen3")
     sampler, sampling = Sampler(model), Sampling(max_tokens=70, **how)  # past two growths of the cache
@@ -133,7 +164,8 @@ def test_a_completion_depends_on_its_prompt_and_seed_alone(how):
         some = sampler.sample([prompts[i] for i in part], [seeds[i] for i in part], sampling)
         assert some.completion_ids == [whole.completion_ids[i] for i in part]
         assert some.finished == [whole.finished[i] for i in part]
-        for i, l in zip(part, some.sampled_logps): torch.testing.assert_close(torch.tensor(l), torch.tensor(whole.sampled_logps[i]), atol=1e-4, rtol=0)
+        for i, l in zip(part, some.sampled_logps):
+            torch.testing.assert_close(torch.tensor(l), torch.tensor(whole.sampled_logps[i]), atol=1e-4, rtol=0)
     short = sampler.sample(prompts, seeds, Sampling(max_tokens=10, **how))
     assert short.completion_ids == [c[:10] for c in whole.completion_ids]
 
@@ -144,8 +176,10 @@ def test_retiring_saves_work(monkeypatch):
     sampler, widths, step = Sampler(model), [], module.Grid.step
     monkeypatch.setattr(module.Grid, "step", lambda grid, tokens: widths.append(len(tokens)) or step(grid, tokens))
     sampler.eos = list(range(0, 420, 8))
-    lengths = [len(c) for c in sampler.sample(groups((8, 8, 8), (3, 4, 5)), list(range(24)), Sampling(max_tokens=40)).completion_ids]
-    assert len(widths) == max(lengths) - 1 and widths[0] <= 24 and widths[-1] <= 4 and widths == sorted(widths, reverse=True)
+    lengths = [len(c) for c in sampler.sample(groups((8, 8, 8), (3, 4, 5)), list(range(24)),
+                                              Sampling(max_tokens=40)).completion_ids]
+    assert len(widths) == max(lengths) - 1 and widths[0] <= 24 and widths[-1] <= 4 and widths == sorted(
+        widths, reverse=True)
     assert sum(widths) < 2.5 * sum(lengths) < 24 * max(lengths)  # a grid wastes some, but not what padding wastes
 
 
@@ -153,22 +187,34 @@ def test_one_large_group_among_small_ones():
     sampler = Sampler(shaken("llama"))
     prompts = groups((40, *[1] * 20), (6, *range(1, 21)))
     whole = sampler.sample(prompts, list(range(60)), Sampling(max_tokens=6))
-    assert [sampler.sample([p], [i], Sampling(max_tokens=6)).completion_ids[0] for i, p in enumerate(prompts)] == whole.completion_ids
+    assert [sampler.sample([p], [i], Sampling(max_tokens=6)).completion_ids[0] for i,
+            p in enumerate(prompts)] == whole.completion_ids
 
 
 def test_processors_are_those_of_transformers():
-    from transformers.generation.logits_process import LogitsProcessorList, MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+    from transformers.generation.logits_process import (
+        LogitsProcessorList,
+        MinPLogitsWarper,
+        RepetitionPenaltyLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
     logits, ids = 3 * torch.randn(16, 50), torch.randint(50, (16, 9))
     seen = torch.zeros(16, 50, dtype=torch.bool).scatter_(1, ids, True)
     sampling = Sampling(temperature=0.7, top_k=20, top_p=0.8, min_p=0.03, repetition_penalty=1.5)
-    theirs = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.5), TemperatureLogitsWarper(0.7), TopKLogitsWarper(20), TopPLogitsWarper(0.8), MinPLogitsWarper(0.03)])(ids, logits.clone())
+    theirs = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.5), TemperatureLogitsWarper(0.7),
+                                  TopKLogitsWarper(20), TopPLogitsWarper(0.8), MinPLogitsWarper(0.03)])(
+                                      ids, logits.clone())
     torch.testing.assert_close(filtered(logits, sampling, seen), theirs)
 
 
 def test_draws_are_exact_where_it_is_tight():
     probs = torch.zeros(3, 1000)
     probs[0, 999], probs[1, 0], probs[2, [7, 990]] = 1.0, 1.0, torch.tensor([1e-30, 0.5])
-    for u in (0.0, 0.5, 1 - 2 ** -24): assert draw(probs, torch.full((3,), u)).tolist()[:2] == [999, 0] and draw(probs, torch.full((3,), u))[2] in (7, 990)
+    for u in (0.0, 0.5, 1 - 2 ** -24):
+        assert draw(probs, torch.full((3,), u)).tolist()[:2] == [999,
+                                                                 0] and draw(probs, torch.full((3,), u))[2] in (7, 990)
     for size in (2, 151_936):
         big = torch.rand(500 if size == 2 else 8, size)  # of any sum, so of any rounding
         big[:, -1] = 0
@@ -178,13 +224,16 @@ def test_draws_are_exact_where_it_is_tight():
 def test_distribution_of_both_engines_over_two_tokens():
     """All 25 completions of two tokens, penalty included: chi-square against the model's own probabilities."""
     torch.manual_seed(2)
-    model = Qwen3ForCausalLM(Qwen3Config(**{**COMMON, "vocab_size": 5, "hidden_size": 16, "head_dim": 8, "initializer_range": 0.5, "eos_token_id": None, "pad_token_id": None})).eval()
+    model = Qwen3ForCausalLM(
+        Qwen3Config(**{**COMMON, "vocab_size": 5, "hidden_size": 16, "head_dim": 8, "initializer_range": 0.5,
+                       "eos_token_id": None, "pad_token_id": None})).eval()
     n, prompt = 8000, [3, 3, 1]
     for how in (dict(), dict(temperature=1.5, top_p=0.9), dict(repetition_penalty=1.4, min_p=0.05)):
         sampling = Sampling(max_tokens=2, **how)
         def after(texts):
             ids = torch.tensor(texts)
-            seen = torch.zeros(len(ids), 5, dtype=torch.bool).scatter_(1, ids, True) if sampling.repetition_penalty != 1 else None
+            seen = (torch.zeros(len(ids), 5, dtype=torch.bool).scatter_(1, ids, True)
+                    if sampling.repetition_penalty != 1 else None)
             with torch.no_grad(): return filtered(model(input_ids=ids).logits[:, -1], sampling, seen).softmax(-1)
         expected = n * (after([prompt])[0][:, None] * after([prompt + [v] for v in range(5)])).flatten()
         possible = expected > 0
@@ -202,7 +251,8 @@ def test_distribution_of_both_engines_over_two_tokens():
 @pytest.mark.parametrize("engine", [Sampler, GenerateSampler])
 def test_sampled_logps_are_the_trainers(engine, temperature):
     model, prompts = adapted("qwen3").eval(), groups((4, 2), (6, 11))
-    samples = engine(model).sample(prompts, list(range(6)), Sampling(max_tokens=30, temperature=temperature, top_k=10, repetition_penalty=1.1))
+    samples = engine(model).sample(prompts, list(range(6)),
+                                   Sampling(max_tokens=30, temperature=temperature, top_k=10, repetition_penalty=1.1))
     assert difference(model, prompts, samples, temperature) < 1e-4
 
 
@@ -214,7 +264,8 @@ def test_generate_tells_no_logps_where_they_would_not_fit(monkeypatch):
 def test_generate_ignores_the_models_own_settings():
     model = shaken("llama")
     plain = GenerateSampler(model).sample([[5, 6]] * 4, [1, 2, 3, 4], Sampling(max_tokens=9))
-    model.generation_config.update(top_k=1, temperature=0.1, repetition_penalty=3.0, do_sample=False, max_length=4, no_repeat_ngram_size=1, suppress_tokens=list(range(2, 400)))
+    model.generation_config.update(top_k=1, temperature=0.1, repetition_penalty=3.0, do_sample=False, max_length=4,
+                                   no_repeat_ngram_size=1, suppress_tokens=list(range(2, 400)))
     own = model.generation_config
     assert GenerateSampler(model).sample([[5, 6]] * 4, [1, 2, 3, 4], Sampling(max_tokens=9)) == plain
     assert model.generation_config is own and own.top_k == 1
@@ -227,7 +278,8 @@ def test_ends(engine):
     assert model.config.vocab_size > len(tokenizer)
     model.generation_config.eos_token_id = [tokenizer.convert_tokens_to_ids(t) for t in ("<|endoftext|>", "</s>")]
     sampler = engine(model, tokenizer)
-    assert set(sampler.eos) == set(eos_ids(model, tokenizer)) == {tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>", "</s>")}
+    assert set(sampler.eos) == set(eos_ids(model, tokenizer)) == {tokenizer.convert_tokens_to_ids(t)
+                                                                  for t in ("<|im_end|>", "<|endoftext|>", "</s>")}
     sampler.eos = [*sampler.eos, 50, 60, 70, 80]
     prompts, seeds = groups((8, 8), (4, 7), len(tokenizer)), list(range(16))
     samples = sampler.sample(prompts, seeds, Sampling(max_tokens=60))
@@ -245,7 +297,8 @@ def test_ends(engine):
     assert ended_by_text >= 4
     first = next(i for i, c in enumerate(samples.completion_ids) if c[-1] not in sampler.eos and samples.finished[i])
     cut = sampler.sample(prompts, seeds, Sampling(max_tokens=len(samples.completion_ids[first]), stop=stops))
-    assert cut.completion_ids[first] == samples.completion_ids[first] and cut.finished[first]  # the text ends it exactly at the limit
+    # the text ends it exactly at the limit
+    assert cut.completion_ids[first] == samples.completion_ids[first] and cut.finished[first]
 
 
 @pytest.mark.parametrize("engine", [Sampler, GenerateSampler])
@@ -258,7 +311,8 @@ def test_model_and_random_state_are_left_alone(engine):
     sampler.sync(model)
     first = sampler.sample([[5, 6]] * 3, [1, 2, 3], Sampling(max_tokens=9))
     torch.rand(7)
-    assert sampler.sample([[5, 6]] * 3, [1, 2, 3], Sampling(max_tokens=9)) == first  # no global state goes in either, and no dropout
+    # no global state goes in either, and no dropout
+    assert sampler.sample([[5, 6]] * 3, [1, 2, 3], Sampling(max_tokens=9)) == first
     torch.set_rng_state(state)
     assert [m.training for m in model.modules()] == modes and [p.requires_grad for p in model.parameters()] == flags
     assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights))
@@ -268,11 +322,15 @@ def test_model_and_random_state_are_left_alone(engine):
 @pytest.mark.parametrize("engine", [Sampler, GenerateSampler])
 def test_errors_name_what_is_wrong(engine):
     sampler = engine(shaken("gpt2"))
-    for prompts, seeds, how, words in [
-            ([[5], []], [0, 1], {}, "prompt 1 is empty"), ([[5]], [0, 1], {}, "1 prompts need as many seeds"), ([[5] * 300], [0], {}, "prompt 0 has 300 tokens"),
-            ([[5] * 200], [0], dict(max_tokens=58), "256 positions"), ([[5]], [0], dict(stop="x"), "tokenizer")]:
-        with pytest.raises(ValueError, match=words): sampler.sample(prompts, seeds, Sampling(**{**dict(max_tokens=4), **how}))
-    assert len(sampler.sample([[5] * 200], [0], Sampling(max_tokens=57, temperature=0.0)).completion_ids[0]) <= 57  # to the last position
+    for prompts, seeds, how, words in [([[5], []], [0, 1], {}, "prompt 1 is empty"),
+                                       ([[5]], [0, 1], {}, "1 prompts need as many seeds"),
+                                       ([[5] * 300], [0], {}, "prompt 0 has 300 tokens"),
+                                       ([[5] * 200], [0], dict(max_tokens=58), "256 positions"),
+                                       ([[5]], [0], dict(stop="x"), "tokenizer")]:
+        with pytest.raises(ValueError, match=words):
+            sampler.sample(prompts, seeds, Sampling(**{**dict(max_tokens=4), **how}))
+    # to the last position
+    assert len(sampler.sample([[5] * 200], [0], Sampling(max_tokens=57, temperature=0.0)).completion_ids[0]) <= 57
 
 
 def test_what_cannot_be_served_falls_back_and_says_why():
@@ -280,7 +338,9 @@ def test_what_cannot_be_served_falls_back_and_says_why():
     model.model.layers[1].mlp.act_fn = torch.nn.ReLU()
     with pytest.warns(UserWarning, match="logits differ"): sampler = make_sampler(model)
     assert type(sampler) is GenerateSampler
-    assert sampler.sample([[5, 6]], [0], Sampling(max_tokens=5, temperature=0.0)).completion_ids == by_generate(model, [[5, 6]], Sampling(max_tokens=5))
+    assert sampler.sample([[5, 6]], [0],
+                          Sampling(max_tokens=5, temperature=0.0)).completion_ids == by_generate(
+                              model, [[5, 6]], Sampling(max_tokens=5))
     with pytest.raises(TypeError, match="logits differ"): make_sampler(model, kind="own")
     with pytest.raises(ValueError, match="kind='vllm'"): make_sampler(model, kind="vllm")
     with warnings.catch_warnings():

@@ -1,4 +1,5 @@
-"""What all trainers promise at their seams: a reference computes as the policy does, reward functions get copies, a checkpoint folder may not be there yet."""
+"""What all trainers promise at their seams: a reference computes as the policy does, reward functions get copies, a
+checkpoint folder may not be there yet."""
 import pytest
 import torch
 from peft import LoraConfig
@@ -11,8 +12,10 @@ from test_grpo import logs, noisy, rows, weights
 def adapter(): return LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"])
 
 
-REFERENCES = {"copy": {}, "adapter off": dict(peft_config=adapter), "own model": dict(ref_model=lambda: pocket.model(0)),
-              "moving": dict(sync_ref_model=True, ref_model_sync_steps=1), "precomputed": dict(precompute_ref_log_probs=True)}
+REFERENCES = {"copy": {}, "adapter off": dict(peft_config=adapter),
+              "own model": dict(ref_model=lambda: pocket.model(0)),
+              "moving": dict(sync_ref_model=True, ref_model_sync_steps=1),
+              "precomputed": dict(precompute_ref_log_probs=True)}
 
 
 @pytest.mark.parametrize("name", REFERENCES)
@@ -66,7 +69,8 @@ def test_a_reward_function_changes_nothing_but_its_copies(chat, config):
         args = {**config(), "num_generations": 4, "max_completion_length": 8, "max_steps": 2, "learning_rate": 1e-3}
         args.pop("train_sampling_strategy")
         second = polite if chat else exact_match_reward
-        trainer = GRPOTrainer(pocket.start("reverse")[0], [first, second], GRPOConfig(**args), data, None, pocket.tokenizer())
+        trainer = GRPOTrainer(pocket.start("reverse")[0], [first, second], GRPOConfig(**args), data, None,
+                              pocket.tokenizer())
         trainer.train()
         ends.append((weights(trainer), trainer.generation.rewards, trainer.generation.completions))
         assert len(trainer.train_dataset[0]["answer"]) and "spoilt" not in str(trainer.train_dataset[0])

@@ -6,8 +6,10 @@ __all__ = ['rows_of', 'collate_sft', 'collate_pairs', 'collate_unpaired', 'colla
 # %% ../../nbs/data/07_collate.ipynb #7d66db57
 import html
 from itertools import groupby
+
 import torch
 from torch import Tensor
+
 from ..foundations.layouts import make_batch
 
 # %% ../../nbs/data/07_collate.ipynb #a72aca45

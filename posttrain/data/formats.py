@@ -8,7 +8,8 @@ __all__ = ['COLUMNS', 'DATASET_TYPES', 'SHAREGPT_ROLES', 'first_row', 'column_na
 # %% ../../nbs/data/01_formats.ipynb #75ba1a0f
 import difflib
 import logging
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+
+from datasets import Dataset, DatasetDict, IterableDatasetDict
 
 # %% ../../nbs/data/01_formats.ipynb #4fab5808
 def _is_text(value):

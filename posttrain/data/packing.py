@@ -5,9 +5,11 @@ __all__ = ['PACKING_STRATEGIES', 'pack_dataset']
 
 # %% ../../nbs/data/06_packing.ipynb #ffe32159
 from functools import partial
+
 import numpy as np
 import pyarrow as pa
 from datasets import Features, IterableDataset, List, Value
+
 from .formats import column_names
 from .packing_best_fit import best_fit_decreasing
 from .packing_wrapped import Pieces, wrapped

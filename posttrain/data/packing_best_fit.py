@@ -5,6 +5,7 @@ __all__ = ['best_fit_decreasing']
 
 # %% ../../nbs/data/05_packing_best_fit.ipynb #65188b3d
 import numpy as np
+
 from .packing_wrapped import Pieces
 
 

@@ -5,6 +5,7 @@ __all__ = ['Pieces', 'wrapped', 'packing_stats']
 
 # %% ../../nbs/data/04_packing_wrapped.ipynb #45ea0d64
 from typing import NamedTuple
+
 import numpy as np
 
 

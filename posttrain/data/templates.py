@@ -9,6 +9,7 @@ __all__ = ['CHATML', 'has_generation_markers', 'check_template', 'encode_chats',
 import functools
 import json
 import re
+
 from .formats import dataset_type, is_conversational, warn_once
 
 # %% ../../nbs/data/02_templates.ipynb #065c9fc1

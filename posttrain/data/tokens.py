@@ -9,10 +9,21 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+
 from datasets import Dataset, Features, List, Value
-from .formats import (
-    check_rows, column_names, dataset_type, first_row, is_conversational_from_value, maybe_convert_to_chatml,
-    maybe_extract_prompt, require, unpair_preference_dataset, warn_once)
+
+from posttrain.data.formats import (
+    check_rows,
+    column_names,
+    dataset_type,
+    first_row,
+    is_conversational_from_value,
+    maybe_convert_to_chatml,
+    maybe_extract_prompt,
+    require,
+    unpair_preference_dataset,
+    warn_once,
+)
 from .templates import check_template, encode_chats, split_prompts
 
 # %% ../../nbs/data/03_tokens.ipynb #3f67e92b

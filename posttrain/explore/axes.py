@@ -7,8 +7,20 @@ __all__ = ['ticks', 'limits', 'pen', 'line_sign', 'box_sign', 'dot_sign', 'cross
 import math
 from collections.abc import Callable
 
-from .elements import DASHES, FAINT, GRID, LETTER, PALETTE, element, figure, numbers, px, short
-from .elements import text, upright
+from posttrain.explore.elements import (
+    DASHES,
+    FAINT,
+    GRID,
+    LETTER,
+    PALETTE,
+    element,
+    figure,
+    numbers,
+    px,
+    short,
+    text,
+    upright,
+)
 
 
 def ticks(

@@ -5,7 +5,7 @@ __all__ = ['ANSWERS', 'REFERENCE', 'REWARDS', 'preference_loss', 'trained_policy
            'beta_explorer']
 
 # %% ../../nbs/explore/07_beta.ipynb #340355b8
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -70,7 +70,7 @@ def spent_and_earned(
 _BETAS = torch.logspace(-1.5, 1.5, 60).tolist()  # where the frontier is computed
 
 
-@lru_cache(maxsize=None)
+@cache
 def draw_beta(
     shape: str = "a ladder",  # a key of REWARDS
     beta: float = 0.3,  # weight of the KL

@@ -6,7 +6,7 @@ __all__ = ['CLIP', 'VARIANTS', 'RATIOS', 'SIGNS', 'LABELS', 'Variant', 'Tokens',
 
 # %% ../../nbs/explore/11_clip.ipynb #3738e955
 import math
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -124,7 +124,7 @@ def curves(
     return _curves(variant, **{name: given[name] for name in VARIANTS[variant].limits})
 
 
-@lru_cache(maxsize=None)
+@cache
 def _curves(variant: str, **limits):
     ratios = _ratios(**limits)
     old, one = torch.full((len(ratios), 1), _STARTED, dtype=torch.float64), torch.ones(len(ratios), 1)

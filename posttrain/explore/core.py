@@ -277,7 +277,7 @@ class Watcher:
             what(*args)
         except Exception as e:
             if not self.failed:
-                warnings.warn(f"{self.trouble} ({type(e).__name__}: {e}); the run goes on")
+                warnings.warn(f"{self.trouble} ({type(e).__name__}: {e}); the run goes on", stacklevel=3)
             self.failed = True
 
     def _open(self, folder, name: str, resumed: bool, last: int) -> list[dict]:

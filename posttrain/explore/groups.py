@@ -5,7 +5,7 @@ __all__ = ['NORMALISERS', 'SIZES', 'RATES', 'MIXES', 'EPS', 'every_group', 'chan
            'Difficulty', 'by_difficulty', 'live_questions', 'draw_groups', 'groups_explorer']
 
 # %% ../../nbs/explore/12_groups.ipynb #6cdb4fb1
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -108,7 +108,7 @@ _GRID = torch.tensor([.005, .01, .02, .03, .045, *torch.arange(.075, .93, .05).t
                      dtype=torch.float64)
 
 
-@lru_cache(maxsize=None)
+@cache
 def draw_groups(
     G: int = 8,  # answers of a question
     normaliser: str = "group std",  # a key of NORMALISERS

@@ -7,7 +7,7 @@ __all__ = ['SAMPLERS', 'PLACES', 'World', 'kl_world', 'estimator_stats', 'batch_
 # %% ../../nbs/explore/04_kl.ipynb #73d9d295
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -116,7 +116,7 @@ def cosine(
     return (a @ b).item() / length if a.norm() > 1e-10 and b.norm() > 1e-10 else math.nan
 
 # %% ../../nbs/explore/04_kl.ipynb #2fa81ca5
-@lru_cache(maxsize=None)
+@cache
 def draw_kl(
     drift: float = 1.5,  # how far the policy has moved
     n: int = 32,  # samples in a batch

@@ -219,7 +219,8 @@ class Microscope(Watcher, TrainerCallback):
 
     def _save(self) -> None:
         if self.last < 0:
-            warnings.warn("the microscope saw no tokens: this trainer does not call on_tokens of its callbacks")
+            warnings.warn("the microscope saw no tokens: this trainer does not call on_tokens of its callbacks",
+                          stacklevel=2)
         else:
             microscope(self.path).save(self.path.with_suffix(".html"))
 
@@ -260,7 +261,9 @@ def microscope(
     steps = sorted(set.intersection(*map(set, both.values())))
     kept = _spread(steps, max(1, min(most, 150 // (len(found) * len(both)), len(steps))))
 
-    def draw(step=kept[-1], what=found[0], which=next(iter(both))):
+    first = next(iter(both))
+
+    def draw(step=kept[-1], what=found[0], which=first):
         span, title = ends[which].get(what, QUANTITIES[what].sides), f"{what} after {step} steps, completions {which}"
         return draw_look(both[which][step], what, span, title)
     controls = {"step": Control("slider", tuple(kept), tuple(steps), kept[-1], "step")} if len(kept) > 1 else {}

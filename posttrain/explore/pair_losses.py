@@ -6,7 +6,7 @@ __all__ = ['PATHS', 'MARGINS', 'pulls', 'where_zero', 'draw_pair_loss', 'pair_lo
 # %% ../../nbs/explore/08_pair_losses.ipynb #a5d34515
 import inspect
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -86,7 +86,7 @@ def _is_straight(pull: Tensor) -> bool:
     return bool((slopes - slopes[0]).abs().max() < 1e-9 * slopes.abs().max())
 
 
-@lru_cache(maxsize=None)
+@cache
 def draw_pair_loss(
     loss: str = "sigmoid",  # a key of PAIR_LOSSES
     beta: float = 0.1,  # the weight of the KL to the reference

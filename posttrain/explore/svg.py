@@ -11,8 +11,23 @@ import re
 
 from .axes import Axes, box_sign, cross_sign, dot_sign, legend, limits, line_sign, path, pen, ticks
 from .cells import heatmap, strip
-from .elements import DASHES, FAINT, FONT, GRID, INK, LETTER, PALETTE, element, figure, legible
-from .elements import numbers, px, short, text, upright
+from posttrain.explore.elements import (
+    DASHES,
+    FAINT,
+    FONT,
+    GRID,
+    INK,
+    LETTER,
+    PALETTE,
+    element,
+    figure,
+    legible,
+    numbers,
+    px,
+    short,
+    text,
+    upright,
+)
 
 _all_ = ["Axes", "box_sign", "cross_sign", "dot_sign", "legend", "limits", "line_sign", "path", "pen", "ticks",
          "DASHES", "FAINT", "FONT", "GRID", "INK", "LETTER", "PALETTE", "element", "figure", "legible",

@@ -7,7 +7,7 @@ __all__ = ['PACKING', 'TokenRow', 'token_row', 'small_model', 'draw_tokens', 'to
 import math
 import random
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -92,7 +92,7 @@ _PROMPT, _ANSWER, _END = "#f3f3f3", "#cfe6f5", "#9fd8c0"
 _PAD, _LOST = "#dddddd", "#f4b183"
 
 
-@lru_cache(maxsize=None)
+@cache
 def draw_tokens(
     padding: str = "right",  # "right" or "left"
     pad_is_eos: bool = False,  # pad with the EOS id

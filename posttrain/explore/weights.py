@@ -4,7 +4,7 @@
 __all__ = ['SHORT', 'LIMIT', 'COMPLETIONS', 'SPLITS', 'METHODS', 'token_push', 'draw_weights', 'weights_explorer']
 
 # %% ../../nbs/explore/05_weights.ipynb #1d925d60
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ def token_push(
     return -logps.grad
 
 # %% ../../nbs/explore/05_weights.ipynb #67939c2d
-@lru_cache(maxsize=None)
+@cache
 def draw_weights(
     how: str = "token",  # a key of AVERAGES
     long: int = 12,  # tokens of the long completions

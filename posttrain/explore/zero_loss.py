@@ -5,7 +5,7 @@ __all__ = ['LENGTHS', 'LIMIT', 'STEPS', 'RATE', 'SHOWN', 'start_logits', 'token_
            'say_which_zero', 'draw_zero_loss', 'zero_loss_explorer', 'eight_checkboxes']
 
 # %% ../../nbs/explore/10_zero_loss.ipynb #158bc833
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -199,7 +199,7 @@ def say_which_zero(
     return f"Loss {_number(loss)}. The gradient is not 0, and the mean reward {moves}.", True
 
 
-@lru_cache(maxsize=None)
+@cache
 def draw_zero_loss(
     rewards: tuple = (1, 1, 0, 0, 0, 0, 0, 0),  # (8,) of each completion
     average: str = "sequence",  # one of SHOWN

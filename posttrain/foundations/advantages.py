@@ -4,7 +4,7 @@
 __all__ = ['GROUP', 'BATCH', 'BASELINES', 'SCALES', 'group_advantages', 'group_std', 'at_last_token', 'gae', 'whiten']
 
 # %% ../../nbs/foundations/05_advantages.ipynb #a039a933
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor

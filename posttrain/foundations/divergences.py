@@ -6,7 +6,8 @@ __all__ = ['KL_ESTIMATORS', 'F_DIVERGENCES', 'k1', 'k2', 'k3', 'estimate_kl', 'r
 
 # %% ../../nbs/foundations/04_divergences.ipynb #41c2d822
 import math
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F

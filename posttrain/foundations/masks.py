@@ -5,7 +5,8 @@ __all__ = ['AVERAGES', 'length_mask', 'completion_mask', 'Totals', 'token_weight
            'masked_var']
 
 # %% ../../nbs/foundations/03_masks.ipynb #99111a6b
-from typing import Callable, Iterable, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor

@@ -4,7 +4,8 @@
 __all__ = ['RATIOS', 'TRUST_REGIONS', 'RECIPES', 'policy_gradient_terms', 'policy_gradient_loss', 'reinforce_terms', 'Recipe']
 
 # %% ../../nbs/foundations/06_policy_gradient.ipynb #233a7fe9
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor

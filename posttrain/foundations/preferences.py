@@ -5,8 +5,8 @@ __all__ = ['MARGIN_LOSSES', 'LABEL_NOISE', 'margin_loss', 'preference_probabilit
            'implicit_reward', 'split_pairs', 'identity', 'Pairs']
 
 # %% ../../nbs/foundations/07_preferences.ipynb #b70d8de4
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Callable
 
 import torch
 import torch.nn.functional as F
