@@ -6,6 +6,7 @@ import sys
 import tomllib
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -103,7 +104,7 @@ def test_no_file_names_a_place_on_somebodys_machine():
     home = re.compile("|".join([r"/(?:home|Users)/\w", r"/root/\w", r"[A-Z]:[\\/]+Users", re.escape(f"{ROOT}/")]))
     found = []
     for path in committed():
-        if path == Path(__file__) or path.suffix == ".png": continue
+        if path == Path(__file__) or path.suffix in (".png", ".npz"): continue
         found += [f"{path.relative_to(ROOT)}: {m[0]}" for m in home.finditer(path.read_text(encoding="utf-8"))]
     assert not found
 
@@ -145,3 +146,18 @@ def test_contributing_shows_the_newest_preference_loss_as_it_is():
     zoo = nbformat.read(ROOT / "nbs/offline/08_preference_zoo.ipynb", as_version=4)
     source = "\n".join(c.source for c in zoo.cells)
     assert len(pieces) == 2 and all(piece.rstrip() in source for piece in pieces)
+
+
+@pytest.mark.parametrize("ci, data_is_missing, folder_is_there, outcome", [
+    ("true", False, True, "failed"), ("", False, True, "skipped"), ("true", True, True, "failed"),
+    ("true", True, False, "skipped"), ("", True, False, "skipped")])
+def test_a_skip_on_ci_is_a_failure(monkeypatch, tmp_path, ci, data_is_missing, folder_is_there, outcome):
+    """Whatever is skipped; but for the data of two tests, where there is no folder that should hold it."""
+    import gsm8k
+    from conftest import not_on_ci
+    monkeypatch.setenv("CI", ci)
+    monkeypatch.delenv("POSTTRAIN_GSM8K", raising=False)
+    monkeypatch.setattr(gsm8k, "SHARED", tmp_path if folder_is_there else tmp_path / "nowhere")
+    reason = f"Skipped: {gsm8k.MISSING}: set ..." if data_is_missing else "Skipped: vLLM is not installed"
+    report = not_on_ci(SimpleNamespace(outcome="skipped", skipped=True, longrepr=("file.py", 3, reason)))
+    assert report.outcome == outcome and (outcome == "skipped" or reason in report.longrepr)

@@ -195,11 +195,12 @@ def test_tidy_outputs():
     view = {tools.WIDGET_VIEW: {"model_id": "1"}, "text/plain": "Box()"}
     nb = new_notebook(
         cells=[code("x", new_output("stream", name="stderr", text="a warning"), new_output("stream", text="kept"),
+                    new_output("stream", text=" as one"),
                     new_output("display_data", data=dict(view)),
                     new_output("display_data", data={**view, "text/html": "<svg/>"}))], metadata={"widgets": {}})
     tools.tidy_outputs(nb)
     stream, picture = nb.cells[0].outputs
-    assert stream.text == "kept" and picture.data == {"text/plain": "Box()", "text/html": "<svg/>"}
+    assert stream.text == "kept as one" and picture.data == {"text/plain": "Box()", "text/html": "<svg/>"}
     assert "widgets" not in nb.metadata and tools.is_as_run(nb)
 
 

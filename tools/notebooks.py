@@ -181,7 +181,12 @@ def tidy_outputs(nb) -> None:
                 continue
             # A saved widget view reopens as "model not found". One that nothing else shows is a progress bar, mostly.
             view = out.data.pop(WIDGET_VIEW, None) if "data" in out else None
-            if not (view and set(out.data) <= {"text/plain"}):
+            if view and set(out.data) <= {"text/plain"}:
+                continue
+            # What is printed comes in one piece or in several, depending on how busy the machine is.
+            if out.output_type == "stream" and kept and kept[-1].output_type == "stream":
+                kept[-1].text += out.text
+            else:
                 kept.append(out)
         cell.outputs = kept
     nb.metadata.pop("widgets", None)
@@ -505,7 +510,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=2, help="run, test: notebooks at a time")
     parser.add_argument("--stale", action="store_true", help="run, test: leave out notebooks whose stamp is true")
     parser.add_argument("--report", type=Path, help="run, test: a file for the results, as JSON")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     args.paths = [p.resolve() for p in args.paths]
     return args
 
