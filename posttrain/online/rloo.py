@@ -10,7 +10,7 @@ from ..foundations.advantages import group_advantages, whiten
 from ..foundations.masks import Totals
 from ..foundations.policy_gradient import RECIPES, policy_gradient_loss
 
-# %% ../../nbs/online/10_rloo.ipynb #ee78bb7a
+# %% ../../nbs/online/10_rloo.ipynb #2022d026
 def rloo_advantages(
     rewards: Tensor,       # (B,) prompt-major; NaN where a completion could not be scored
     logratio: Tensor | None,  # (B, T) old_logps - ref_logps of the sampled tokens; None: no reference
@@ -25,8 +25,8 @@ def rloo_advantages(
 
     Raises ValueError for rewards that are no whole number of groups.
     """
-    returns = rewards if logratio is None else rewards - beta * (logratio * mask).sum(1)
-    advantages = group_advantages(returns, num_generations, baseline="leave_one_out", scale="none")
+    returns = rewards if logratio is None else rewards - beta * (logratio * mask).sum(1)  # step 6
+    advantages = group_advantages(returns, num_generations, baseline="leave_one_out", scale="none")  # step 3
     if not normalize_advantages: return advantages
     scored = ~returns.isnan().view(-1, num_generations)
     compared = scored & (scored.sum(1, keepdim=True) > 1)  # one alone has nothing to be compared with
@@ -49,5 +49,6 @@ def rloo_loss(
 
     Stats: those of `policy_gradient_loss`, of completions.
     """
+    # steps 7 and 8: the ratio of a whole completion, one clip, and a sum over tokens that no length divides
     settings = {**RECIPES["RLOO"].loss, "epsilon": epsilon, "epsilon_high": epsilon_high}
     return policy_gradient_loss(logps, old_logps, advantages, mask, totals=totals, **settings)
