@@ -10,7 +10,7 @@ from ..foundations.advantages import group_advantages, whiten
 from ..foundations.masks import Totals
 from ..foundations.policy_gradient import RECIPES, policy_gradient_loss
 
-# %% ../../nbs/online/10_rloo.ipynb #ee78bb7a
+# %% ../../nbs/online/10_rloo.ipynb #910df145
 def rloo_advantages(
     rewards: Tensor,       # (B,) prompt-major; NaN where a completion could not be scored
     logratio: Tensor | None,  # (B, T) old_logps - ref_logps of the sampled tokens; None: no reference
@@ -21,11 +21,12 @@ def rloo_advantages(
     normalize_advantages: bool = False,  # divide by the standard deviation of the whole batch, around its mean; TRL's
 ) -> Tensor:  # (B,) without gradient; 0 where a completion or all its siblings could not be scored
     """
-    The reward of a whole completion, less the KL that it cost, less the mean of the same over its siblings (2402.14740).
+    The reward of a completion, less the KL that it cost, less the mean of the same over its siblings (2402.14740).
 
     Raises ValueError for rewards that are no whole number of groups.
     """
-    returns = rewards if logratio is None else rewards - beta * (logratio * mask).sum(1)
+    returns = rewards if logratio is None else rewards - beta * (logratio * mask).sum(1)  # step 6
+    # step 3
     advantages = group_advantages(returns, num_generations, baseline="leave_one_out", scale="none")
     if not normalize_advantages: return advantages
     scored = ~returns.isnan().view(-1, num_generations)
@@ -49,5 +50,6 @@ def rloo_loss(
 
     Stats: those of `policy_gradient_loss`, of completions.
     """
+    # steps 7 and 8: the ratio of a whole completion, one clip, and a sum over tokens that no length divides
     settings = {**RECIPES["RLOO"].loss, "epsilon": epsilon, "epsilon_high": epsilon_high}
     return policy_gradient_loss(logps, old_logps, advantages, mask, totals=totals, **settings)

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['RLOOConfig', 'RLOOTrainer']
 
-# %% ../../nbs/online/12_rloo_trainer.ipynb #df7fb0c0
+# %% ../../nbs/online/12_rloo_trainer.ipynb #2aa6f7cf
 from dataclasses import dataclass, replace
 
 from .dapo import overlong_filter
@@ -30,8 +30,8 @@ class RLOOConfig(ClipFields, ReferenceFields, OnlineConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.num_generations < 2 and self.advantage_estimator != "reinforce_plus_plus":
-            raise ValueError(f"num_generations={self.num_generations}: {self.advantage_estimator!r} compares completions of "
-                             "one prompt and needs at least 2")
+            raise ValueError(f"num_generations={self.num_generations}: {self.advantage_estimator!r} compares "
+                             "completions of one prompt and needs at least 2")
         if (limits := self.reward_clip_range) is not None and not (len(limits) == 2 and limits[0] < limits[1]):
             raise ValueError(f"reward_clip_range={limits!r} must be the least and the greatest reward, e.g. (-10, 10)")
 

@@ -13,7 +13,7 @@ from typing import get_args
 import torch
 from transformers import TrainingArguments
 
-# %% ../../nbs/training/00_config.ipynb #6b5b7b8c
+# %% ../../nbs/training/00_config.ipynb #30f24d18
 class Help(str):
     """The text of a field, which carries the field's range.
 
@@ -59,7 +59,8 @@ def check_option(
 ) -> None:
     "Raise ValueError for a value out of its declared range, TypeError for what is no number where a range is declared."
     name, text = option.name, option.metadata.get("help")
-    or_none = type(None) in get_args(option.type)  # such as int | None
+    # such as int | None, of which a command-line parser leaves int in the class (HfArgumentParser)
+    or_none = option.default is None or type(None) in get_args(option.type)
     if not isinstance(text, Help) or or_none and value is None: return
     limits = text.limits
     if (choices := limits["choices"]) and value not in choices:
