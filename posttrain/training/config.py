@@ -63,7 +63,7 @@ def check_option(
     or_none = option.default is None or type(None) in get_args(option.type)
     if not isinstance(text, Help) or or_none and value is None: return
     limits = text.limits
-    if (choices := limits["choices"]) and value not in choices:
+    if (choices := limits["choices"]) and value not in list(choices):  # a list: the value may be unhashable
         raise ValueError(f"{name}={value!r} is unknown to {owner}; choose one of {', '.join(map(repr, choices))}")
     if not (words := _range_of(limits)): return
     whole = option.type in (int, int | None)
