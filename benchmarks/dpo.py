@@ -8,6 +8,7 @@ import copy
 import json
 import tempfile
 
+import datasets
 import harness  # sets the environment before transformers is imported
 import numpy as np
 import torch
@@ -15,7 +16,6 @@ from datasets import Dataset
 
 from posttrain import pocket
 
-import datasets
 datasets.disable_progress_bars()
 
 STEPS = 4    # per round; the first is not counted
@@ -38,8 +38,11 @@ KINDS = {  # name -> config, adapter
 def rows(kind, vocab, prompt, completion, n=PAIRS * STEPS):
     rng = np.random.default_rng(0)
     ids = lambda size: rng.integers(5, vocab, size).tolist()
-    def length(most): return int(np.exp(rng.uniform(np.log(most / 8), np.log(most)))) if kind == "skewed lengths" else most
-    return Dataset.from_list([dict(prompt_ids=ids(length(prompt)), chosen_ids=ids(length(completion)), rejected_ids=ids(length(completion))) for _ in range(n)])
+    def length(most):
+        return int(np.exp(rng.uniform(np.log(most / 8), np.log(most)))) if kind == "skewed lengths" else most
+    return Dataset.from_list(
+        [dict(prompt_ids=ids(length(prompt)), chosen_ids=ids(length(completion)), rejected_ids=ids(length(completion)))
+         for _ in range(n)])
 
 
 def trainer(library, name, kind, folder, **more):
@@ -57,9 +60,14 @@ def trainer(library, name, kind, folder, **more):
     if peft:
         from peft import LoraConfig
         peft_config = LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    args = DPOConfig(folder, **{**dict(max_length=None, use_cpu=True, bf16=False, gradient_checkpointing=False, max_steps=STEPS, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
-                                       learning_rate=1e-4, per_device_train_batch_size=PAIRS, train_sampling_strategy="sequential", seed=0), **options, **more})
-    return harness.silence(DPOTrainer(model, reference, args, train_dataset=rows(kind, model.config.vocab_size, prompt, completion), processing_class=pocket.tokenizer(), peft_config=peft_config))
+    args = DPOConfig(folder,
+                     **{**dict(max_length=None, use_cpu=True, bf16=False, gradient_checkpointing=False, max_steps=STEPS,
+                               logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
+                               learning_rate=1e-4, per_device_train_batch_size=PAIRS,
+                               train_sampling_strategy="sequential", seed=0), **options, **more})
+    return harness.silence(DPOTrainer(model, reference, args,
+                                      train_dataset=rows(kind, model.config.vocab_size, prompt, completion),
+                                      processing_class=pocket.tokenizer(), peft_config=peft_config))
 
 
 def gradients_agree(name, kind):
@@ -67,10 +75,13 @@ def gradients_agree(name, kind):
     ends = []
     for library in ("TRL", "posttrain"):
         with tempfile.TemporaryDirectory() as folder:
-            t = trainer(library, name, kind, folder, optim="sgd", learning_rate=1.0, max_steps=1, lr_scheduler_type="constant", max_grad_norm=1e9)
+            t = trainer(library, name, kind, folder, optim="sgd", learning_rate=1.0, max_steps=1,
+                        lr_scheduler_type="constant", max_grad_norm=1e9)
             before = [p.detach().clone() for p in t.model.parameters() if p.requires_grad]
             t.train()
-            ends.append(torch.cat([(b - p.detach()).flatten() for b, p in zip(before, (p for p in t.model.parameters() if p.requires_grad))]))
+            ends.append(
+                torch.cat([(b - p.detach()).flatten() for b,
+                           p in zip(before, (p for p in t.model.parameters() if p.requires_grad))]))
     difference = ((ends[0] - ends[1]).norm() / ends[0].norm()).item()
     assert difference < 1e-4, f"{name}, {kind}: gradients differ by {difference:.1e} of their size"
     return difference
@@ -84,17 +95,21 @@ def bench_steps(rounds, names):
             with tempfile.TemporaryDirectory() as folder:
                 both = {lib: trainer(lib, name, kind, folder) for lib in ("TRL", "posttrain")}
                 seconds = harness.interleaved({lib: harness.timed(t) for lib, t in both.items()}, rounds)
-            print(f"{name + ', ' + kind:44}{harness.median(seconds['TRL']):8.3f}s{harness.median(seconds['posttrain']):10.3f}s   {harness.ratio(seconds, 'TRL', 'posttrain'):22}  {difference:.0e}", flush=True)
+            print(
+                f"{name + ', ' + kind:44}{harness.median(seconds['TRL']):8.3f}s{harness.median(seconds['posttrain']):10.3f}s "
+                f"  {harness.ratio(seconds, 'TRL', 'posttrain'):22}  {difference:.0e}", flush=True)
 
 
-def memory_of(library, name, kind): return harness.memory_of_training(lambda folder: trainer(library, name, kind, folder))
+def memory_of(library, name, kind):
+    return harness.memory_of_training(lambda folder: trainer(library, name, kind, folder))
 
 
 def bench_memory(names):
     print(f"\n{'peak memory of training over the loaded models':46}{'TRL':>9}{'posttrain':>11}   TRL / posttrain")
     for name in names:
         for kind in ("equal lengths", "skewed lengths"):
-            mib = {lib: [harness.in_fresh_process(__file__, "train", lib, name, kind)["mib"] for _ in range(REPEATS)] for lib in ("TRL", "posttrain")}
+            mib = {lib: [harness.in_fresh_process(__file__, "train", lib, name, kind)["mib"] for _ in range(REPEATS)]
+                   for lib in ("TRL", "posttrain")}
             harness.print_memory(f"{name}, {kind}", mib)
 
 

@@ -8,6 +8,7 @@ import argparse
 import json
 import tempfile
 
+import datasets
 import harness  # sets the environment before transformers is imported
 import numpy as np
 import torch
@@ -15,7 +16,6 @@ from datasets import Dataset
 
 from posttrain import pocket
 
-import datasets
 datasets.disable_progress_bars()
 
 STEPS = 4    # per round; the first is not counted
@@ -31,7 +31,8 @@ MODELS = {  # name -> how to make it, tokens of a prompt, tokens of a completion
 
 def prompts(length, n=STEPS):
     rng = np.random.default_rng(0)
-    return ["".join(rng.choice(list("abcdefghij"), length)) for _ in range(n)]  # the pocket tokenizer reads a character as a token
+    # the pocket tokenizer reads a character as a token
+    return ["".join(rng.choice(list("abcdefghij"), length)) for _ in range(n)]
 
 
 def handed(vocab, completion):
@@ -39,7 +40,8 @@ def handed(vocab, completion):
     tokenizer = pocket.tokenizer()
     def rollout_func(asked, trainer):
         rng = np.random.default_rng(len(asked))
-        return {"prompt_ids": tokenizer(asked)["input_ids"], "completion_ids": rng.integers(8, vocab, (len(asked), completion)).tolist(), "logprobs": None}
+        return {"prompt_ids": tokenizer(asked)["input_ids"],
+                "completion_ids": rng.integers(8, vocab, (len(asked), completion)).tolist(), "logprobs": None}
     return rollout_func
 
 
@@ -51,10 +53,15 @@ def trainer(library, name, folder, sample, **more):
     else: from posttrain import GRPOConfig, GRPOTrainer
     make, prompt, completion = MODELS[name]
     model = make()
-    args = GRPOConfig(folder, **{**dict(use_cpu=True, bf16=False, gradient_checkpointing=False, max_steps=STEPS, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, learning_rate=1e-5,
-                                        per_device_train_batch_size=G, num_generations=G, max_completion_length=completion, shuffle_dataset=False, loss_type="grpo", seed=0), **more})
+    args = GRPOConfig(folder,
+                      **{**dict(use_cpu=True, bf16=False, gradient_checkpointing=False, max_steps=STEPS,
+                                logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
+                                learning_rate=1e-5, per_device_train_batch_size=G, num_generations=G,
+                                max_completion_length=completion, shuffle_dataset=False, loss_type="grpo", seed=0),
+                         **more})
     rows = Dataset.from_dict({"prompt": prompts(prompt)})
-    return harness.silence(GRPOTrainer(model, variety, args, train_dataset=rows, processing_class=pocket.tokenizer(), rollout_func=None if sample else handed(model.config.vocab_size, completion)))
+    return harness.silence(GRPOTrainer(model, variety, args, train_dataset=rows, processing_class=pocket.tokenizer(),
+                                       rollout_func=None if sample else handed(model.config.vocab_size, completion)))
 
 
 def gradients_agree(name):
@@ -62,7 +69,8 @@ def gradients_agree(name):
     ends = []
     for library in ("TRL", "posttrain"):
         with tempfile.TemporaryDirectory() as folder:
-            t = trainer(library, name, folder, False, optim="sgd", learning_rate=1.0, max_steps=1, lr_scheduler_type="constant", max_grad_norm=1e9)
+            t = trainer(library, name, folder, False, optim="sgd", learning_rate=1.0, max_steps=1,
+                        lr_scheduler_type="constant", max_grad_norm=1e9)
             before = [p.detach().clone() for p in t.model.parameters()]
             t.train()
             ends.append(torch.cat([(b - p.detach()).flatten() for b, p in zip(before, t.model.parameters())]))
@@ -72,13 +80,15 @@ def gradients_agree(name):
 
 
 def bench(rounds, names, sample):
-    print(f"\n{'whole step with sampling' if sample else 'update step':44}{'TRL':>9}{'posttrain':>11}   TRL / posttrain{'' if sample else '         gradients differ by'}")
+    print(f"\n{'whole step with sampling' if sample else 'update step':44}{'TRL':>9}{'posttrain':>11}   "
+          f"TRL / posttrain{'' if sample else '         gradients differ by'}")
     for name in names:
         difference = "" if sample else f"{gradients_agree(name):.0e}"
         with tempfile.TemporaryDirectory() as folder:
             both = {lib: trainer(lib, name, folder, sample) for lib in ("TRL", "posttrain")}
             seconds = harness.interleaved({lib: harness.timed(t) for lib, t in both.items()}, rounds)
-        print(f"{name:44}{harness.median(seconds['TRL']):8.3f}s{harness.median(seconds['posttrain']):10.3f}s   {harness.ratio(seconds, 'TRL', 'posttrain'):22}  {difference}", flush=True)
+        print(f"{name:44}{harness.median(seconds['TRL']):8.3f}s{harness.median(seconds['posttrain']):10.3f}s "
+              f"  {harness.ratio(seconds, 'TRL', 'posttrain'):22}  {difference}", flush=True)
 
 
 def memory_of(library, name): return harness.memory_of_training(lambda folder: trainer(library, name, folder, False))
@@ -87,7 +97,8 @@ def memory_of(library, name): return harness.memory_of_training(lambda folder: t
 def bench_memory(names):
     print(f"\n{'peak memory of the update over the model':46}{'TRL':>9}{'posttrain':>11}   TRL / posttrain")
     for name in names:
-        mib = {lib: [harness.in_fresh_process(__file__, lib, name)["mib"] for _ in range(REPEATS)] for lib in ("TRL", "posttrain")}
+        mib = {lib: [harness.in_fresh_process(__file__, lib, name)["mib"] for _ in range(REPEATS)]
+               for lib in ("TRL", "posttrain")}
         harness.print_memory(name, mib)
 
 

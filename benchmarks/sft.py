@@ -5,10 +5,8 @@
 Same model, same rows, same optimizer, float32, in one process; both losses are compared before a time is believed."""
 import argparse
 import json
-import sys
 import tempfile
 import time
-from pathlib import Path
 
 import harness  # sets the environment before transformers is imported
 import numpy as np
@@ -35,7 +33,8 @@ def rows(lengths, vocab):
 def lengths(kind, scale):
     rng = np.random.default_rng(1)
     if kind == "equal lengths": return [scale] * 64
-    if kind == "skewed lengths": return np.exp(rng.uniform(np.log(scale / 32), np.log(scale), 160)).astype(int).clip(4).tolist()
+    if kind == "skewed lengths":
+        return np.exp(rng.uniform(np.log(scale / 32), np.log(scale), 160)).astype(int).clip(4).tolist()
     return np.exp(rng.normal(np.log(scale / 6), .6, 1200)).astype(int).clip(4, scale).tolist()  # packed
 
 
@@ -53,9 +52,11 @@ def trainer(library, name, kind, folder):
     else:
         from posttrain import SFTConfig, SFTTrainer
     scale, m = MODELS[name], model(name)
-    args = SFTConfig(folder, **WORK[kind], max_length=scale, use_cpu=True, bf16=False, gradient_checkpointing=False, max_steps=STEPS, logging_steps=1, save_strategy="no", report_to="none",
-                     disable_tqdm=True, learning_rate=1e-4, train_sampling_strategy="sequential", seed=0)
-    return harness.silence(SFTTrainer(m, args, train_dataset=rows(lengths(kind, scale), m.config.vocab_size), processing_class=pocket.tokenizer()))
+    args = SFTConfig(folder, **WORK[kind], max_length=scale, use_cpu=True, bf16=False, gradient_checkpointing=False,
+                     max_steps=STEPS, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
+                     learning_rate=1e-4, train_sampling_strategy="sequential", seed=0)
+    return harness.silence(SFTTrainer(m, args, train_dataset=rows(lengths(kind, scale), m.config.vocab_size),
+                                      processing_class=pocket.tokenizer()))
 
 
 def bench_steps(rounds):
@@ -66,18 +67,23 @@ def bench_steps(rounds):
                 both = {lib: trainer(lib, name, kind, folder) for lib in ("TRL", "posttrain")}
                 seconds = harness.interleaved({lib: harness.timed(t) for lib, t in both.items()}, rounds)
             first = [next(r["loss"] for r in t.state.log_history if "loss" in r) for t in both.values()]
-            assert kind == "packed" or abs(first[0] - first[1]) < 1e-3, f"different losses: {first}"  # packed rows may hold other documents
-            print(f"{name + ', ' + kind:44}{harness.median(seconds['TRL']):8.3f}s{harness.median(seconds['posttrain']):10.3f}s   {harness.ratio(seconds, 'TRL', 'posttrain')}", flush=True)
+            # packed rows may hold other documents
+            assert kind == "packed" or abs(first[0] - first[1]) < 1e-3, f"different losses: {first}"
+            print(
+                f"{name + ', ' + kind:44}{harness.median(seconds['TRL']):8.3f}s{harness.median(seconds['posttrain']):10.3f}s "
+                f"  {harness.ratio(seconds, 'TRL', 'posttrain')}", flush=True)
 
 
-def memory_of(library, name, kind): return harness.memory_of_training(lambda folder: trainer(library, name, kind, folder))
+def memory_of(library, name, kind):
+    return harness.memory_of_training(lambda folder: trainer(library, name, kind, folder))
 
 
 def bench_memory():
     print(f"\n{'peak memory of training over the loaded model':46}{'TRL':>9}{'posttrain':>11}   TRL / posttrain")
     for kind in WORK:
         name = "10M, 32k vocabulary"
-        mib = {lib: [harness.in_fresh_process(__file__, "train", lib, name, kind)["mib"] for _ in range(REPEATS)] for lib in ("TRL", "posttrain")}
+        mib = {lib: [harness.in_fresh_process(__file__, "train", lib, name, kind)["mib"] for _ in range(REPEATS)]
+               for lib in ("TRL", "posttrain")}
         harness.print_memory(f"{name}, {kind}", mib)
 
 
@@ -92,10 +98,12 @@ def head_inputs():
 
 def trl_head(h, w, y):
     """TRL's fused head as its SFTTrainer calls it, through a model that is nothing but a head."""
-    from trl.trainer.utils import add_fused_lm_head
     from transformers.modeling_outputs import BaseModelOutputWithPast
+    from trl.trainer.utils import add_fused_lm_head
 
-    m = Qwen3ForCausalLM(Qwen3Config(vocab_size=V, hidden_size=H, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=16, tie_word_embeddings=False))
+    m = Qwen3ForCausalLM(Qwen3Config(vocab_size=V, hidden_size=H, intermediate_size=16, num_hidden_layers=1,
+                                     num_attention_heads=1, num_key_value_heads=1, head_dim=16,
+                                     tie_word_embeddings=False))
     m.lm_head.weight = torch.nn.Parameter(w.detach())
     state = torch.cat([h.detach(), torch.zeros(1, H)])[None].requires_grad_()  # it drops the last position
 
@@ -145,22 +153,28 @@ def head_memory(library):
 
 
 def bench_head(rounds):
-    print(f"\n{f'head forward and backward, {N} x {V:,} (H {H})':46}{'naive':>9}{'TRL':>9}{'posttrain':>11}   TRL / posttrain")
+    print(f"\n{f'head forward and backward, {N} x {V:,} (H {H})':46}{'naive':>9}{'TRL':>9}{'posttrain':>11} "
+          f"  TRL / posttrain")
     runs = {name: make(*head_inputs()) for name, make in HEADS.items()}
     losses = {name: run() for name, run in runs.items()}
     assert max(losses.values()) - min(losses.values()) < 1e-3, losses
     def timed(run):
         start = time.perf_counter(); run(); return time.perf_counter() - start
     seconds = harness.interleaved({n: lambda r=r: timed(r) for n, r in runs.items()}, rounds)
-    print(f"{'time':46}" + "".join(f"{harness.median(seconds[n]):{w}.3f}s" for n, w in (("naive", 8), ("TRL", 8), ("posttrain", 10))) + f"   {harness.ratio(seconds, 'TRL', 'posttrain')}")
+    print(f"{'time':46}" + "".join(f"{harness.median(seconds[n]):{w}.3f}s" for n,
+                                   w in (("naive", 8), ("TRL", 8), ("posttrain", 10)))
+          + f"   {harness.ratio(seconds, 'TRL', 'posttrain')}")
     mib = {n: [harness.in_fresh_process(__file__, "head", n)["mib"] for _ in range(REPEATS)] for n in HEADS}
-    print(f"{'peak memory over its inputs':46}" + "".join(f"{harness.median(mib[n]):{w}.0f}MiB" for n, w in (("naive", 6), ("TRL", 6), ("posttrain", 8))) + f"   {harness.ratio(mib, 'TRL', 'posttrain')}", flush=True)
+    print(f"{'peak memory over its inputs':46}"
+          + "".join(f"{harness.median(mib[n]):{w}.0f}MiB" for n, w in (("naive", 6), ("TRL", 6), ("posttrain", 8)))
+          + f"   {harness.ratio(mib, 'TRL', 'posttrain')}", flush=True)
 
 
 # ---------------------------------------------------------------- packing
 def bench_packing(rounds):
     import datasets
     from trl import pack_dataset as theirs
+
     from posttrain.data.packing import pack_dataset as ours
     datasets.disable_progress_bars(); datasets.disable_caching()
     rng = np.random.default_rng(0)
@@ -168,8 +182,10 @@ def bench_packing(rounds):
     data = Dataset.from_dict({"input_ids": ids, "labels": ids})
     print(f"\n{'packing 20,000 rows to 1024':46}{'TRL':>9}{'posttrain':>11}   TRL / posttrain")
     for strategy in ("bfd", "bfd_split", "wrapped"):
-        seconds = harness.interleaved({"TRL": lambda: theirs(data, 1024, strategy) and None, "posttrain": lambda: ours(data, 1024, strategy) and None}, rounds)
-        print(f"{strategy:46}{harness.median(seconds['TRL']):8.3f}s{harness.median(seconds['posttrain']):10.3f}s   {harness.ratio(seconds, 'TRL', 'posttrain')}", flush=True)
+        seconds = harness.interleaved({"TRL": lambda: theirs(data, 1024, strategy) and None,
+                                       "posttrain": lambda: ours(data, 1024, strategy) and None}, rounds)
+        print(f"{strategy:46}{harness.median(seconds['TRL']):8.3f}s{harness.median(seconds['posttrain']):10.3f}s "
+              f"  {harness.ratio(seconds, 'TRL', 'posttrain')}", flush=True)
 
 
 def main():
