@@ -97,8 +97,8 @@ class DPOConfig(LengthFields, ReferenceFields, PostConfig):
             raise ValueError(f"use_weighting=True weighs pairs, but {other} take pairs apart to sort them: choose one "
                              "or the other")
         if self.sync_ref_model and self.precompute_ref_log_probs:
-            raise ValueError("sync_ref_model=True moves the reference, precompute_ref_log_probs=True asks it only "
-                             "once: choose one or the other")
+            raise ValueError("sync_ref_model=True moves the reference, precompute_ref_log_probs=True asks it only once: "
+                             "choose one or the other")
 
 # %% ../../nbs/offline/09_dpo_trainer.ipynb #c07ac050
 class DPOTrainer(WithReference, PairTrainer):
@@ -125,8 +125,8 @@ class DPOTrainer(WithReference, PairTrainer):
     def check(self, dataset, name):
         super().check(dataset, name)
         if self.args.precompute_ref_log_probs and isinstance(dataset, IterableDataset):
-            raise ValueError(f"precompute_ref_log_probs=True asks about every row beforehand, but the {name} "
-                             f"dataset is a stream: load it as a Dataset, or set it False")
+            raise ValueError(f"precompute_ref_log_probs=True asks about every row beforehand, but the {name} dataset "
+                             "is a stream: load it as a Dataset, or set it False")
 
     def before_preparing(self): self.adopt_tokens("pad_token")
 

@@ -44,8 +44,9 @@ def exo_pair(
     label_smoothing: float,  # the paper's epsilon, above 0: how unsure the preference is; the paper takes 1e-3
 ) -> Tensor:  # (P,) each pair's loss, nats
     """
-    EXO (https://arxiv.org/abs/2402.00856, equation 16): KL(policy || preference) over the two answers. Raises
-    ValueError unless `label_smoothing` lies in (0, 0.5).
+    EXO (https://arxiv.org/abs/2402.00856, equation 16): KL(policy || preference) over the two answers.
+
+    Raises ValueError unless `label_smoothing` lies in (0, 0.5).
     """
     if not 0 < label_smoothing < 0.5:
         raise ValueError(f"label_smoothing={label_smoothing!r}: EXO takes its logarithm, expected above 0 and below "
@@ -186,10 +187,10 @@ def sigmoid_norm(
     return margin_loss(beta * pairs.margin_per_token, "logistic")
 
 # %% ../../nbs/offline/08_preference_zoo.ipynb #3a3dee99
-# of the difference of the two scores alone, or of the scores per token (ipo, sigmoid_norm): these work with every
-# f-divergence
-OF_THE_MARGIN = {"sigmoid": dpo, "hinge": hinge, "ipo": ipo, "exo_pair": exo_pair, "robust": robust,
-                 "discopop": discopop, "sigmoid_norm": sigmoid_norm,}
+OF_THE_MARGIN = {  # of the difference of the two scores alone, whole or per token: these work with every f-divergence
+    "sigmoid": dpo, "hinge": hinge, "ipo": ipo, "exo_pair": exo_pair, "robust": robust, "discopop": discopop,
+    "sigmoid_norm": sigmoid_norm,
+}
 OF_EACH_ANSWER = {  # of the two log-ratios one by one
     "nca_pair": nca_pair, "bco_pair": bco_pair, "sppo_hard": sppo_hard, "apo_zero": apo_zero, "apo_down": apo_down,
 }

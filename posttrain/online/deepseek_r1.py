@@ -22,13 +22,11 @@ THINK, ANSWER = ("<think>", "</think>"), ("<answer>", "</answer>")  # the paper'
 def parts_of(
     completion,  # a string or messages
     think: tuple[str, str] = THINK,  # what opens and what closes the thought
-    answer: tuple[str, str] = ANSWER, # the same of the answer; ("", ""): all that follows the thought
+    answer: tuple[str, str] = ANSWER,  # the same of the answer; ("", ""): all that follows the thought
 ) -> tuple[str, str] | None:  # thought and answer, blanks at their ends removed; None: not of this form
     "Take a completion apart that is a thought and an answer, each in its tags once, and nothing else."
-    inner = "(.*?)"
-    found = re.fullmatch(
-        rf"\s*{re.escape(think[0])}{inner}{re.escape(think[1])}\s*{re.escape(answer[0])}{inner}{re.escape(answer[1])}\s*",
-        text_of(completion), re.DOTALL)
+    thought, said = ("(.*?)".join(map(re.escape, tags)) for tags in (think, answer))
+    found = re.fullmatch(rf"\s*{thought}\s*{said}\s*", text_of(completion), re.DOTALL)
     if not found or any(tag and tag in part for tag in (*think, *answer) for part in found.groups()): return None
     return found[1].strip(), found[2].strip()
 
@@ -61,7 +59,7 @@ def get_think_answer_format_reward(
 ) -> Callable:  # reward function of `completions`, 1 or 0
     """
     A reward function for the form of DeepSeek-R1-Zero's template (2501.12948): a thought, then an answer, each in its
-    tags, nothing outside (step 10).
+    tags, and nothing outside (step 10).
     """
     return _ThinkAnswerFormat(think, answer)
 
@@ -79,8 +77,7 @@ def _key(value) -> str: return value if isinstance(value, str) else json.dumps(v
 
 
 def rejection_sample(
-    # (B,) the prompt of each completion, strings or messages; those of one prompt need not stand together
-    prompts: list,
+    prompts: list,  # (B,) of each completion, a string or messages; those of one prompt need not stand together
     completions: list,  # (B,) strings or messages
     rewards: Tensor | list,  # (B,) or (B, F), one column per reward function; NaN: not applicable
     *,
@@ -88,8 +85,7 @@ def rejection_sample(
     max_per_prompt: int | None = None,  # n: at most so many of a prompt's are kept, drawn at random; None: all
     unique: bool = True,  # keep what a prompt was answered with once, however often it was sampled
     seed: int = 0,  # of the draw. It depends on the prompt's own completions only, not on other prompts
-# rows with `prompt` and `completion`, as SFTTrainer takes them, in the order in which prompts first appear
-) -> list[dict]:
+) -> list[dict]:  # rows with `prompt` and `completion`, as SFTTrainer takes them; prompts in order of appearance
     """
     The right answers among samples (step 13). A completion to which no reward applies is not kept.
 
@@ -99,7 +95,7 @@ def rejection_sample(
     rewards = torch.as_tensor(rewards, dtype=torch.float64)
     if not len(prompts) == len(completions) == len(rewards):
         raise ValueError(f"{len(prompts)} prompts, {len(completions)} completions and {len(rewards)} rewards: "
-                         f"expected one of each per completion")
+                         "expected one of each per completion")
     if max_per_prompt is not None and max_per_prompt < 1:
         raise ValueError(f"max_per_prompt={max_per_prompt}: expected at least 1, or None to keep all")
     rewards = rewards[:, None] if rewards.dim() == 1 else rewards

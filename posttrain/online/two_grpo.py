@@ -14,8 +14,8 @@ def live_pairs(
 ) -> tuple[Tensor, Tensor]:  # rows of the winners and of the losers, (P_live,) each
     "Who won, of those questions whose two rewards differ. Raises ValueError for an odd number of rewards."
     if rewards.dim() != 1 or len(rewards) % 2:
-        raise ValueError(f"rewards of shape {tuple(rewards.shape)} are no pairs; expected two per question, next to "
-                         f"each other")
+        raise ValueError(f"rewards of shape {tuple(rewards.shape)} are no pairs; "
+                         "expected two per question, next to each other")
     first, second = rewards.view(-1, 2).T
     alive = ((first > second) | (first < second)).nonzero().flatten()  # a comparison with NaN is false: nobody won
     won = (second > first).long()[alive]
@@ -43,9 +43,8 @@ def two_grpo_loss(
     share of tokens beyond their limit.
     """
     high = 1 + (epsilon if epsilon_high is None else epsilon_high)
-    (gain, won, above), (cost, lost, below) = (_count(chosen_logps, old_chosen_logps, chosen_mask, high=high),
-                                               _count(rejected_logps, old_rejected_logps, rejected_mask,
-                                                      low=1 - epsilon))
+    gain, won, above = _count(chosen_logps, old_chosen_logps, chosen_mask, high=high)
+    cost, lost, below = _count(rejected_logps, old_rejected_logps, rejected_mask, low=1 - epsilon)
     count = len(gain) if prompts is None else prompts
     loss = -advantage / 2 * (gain - cost).sum() / max(count, 1)
     tokens = chosen_mask.sum() + rejected_mask.sum()
