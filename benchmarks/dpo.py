@@ -2,7 +2,9 @@
 
     python benchmarks/dpo.py [--rounds 5] [--only steps,memory]
 
-Same model, same reference, same rows, same optimizer, float32, in one process; losses and gradients are compared before a time is believed."""
+Same model, same reference, same rows, same optimizer, float32, in one process. Losses and gradients are compared
+before a time is believed.
+"""
 import argparse
 import copy
 import json
@@ -40,9 +42,10 @@ def rows(kind, vocab, prompt, completion, n=PAIRS * STEPS):
     ids = lambda size: rng.integers(5, vocab, size).tolist()
     def length(most):
         return int(np.exp(rng.uniform(np.log(most / 8), np.log(most)))) if kind == "skewed lengths" else most
-    return Dataset.from_list(
-        [dict(prompt_ids=ids(length(prompt)), chosen_ids=ids(length(completion)), rejected_ids=ids(length(completion)))
-         for _ in range(n)])
+    def row():
+        return dict(prompt_ids=ids(length(prompt)), chosen_ids=ids(length(completion)),
+                    rejected_ids=ids(length(completion)))
+    return Dataset.from_list([row() for _ in range(n)])
 
 
 def trainer(library, name, kind, folder, **more):
@@ -60,14 +63,13 @@ def trainer(library, name, kind, folder, **more):
     if peft:
         from peft import LoraConfig
         peft_config = LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    args = DPOConfig(folder,
-                     **{**dict(max_length=None, use_cpu=True, bf16=False, gradient_checkpointing=False, max_steps=STEPS,
-                               logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
-                               learning_rate=1e-4, per_device_train_batch_size=PAIRS,
-                               train_sampling_strategy="sequential", seed=0), **options, **more})
-    return harness.silence(DPOTrainer(model, reference, args,
-                                      train_dataset=rows(kind, model.config.vocab_size, prompt, completion),
-                                      processing_class=pocket.tokenizer(), peft_config=peft_config))
+    usual = dict(max_length=None, use_cpu=True, bf16=False, gradient_checkpointing=False, max_steps=STEPS,
+                 logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, learning_rate=1e-4,
+                 per_device_train_batch_size=PAIRS, train_sampling_strategy="sequential", seed=0)
+    dataset = rows(kind, model.config.vocab_size, prompt, completion)
+    return harness.silence(DPOTrainer(model, reference, DPOConfig(folder, **usual | options | more),
+                                      train_dataset=dataset, processing_class=pocket.tokenizer(),
+                                      peft_config=peft_config))
 
 
 def gradients_agree(name, kind):
@@ -77,11 +79,10 @@ def gradients_agree(name, kind):
         with tempfile.TemporaryDirectory() as folder:
             t = trainer(library, name, kind, folder, optim="sgd", learning_rate=1.0, max_steps=1,
                         lr_scheduler_type="constant", max_grad_norm=1e9)
-            before = [p.detach().clone() for p in t.model.parameters() if p.requires_grad]
+            trained = [p for p in t.model.parameters() if p.requires_grad]
+            before = [p.detach().clone() for p in trained]
             t.train()
-            ends.append(
-                torch.cat([(b - p.detach()).flatten() for b,
-                           p in zip(before, (p for p in t.model.parameters() if p.requires_grad))]))
+            ends.append(torch.cat([(b - p.detach()).flatten() for b, p in zip(before, trained)]))
     difference = ((ends[0] - ends[1]).norm() / ends[0].norm()).item()
     assert difference < 1e-4, f"{name}, {kind}: gradients differ by {difference:.1e} of their size"
     return difference
@@ -95,9 +96,7 @@ def bench_steps(rounds, names):
             with tempfile.TemporaryDirectory() as folder:
                 both = {lib: trainer(lib, name, kind, folder) for lib in ("TRL", "posttrain")}
                 seconds = harness.interleaved({lib: harness.timed(t) for lib, t in both.items()}, rounds)
-            print(
-                f"{name + ', ' + kind:44}{harness.median(seconds['TRL']):8.3f}s{harness.median(seconds['posttrain']):10.3f}s "
-                f"  {harness.ratio(seconds, 'TRL', 'posttrain'):22}  {difference:.0e}", flush=True)
+            harness.print_seconds(f"{name}, {kind}", seconds, f"{difference:.0e}")
 
 
 def memory_of(library, name, kind):

@@ -1,9 +1,11 @@
-"""GRPO against TRL 1.16: the update step on given completions, the whole step with sampling, peak memory, and equal gradients.
+"""GRPO against TRL 1.16: update step on given completions, whole step with sampling, peak memory, equal gradients.
 
     python benchmarks/grpo.py [--rounds 5] [--only update,whole,memory]
 
-Same model, prompts, rewards and optimizer, float32, in one process. For the update both are handed the same completions (rollout_func), and the gradients
-are compared before a time is believed. In whole steps each samples with its own loop: `transformers.generate` in TRL, ours here. One group of eight a step."""
+Same model, prompts, rewards and optimizer, float32, in one process. For the update both are handed the same completions
+(rollout_func), and the gradients are compared before a time is believed. In whole steps each samples with its own loop:
+`transformers.generate` in TRL, ours here. A step has one group of eight.
+"""
 import argparse
 import json
 import tempfile
@@ -36,12 +38,12 @@ def prompts(length, n=STEPS):
 
 
 def handed(vocab, completion):
-    """Completions by table: the same for whoever asks about the same prompt."""
+    """A `rollout_func` that gives both libraries the same completions."""
     tokenizer = pocket.tokenizer()
-    def rollout_func(asked, trainer):
-        rng = np.random.default_rng(len(asked))
-        return {"prompt_ids": tokenizer(asked)["input_ids"],
-                "completion_ids": rng.integers(8, vocab, (len(asked), completion)).tolist(), "logprobs": None}
+    def rollout_func(prompts, trainer):
+        rng = np.random.default_rng(len(prompts))
+        return {"prompt_ids": tokenizer(prompts)["input_ids"],
+                "completion_ids": rng.integers(8, vocab, (len(prompts), completion)).tolist(), "logprobs": None}
     return rollout_func
 
 
@@ -53,15 +55,14 @@ def trainer(library, name, folder, sample, **more):
     else: from posttrain import GRPOConfig, GRPOTrainer
     make, prompt, completion = MODELS[name]
     model = make()
-    args = GRPOConfig(folder,
-                      **{**dict(use_cpu=True, bf16=False, gradient_checkpointing=False, max_steps=STEPS,
-                                logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
-                                learning_rate=1e-5, per_device_train_batch_size=G, num_generations=G,
-                                max_completion_length=completion, shuffle_dataset=False, loss_type="grpo", seed=0),
-                         **more})
+    usual = dict(use_cpu=True, bf16=False, gradient_checkpointing=False, max_steps=STEPS, logging_steps=1,
+                 save_strategy="no", report_to="none", disable_tqdm=True, learning_rate=1e-5,
+                 per_device_train_batch_size=G, num_generations=G, max_completion_length=completion,
+                 shuffle_dataset=False, loss_type="grpo", seed=0)
     rows = Dataset.from_dict({"prompt": prompts(prompt)})
-    return harness.silence(GRPOTrainer(model, variety, args, train_dataset=rows, processing_class=pocket.tokenizer(),
-                                       rollout_func=None if sample else handed(model.config.vocab_size, completion)))
+    rollout_func = None if sample else handed(model.config.vocab_size, completion)
+    return harness.silence(GRPOTrainer(model, variety, GRPOConfig(folder, **usual | more), train_dataset=rows,
+                                       processing_class=pocket.tokenizer(), rollout_func=rollout_func))
 
 
 def gradients_agree(name):
@@ -87,8 +88,7 @@ def bench(rounds, names, sample):
         with tempfile.TemporaryDirectory() as folder:
             both = {lib: trainer(lib, name, folder, sample) for lib in ("TRL", "posttrain")}
             seconds = harness.interleaved({lib: harness.timed(t) for lib, t in both.items()}, rounds)
-        print(f"{name:44}{harness.median(seconds['TRL']):8.3f}s{harness.median(seconds['posttrain']):10.3f}s "
-              f"  {harness.ratio(seconds, 'TRL', 'posttrain'):22}  {difference}", flush=True)
+        harness.print_seconds(name, seconds, difference)
 
 
 def memory_of(library, name): return harness.memory_of_training(lambda folder: trainer(library, name, folder, False))

@@ -1,6 +1,8 @@
-"""Two programs side by side in one run: interleaved rounds, medians, the ratio round by round; peak memory in fresh processes.
+"""Two programs side by side in one run: interleaved rounds, medians, and the ratio round by round.
 
-Machines are shared and drift, so only ratios within one run mean anything."""
+Peaks of memory are measured in fresh processes. Machines are shared and drift, so only ratios within one run mean
+anything.
+"""
 import json
 import os
 import statistics
@@ -13,8 +15,10 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_P
 
 
 def interleaved(variants: dict, rounds: int = 5) -> dict:
-    """Run each variant once to warm up, then A B A B ...: name -> seconds of each round. A variant returns its own
-    seconds, or None to be timed whole."""
+    """Run each variant once to warm up, then A B A B ...: name -> seconds of each round.
+
+    A variant returns its own seconds, or None to be timed whole.
+    """
     seconds = {name: [] for name in variants}
     for i in range(rounds + 1):
         for name, f in variants.items():
@@ -51,8 +55,10 @@ def current_mib() -> float:
 
 
 def in_fresh_process(script: str, *args: str) -> dict:
-    """Run this file's `--memory` mode elsewhere, so that one variant's peak does not hide another's; it prints one
-    line of JSON."""
+    """Run this file's `--memory` mode elsewhere, so that one variant's peak does not hide another's.
+
+    That mode prints one line of JSON.
+    """
     done = subprocess.run([sys.executable, script, "--memory", *args], capture_output=True, text=True)
     if done.returncode: raise RuntimeError(done.stderr[-2000:])
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -92,8 +98,14 @@ def memory_of_training(make) -> dict:
 
 
 def print_memory(label: str, mib: dict, widths=(7, 8)) -> None:
-    print(f"{label:46}{median(mib['TRL']):{widths[0]}.0f}MiB{median(mib['posttrain']):{widths[1]}.0f}MiB "
-          f"  {ratio(mib, 'TRL', 'posttrain')}", flush=True)
+    print(f"{label:46}{median(mib['TRL']):{widths[0]}.0f}MiB{median(mib['posttrain']):{widths[1]}.0f}MiB   "
+          f"{ratio(mib, 'TRL', 'posttrain')}", flush=True)
+
+
+def print_seconds(label: str, seconds: dict, more: str = "") -> None:
+    of_ratio = ratio(seconds, "TRL", "posttrain")
+    print(f"{label:44}{median(seconds['TRL']):8.3f}s{median(seconds['posttrain']):10.3f}s   "
+          + (f"{of_ratio:22}  {more}" if more else of_ratio), flush=True)
 
 
 def silence(trainer):
@@ -108,11 +120,11 @@ def qwen3(vocab_size: int, hidden_size: int, layers: int):
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
     torch.manual_seed(0)
-    return Qwen3ForCausalLM(Qwen3Config(vocab_size=vocab_size, hidden_size=hidden_size,
-                                        intermediate_size=3 * hidden_size, num_hidden_layers=layers,
-                                        num_attention_heads=hidden_size // 32, num_key_value_heads=hidden_size // 64,
-                                        head_dim=32, max_position_embeddings=2048, tie_word_embeddings=True,
-                                        pad_token_id=0, eos_token_id=1, bos_token_id=None))
+    config = Qwen3Config(
+        vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=3 * hidden_size, num_hidden_layers=layers,
+        num_attention_heads=hidden_size // 32, num_key_value_heads=hidden_size // 64, head_dim=32,
+        max_position_embeddings=2048, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, bos_token_id=None)
+    return Qwen3ForCausalLM(config)
 
 
 def machine() -> str:
@@ -121,6 +133,5 @@ def machine() -> str:
     import torch
     import transformers
     import trl
-    return (f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, Python "
-            f"{platform.python_version()}, torch {torch.__version__}, transformers "
-            f"{transformers.__version__}, TRL {trl.__version__}")
+    return (f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, Python {platform.python_version()}, "
+            f"torch {torch.__version__}, transformers {transformers.__version__}, TRL {trl.__version__}")

@@ -1,8 +1,9 @@
-"""Our sampler against `transformers.generate`: tokens per second, float32 both, the same number of tokens (no EOS ends a completion).
+"""Our sampler against `transformers.generate`: tokens per second, both in float32.
 
     python benchmarks/sampling.py [--rounds 5] [--bf16]
 
-Both are first asked for greedy completions, which must be equal."""
+Both write the same number of tokens, as no EOS ends a completion. Their greedy completions must be equal.
+"""
 import argparse
 
 import harness
@@ -13,7 +14,8 @@ from posttrain.rollout.sampling import GenerateSampler, Sampler, Sampling
 
 NEW = 48  # tokens of each completion
 CASES = [  # model, prompts, completions of each, tokens of a prompt
-    ("pocket", 1, 8, 16), ("pocket", 8, 8, 48), ("pocket", 64, 1, 32), ("10M, 32k vocabulary", 1, 8, 256), ("30M, 32k vocabulary", 1, 8, 256), ("30M, 32k vocabulary", 4, 8, 256),
+    ("pocket", 1, 8, 16), ("pocket", 8, 8, 48), ("pocket", 64, 1, 32), ("10M, 32k vocabulary", 1, 8, 256),
+    ("30M, 32k vocabulary", 1, 8, 256), ("30M, 32k vocabulary", 4, 8, 256),
 ]
 MODELS = {"pocket": lambda: pocket.start("reverse")[0], "10M, 32k vocabulary": lambda: harness.qwen3(32_768, 256, 2),
           "30M, 32k vocabulary": lambda: harness.qwen3(32_768, 512, 4)}
@@ -35,23 +37,25 @@ def main():
         if args.bf16: engines["bf16"] = Sampler(model, dtype=torch.bfloat16)
         for engine in engines.values(): engine.eos = []
         generator = torch.Generator().manual_seed(0)
-        prompts = [p for i in range(groups)
-                   for p in [torch.randint(7, model.config.vocab_size, (length - i % 5,), generator=generator).tolist(
-                       )] * size]
+        prompts = []
+        for i in range(groups):
+            prompt = torch.randint(7, model.config.vocab_size, (length - i % 5,), generator=generator).tolist()
+            prompts += [prompt] * size
         seeds = list(range(len(prompts)))
-        greedy = [e.sample(prompts, seeds, Sampling(max_tokens=NEW, temperature=0.0)).completion_ids for k,
-                  e in engines.items() if k != "bf16"]
-        assert greedy[0] == greedy[1], f"{name}: greedy completions differ"
+        greedily = Sampling(max_tokens=NEW, temperature=0.0)
+        by_generate, by_ours = (engines[k].sample(prompts, seeds, greedily) for k in ("generate", "ours"))
+        assert by_generate.completion_ids == by_ours.completion_ids, f"{name}: greedy completions differ"
         def run(engine):
             def once():
-                assert all(len(c) == NEW
-                           for c in engine.sample(prompts, seeds, Sampling(max_tokens=NEW)).completion_ids)
+                samples = engine.sample(prompts, seeds, Sampling(max_tokens=NEW))
+                assert all(len(ids) == NEW for ids in samples.completion_ids)
             return once
         seconds = harness.interleaved({k: run(e) for k, e in engines.items()}, args.rounds)
         speed = {k: len(prompts) * NEW / harness.median(v) for k, v in seconds.items()}
         more = f"   {speed['bf16']:10.0f}   {harness.ratio(seconds, 'generate', 'bf16')}" if args.bf16 else ""
-        print(f"{f'{name}, {groups} x {size}, prompt {length}':44}{speed['generate']:10.0f}{speed['ours']:9.0f} "
-              f"  {harness.ratio(seconds, 'generate', 'ours'):20}{more}", flush=True)
+        label = f"{name}, {groups} x {size}, prompt {length}"
+        print(f"{label:44}{speed['generate']:10.0f}{speed['ours']:9.0f}   "
+              f"{harness.ratio(seconds, 'generate', 'ours'):20}{more}", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python benchmarks/sft.py [--rounds 5] [--only steps,memory,head,packing]
 
-Same model, same rows, same optimizer, float32, in one process; both losses are compared before a time is believed."""
+Same model, same rows, same optimizer, float32, in one process. Both losses are compared before a time is believed.
+"""
 import argparse
 import json
 import tempfile
@@ -69,9 +70,7 @@ def bench_steps(rounds):
             first = [next(r["loss"] for r in t.state.log_history if "loss" in r) for t in both.values()]
             # packed rows may hold other documents
             assert kind == "packed" or abs(first[0] - first[1]) < 1e-3, f"different losses: {first}"
-            print(
-                f"{name + ', ' + kind:44}{harness.median(seconds['TRL']):8.3f}s{harness.median(seconds['posttrain']):10.3f}s "
-                f"  {harness.ratio(seconds, 'TRL', 'posttrain')}", flush=True)
+            harness.print_seconds(f"{name}, {kind}", seconds)
 
 
 def memory_of(library, name, kind):
@@ -153,21 +152,23 @@ def head_memory(library):
 
 
 def bench_head(rounds):
-    print(f"\n{f'head forward and backward, {N} x {V:,} (H {H})':46}{'naive':>9}{'TRL':>9}{'posttrain':>11} "
-          f"  TRL / posttrain")
+    label = f"head forward and backward, {N} x {V:,} (H {H})"
+    print(f"\n{label:46}{'naive':>9}{'TRL':>9}{'posttrain':>11}   TRL / posttrain")
     runs = {name: make(*head_inputs()) for name, make in HEADS.items()}
     losses = {name: run() for name, run in runs.items()}
     assert max(losses.values()) - min(losses.values()) < 1e-3, losses
     def timed(run):
-        start = time.perf_counter(); run(); return time.perf_counter() - start
-    seconds = harness.interleaved({n: lambda r=r: timed(r) for n, r in runs.items()}, rounds)
-    print(f"{'time':46}" + "".join(f"{harness.median(seconds[n]):{w}.3f}s" for n,
-                                   w in (("naive", 8), ("TRL", 8), ("posttrain", 10)))
-          + f"   {harness.ratio(seconds, 'TRL', 'posttrain')}")
+        def once():
+            start = time.perf_counter()
+            run()
+            return time.perf_counter() - start
+        return once
+    seconds = harness.interleaved({n: timed(run) for n, run in runs.items()}, rounds)
+    columns = "".join(f"{harness.median(seconds[n]):{w}.3f}s" for n, w in (("naive", 8), ("TRL", 8), ("posttrain", 10)))
+    print(f"{'time':46}{columns}   {harness.ratio(seconds, 'TRL', 'posttrain')}")
     mib = {n: [harness.in_fresh_process(__file__, "head", n)["mib"] for _ in range(REPEATS)] for n in HEADS}
-    print(f"{'peak memory over its inputs':46}"
-          + "".join(f"{harness.median(mib[n]):{w}.0f}MiB" for n, w in (("naive", 6), ("TRL", 6), ("posttrain", 8)))
-          + f"   {harness.ratio(mib, 'TRL', 'posttrain')}", flush=True)
+    columns = "".join(f"{harness.median(mib[n]):{w}.0f}MiB" for n, w in (("naive", 6), ("TRL", 6), ("posttrain", 8)))
+    print(f"{'peak memory over its inputs':46}{columns}   {harness.ratio(mib, 'TRL', 'posttrain')}", flush=True)
 
 
 # ---------------------------------------------------------------- packing
@@ -176,16 +177,16 @@ def bench_packing(rounds):
     from trl import pack_dataset as theirs
 
     from posttrain.data.packing import pack_dataset as ours
-    datasets.disable_progress_bars(); datasets.disable_caching()
+    datasets.disable_progress_bars()
+    datasets.disable_caching()
     rng = np.random.default_rng(0)
     ids = [rng.integers(5, 30_000, int(n)).tolist() for n in np.exp(rng.normal(5, .8, 20_000)).clip(4, 2000)]
     data = Dataset.from_dict({"input_ids": ids, "labels": ids})
-    print(f"\n{'packing 20,000 rows to 1024':46}{'TRL':>9}{'posttrain':>11}   TRL / posttrain")
+    print(f"\n{'packing 20,000 rows to 1024':44}{'TRL':>9}{'posttrain':>11}   TRL / posttrain")
     for strategy in ("bfd", "bfd_split", "wrapped"):
         seconds = harness.interleaved({"TRL": lambda: theirs(data, 1024, strategy) and None,
                                        "posttrain": lambda: ours(data, 1024, strategy) and None}, rounds)
-        print(f"{strategy:46}{harness.median(seconds['TRL']):8.3f}s{harness.median(seconds['posttrain']):10.3f}s "
-              f"  {harness.ratio(seconds, 'TRL', 'posttrain')}", flush=True)
+        harness.print_seconds(strategy, seconds)
 
 
 def main():

@@ -97,8 +97,8 @@ class DPOConfig(LengthFields, ReferenceFields, PostConfig):
             raise ValueError(f"use_weighting=True weighs pairs, but {other} take pairs apart to sort them: choose one "
                              "or the other")
         if self.sync_ref_model and self.precompute_ref_log_probs:
-            raise ValueError("sync_ref_model=True moves the reference, precompute_ref_log_probs=True asks it only once: "
-                             "choose one or the other")
+            raise ValueError("sync_ref_model=True moves the reference, precompute_ref_log_probs=True asks it only "
+                             "once: choose one or the other")
 
 # %% ../../nbs/offline/09_dpo_trainer.ipynb #c07ac050
 class DPOTrainer(WithReference, PairTrainer):
