@@ -51,8 +51,10 @@ def variety(completion_ids, **kwargs): return [len(set(ids)) / len(ids) + ids[0]
 
 
 def trainer(library, name, folder, sample, **more):
-    if library == "TRL": from trl import GRPOConfig, GRPOTrainer
-    else: from posttrain import GRPOConfig, GRPOTrainer
+    if library == "TRL":
+        from trl import GRPOConfig, GRPOTrainer
+    else:
+        from posttrain import GRPOConfig, GRPOTrainer
     make, prompt, completion = MODELS[name]
     model = make()
     usual = dict(use_cpu=True, bf16=False, gradient_checkpointing=False, max_steps=STEPS, logging_steps=1,
