@@ -14,7 +14,10 @@ def apo_zero(
     *,
     beta: float,  # weight of the KL to the reference
 ) -> Tensor:  # (P,) each pair's loss, from 0 to 2
-    "Anchored preference optimisation for answers better than the model's own: chosen up, rejected down (https://arxiv.org/abs/2408.06266, equation 7; step 2)."
+    """
+    Anchored preference optimisation for answers better than the model's own: chosen up, rejected down
+    (https://arxiv.org/abs/2408.06266, equation 7; step 2).
+    """
     return (-beta * pairs.chosen_logratios).sigmoid() + (beta * pairs.rejected_logratios).sigmoid()
 
 
@@ -23,5 +26,8 @@ def apo_down(
     *,
     beta: float,  # weight of the KL to the reference
 ) -> Tensor:  # (P,) each pair's loss, from 0 to 2
-    "Anchored preference optimisation for answers worse than the model's own: both down, the rejected one more (https://arxiv.org/abs/2408.06266, equation 8; step 3)."
+    """
+    Anchored preference optimisation for answers worse than the model's own: both down, the rejected one more
+    (https://arxiv.org/abs/2408.06266, equation 8; step 3).
+    """
     return (beta * pairs.chosen_logratios).sigmoid() + (-beta * pairs.margin).sigmoid()

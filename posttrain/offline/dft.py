@@ -10,5 +10,5 @@ from torch import Tensor
 def dft(
     logps: Tensor,  # any shape: log-probability of each demonstrated token
 ) -> Tensor:  # same shape: each token's loss, nats
-    "Dynamic fine-tuning (https://arxiv.org/abs/2508.05629, equation 9): each token weighs its own probability (step 6)."
+    "Dynamic fine-tuning (https://arxiv.org/abs/2508.05629, equation 9): each token weighs its probability (step 6)."
     return -logps.detach().exp() * logps

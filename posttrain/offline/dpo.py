@@ -15,5 +15,10 @@ def dpo(
     beta: float,  # weight of the KL to the reference; the paper's experiments take 0.1, and 0.5 for summaries
     label_smoothing: float = 0.0,  # share of swapped labels one expects, in [0, 0.5): conservative DPO
 ) -> Tensor:  # (P,) each pair's loss, nats
-    "Direct preference optimisation (https://arxiv.org/abs/2305.18290, equation 7; steps 8 and 20); cDPO with `label_smoothing` (step 12). Raises ValueError for a `label_smoothing` outside [0, 0.5)."
+    """
+    Direct preference optimisation (https://arxiv.org/abs/2305.18290, equation 7; steps 8 and 20), and cDPO with
+    `label_smoothing` (step 12).
+
+    Raises ValueError for a `label_smoothing` outside [0, 0.5).
+    """
     return margin_loss(beta * pairs.margin, "logistic", label_smoothing=label_smoothing)

@@ -15,8 +15,16 @@ from datasets import IterableDataset
 
 from ..data.formats import column_names
 from ..foundations.divergences import F_DIVERGENCES, f_score
-from .preference_zoo import (OF_THE_BATCH, OF_THE_CHOSEN, OF_THE_MARGIN, PAIR_LOSSES, SORTED,
-                                              on_policy_weights, rank_mates, verbosity_weights)
+from posttrain.offline.preference_zoo import (
+    OF_THE_BATCH,
+    OF_THE_CHOSEN,
+    OF_THE_MARGIN,
+    PAIR_LOSSES,
+    SORTED,
+    on_policy_weights,
+    rank_mates,
+    verbosity_weights,
+)
 from ..training.config import LengthFields, PostConfig, ReferenceFields, option
 from ..training.heads import completion_logps
 from ..training.pairs import PairTrainer, make_pairs
@@ -89,16 +97,18 @@ class DPOConfig(LengthFields, ReferenceFields, PostConfig):
             raise ValueError(f"use_weighting=True weighs pairs, but {other} take pairs apart to sort them: choose one "
                              "or the other")
         if self.sync_ref_model and self.precompute_ref_log_probs:
-            raise ValueError("sync_ref_model=True moves the reference, precompute_ref_log_probs=True asks it only once: "
-                             "choose one or the other")
+            raise ValueError("sync_ref_model=True moves the reference, precompute_ref_log_probs=True asks it only "
+                             "once: choose one or the other")
 
 # %% ../../nbs/offline/09_dpo_trainer.ipynb #c07ac050
 class DPOTrainer(WithReference, PairTrainer):
-    """Direct preference optimisation (https://arxiv.org/abs/2305.18290) and its family. Call it as TRL's.
+    """
+    Direct preference optimisation (https://arxiv.org/abs/2305.18290) and its family. Call it as TRL's.
 
-    The datasets are those of `PairTrainer`, the parameters those of `PostTrainer`, and `ref_model`: a model or its path;
-    by default the policy as it comes. Raises ValueError and TypeError that say what is wrong with the data or the
-    config, before the model is loaded."""
+    The datasets are those of `PairTrainer`, the parameters those of `PostTrainer`, and `ref_model`: a model or its
+    path; by default the policy as it comes. Raises ValueError and TypeError that say what is wrong with the data or the
+    config, before the model is loaded.
+    """
 
     config_class = DPOConfig
 
@@ -115,8 +125,8 @@ class DPOTrainer(WithReference, PairTrainer):
     def check(self, dataset, name):
         super().check(dataset, name)
         if self.args.precompute_ref_log_probs and isinstance(dataset, IterableDataset):
-            raise ValueError(f"precompute_ref_log_probs=True asks about every row beforehand, but the {name} dataset is "
-                             "a stream: load it as a Dataset, or set it False")
+            raise ValueError(f"precompute_ref_log_probs=True asks about every row beforehand, but the {name} dataset "
+                             "is a stream: load it as a Dataset, or set it False")
 
     def before_preparing(self): self.adopt_tokens("pad_token")
 
@@ -151,8 +161,8 @@ class DPOTrainer(WithReference, PairTrainer):
         if not sorting or len(batches) * self.args.world_size == 1: return batches
         with torch.no_grad(), self.compute_loss_context_manager():
             batches = [self._prepare_inputs(batch) for batch in batches]
-            parts = [self.pairs(batch, completion_logps(self.model, batch)["logps"], self.reference.logps(batch), totals)
-                     for batch in batches]
+            parts = [self.pairs(batch, completion_logps(self.model, batch)["logps"], self.reference.logps(batch),
+                                totals) for batch in batches]
         for name in sorting:
             mates = self._mates_in_step(name, parts).split([len(pairs.chosen_logps) for pairs in parts])
             batches = [{**batch, f"{name}_mates": part} for batch, part in zip(batches, mates)]

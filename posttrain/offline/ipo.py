@@ -14,5 +14,8 @@ def ipo(
     *,
     beta: float,  # the paper's tau; the margin it asks for is 1 / (2 beta) nats per token
 ) -> Tensor:  # (P,) each pair's loss
-    "Identity preference optimisation (https://arxiv.org/abs/2310.12036, equation 17), with log-ratios per token (steps 8 and 10)."
+    """
+    Identity preference optimisation (https://arxiv.org/abs/2310.12036, equation 17), with log-ratios per token (steps 8
+    and 10).
+    """
     return (pairs.margin_per_token - 1 / (2 * beta)) ** 2

@@ -22,5 +22,5 @@ def odds_ratio(
     chosen_logps: Tensor,  # (P,) mean log-probability per token of the preferred answers
     rejected_logps: Tensor,  # (P,) of the others
 ) -> Tensor:  # (P,) each pair's loss, nats
-    "The preference part of odds ratio preference optimisation (https://arxiv.org/abs/2403.07691, equation 7; steps 2 and 5)."
+    "The preference part of odds ratio preference optimisation (https://arxiv.org/abs/2403.07691, eq. 7; steps 2, 5)."
     return -F.logsigmoid(log_odds(chosen_logps) - log_odds(rejected_logps))

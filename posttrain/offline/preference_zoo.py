@@ -43,9 +43,14 @@ def exo_pair(
     beta: float,  # weight of the KL to the reference
     label_smoothing: float,  # the paper's epsilon, above 0: how unsure the preference is; the paper takes 1e-3
 ) -> Tensor:  # (P,) each pair's loss, nats
-    "EXO (https://arxiv.org/abs/2402.00856, equation 16): KL(policy || preference) over the two answers. Raises ValueError unless `label_smoothing` lies in (0, 0.5)."
+    """
+    EXO (https://arxiv.org/abs/2402.00856, equation 16): KL(policy || preference) over the two answers.
+
+    Raises ValueError unless `label_smoothing` lies in (0, 0.5).
+    """
     if not 0 < label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing={label_smoothing!r}: EXO takes its logarithm, expected above 0 and below 0.5; the paper takes 1e-3")
+        raise ValueError(f"label_smoothing={label_smoothing!r}: EXO takes its logarithm, expected above 0 and below "
+                         f"0.5; the paper takes 1e-3")
     m, eps = beta * pairs.margin, label_smoothing
     return m.sigmoid() * (F.logsigmoid(m) - math.log1p(-eps)) + (-m).sigmoid() * (F.logsigmoid(-m) - math.log(eps))
 
@@ -58,7 +63,8 @@ def discopop(
 ) -> Tensor:  # (P,) each pair's loss
     "DiscoPOP, the log-ratio modulated loss (https://arxiv.org/abs/2406.08414, equation 5)."
     m = beta * pairs.margin
-    log_share = F.logsigmoid(m / discopop_tau)  # of the exponential loss, whose product with it is one exp: 0 times an overflow would be NaN
+    # of the exponential loss, whose product with it is one exp: 0 times an overflow would be NaN
+    log_share = F.logsigmoid(m / discopop_tau)
     return (-m / discopop_tau).sigmoid() * margin_loss(m, "logistic") + (log_share - m).exp()
 
 # %% ../../nbs/offline/08_preference_zoo.ipynb #03c4940d
@@ -109,7 +115,8 @@ def rank_mates(
 def _transport(x, y, mates, beta, label_smoothing) -> Tensor:
     mates = rank_mates(x, y) if mates is None else mates
     f = lambda difference: margin_loss(beta * difference, label_smoothing=label_smoothing)
-    both = f(x - mates[:, 0]) + f(mates[:, 1] - y)  # each difference of equal ranks twice: once for the gradient of its x, once for that of its y (why, c)
+    # each difference of equal ranks twice: once for the gradient of its x, once for that of its y (why, c)
+    both = f(x - mates[:, 0]) + f(mates[:, 1] - y)
     return both - both.detach() / 2
 
 
@@ -119,7 +126,10 @@ def aot(
     beta: float,  # weight of the KL to the reference; the paper takes 0.01
     label_smoothing: float = 0.0,  # share of swapped labels one expects, in [0, 0.5)
 ) -> Tensor:  # (P,) each pair's part of the loss, nats
-    "Alignment via optimal transport (https://arxiv.org/abs/2406.05882): the policy's margins are to dominate the reference's, rank by rank."
+    """
+    Alignment via optimal transport (https://arxiv.org/abs/2406.05882): the policy's margins are to dominate the
+    reference's, rank by rank.
+    """
     return _transport(*SORTED["aot"](pairs), pairs.rank_mates.get("aot"), beta, label_smoothing)
 
 
@@ -129,14 +139,20 @@ def aot_unpaired(
     beta: float,  # weight of the KL to the reference; the paper takes 0.01
     label_smoothing: float = 0.0,  # share of swapped labels one expects, in [0, 0.5)
 ) -> Tensor:  # (P,) each pair's part of the loss, nats
-    "Alignment via optimal transport (https://arxiv.org/abs/2406.05882) of unpaired answers: chosen rewards are to dominate rejected ones, rank by rank."
+    """
+    Alignment via optimal transport (https://arxiv.org/abs/2406.05882) of unpaired answers: chosen rewards are to
+    dominate rejected ones, rank by rank.
+    """
     return _transport(*SORTED["aot_unpaired"](pairs), pairs.rank_mates.get("aot_unpaired"), beta, label_smoothing)
 
 # %% ../../nbs/offline/08_preference_zoo.ipynb #5db17e8a
 def sft(
     pairs: Pairs,  # P pairs
 ) -> Tensor:  # (P,) each pair's share of the mean over chosen tokens, nats
-    "Negative log-likelihood of the chosen answers, to go with another loss (RPO, https://arxiv.org/abs/2404.19733 and https://arxiv.org/abs/2405.16436)."
+    """
+    Negative log-likelihood of the chosen answers, to go with another loss (RPO, https://arxiv.org/abs/2404.19733 and
+    https://arxiv.org/abs/2405.16436).
+    """
     return pairs.chosen_nll
 
 # %% ../../nbs/offline/08_preference_zoo.ipynb #b6b1bffc
@@ -144,7 +160,9 @@ def verbosity_weights(
     mask: Tensor,  # (2P, T) of 0/1, chosen and rejected answers in turn
     ld_alpha: float | None = None,  # what a token counts beyond the length of the shorter answer; None: 1
 ) -> Tensor:  # (2P, T) float, 0 where `mask` is 0
-    "Token weights of LD-DPO (https://arxiv.org/abs/2409.06411): what makes one answer longer than the other counts less."
+    """
+    Token weights of LD-DPO (https://arxiv.org/abs/2409.06411): what makes one answer longer than the other counts less.
+    """
     if ld_alpha is None: return mask.float()
     shared = mask.sum(1).view(-1, 2).min(1).values.repeat_interleave(2)[:, None]
     return mask * torch.where(mask.cumsum(1) <= shared, 1.0, ld_alpha)
@@ -169,8 +187,9 @@ def sigmoid_norm(
     return margin_loss(beta * pairs.margin_per_token, "logistic")
 
 # %% ../../nbs/offline/08_preference_zoo.ipynb #3a3dee99
-OF_THE_MARGIN = {  # of the difference of the two scores alone, or of the scores per token (ipo, sigmoid_norm): these work with every f-divergence
-    "sigmoid": dpo, "hinge": hinge, "ipo": ipo, "exo_pair": exo_pair, "robust": robust, "discopop": discopop, "sigmoid_norm": sigmoid_norm,
+OF_THE_MARGIN = {  # of the difference of the two scores alone, whole or per token: these work with every f-divergence
+    "sigmoid": dpo, "hinge": hinge, "ipo": ipo, "exo_pair": exo_pair, "robust": robust, "discopop": discopop,
+    "sigmoid_norm": sigmoid_norm,
 }
 OF_EACH_ANSWER = {  # of the two log-ratios one by one
     "nca_pair": nca_pair, "bco_pair": bco_pair, "sppo_hard": sppo_hard, "apo_zero": apo_zero, "apo_down": apo_down,

@@ -49,11 +49,12 @@ class SFTConfig(LengthFields, PostConfig):
         False, "Train on what the assistant says alone; needs generation markers in the chat template.")
     packing: bool = option(False, "Put several examples into one row of max_length.", choices=(True, False))
     packing_strategy: str = option(
-        "bfd", "'bfd' (best-fit-decreasing, cuts what is too long), 'bfd_split' (splits it), 'wrapped' (one stream, cut "
-        "anywhere).", choices=PACKING_STRATEGIES)
+        "bfd", "'bfd' (best-fit-decreasing, cuts what is too long), 'bfd_split' (splits it), "
+        "'wrapped' (one stream, cut anywhere).", choices=PACKING_STRATEGIES)
     eval_packing: bool | None = option(None, "Pack the evaluation dataset; None: as packing.")
     dataset_text_field: str = option("text", "Column with the text.")
-    dataset_kwargs: dict | str | None = option(None, "Only {'skip_prepare_dataset': True}: the rows are prepared already.")
+    dataset_kwargs: dict | str | None = option(
+        None, "Only {'skip_prepare_dataset': True}: the rows are prepared already.")
     shuffle_dataset: bool = option(False, "Shuffle the training dataset before it is packed.")
     eos_token: str | None = option(None, "Token that ends a text; None: the tokenizer's.")
     pad_token: str | None = option(None, "Padding token; None: the tokenizer's.")
@@ -71,11 +72,13 @@ class SFTConfig(LengthFields, PostConfig):
 
 
 class SFTTrainer(PostTrainer):
-    """Supervised fine-tuning (https://arxiv.org/abs/2203.02155). Call it as TRL's.
+    """
+    Supervised fine-tuning (https://arxiv.org/abs/2203.02155). Call it as TRL's.
 
     Datasets: `text`, `messages`, `conversations` (ShareGPT), `prompt` with `completion`, or `input_ids` with `labels`.
-    The parameters are those of `PostTrainer`, and `formatting_func`, which makes one text of a row.
-    Raises ValueError and TypeError that say what is wrong with the data or the config, before the model is loaded."""
+    The parameters are those of `PostTrainer`, and `formatting_func`, which makes one text of a row. Raises ValueError
+    and TypeError that say what is wrong with the data or the config, before the model is loaded.
+    """
 
     config_class = SFTConfig
 
@@ -102,7 +105,8 @@ class SFTTrainer(PostTrainer):
         args = self.args
         if self._skips_preparing() or "seq_lengths" in column_names(dataset): return dataset  # ready, or packed already
         packing = args.packing if training or args.eval_packing is None else args.eval_packing
-        splits = packing and args.packing_strategy != "bfd"  # these strategies cut long rows themselves and keep all parts
+        # the other strategies cut long rows themselves and keep all parts
+        splits = packing and args.packing_strategy != "bfd"
         dataset = prepare_sft(
             dataset, self.processing_class, max_length=None if splits else args.max_length,
             truncation_mode=args.truncation_mode, completion_only_loss=args.completion_only_loss,

@@ -5,16 +5,23 @@ __all__ = ['effective_beta']
 
 # %% ../../nbs/offline/06_tr_dpo.ipynb #99b839ae
 def effective_beta(
-    updates: int,  # how often the reference has moved; in a run of T steps (T - 1) // ref_model_sync_steps, since a move after the last step changes nothing
+    # How often the reference has moved. In a run of T steps that is (T - 1) // ref_model_sync_steps, since a move after
+    # the last step changes nothing.
+    updates: int,
     *,
     beta: float,  # of the loss, the price of a nat away from the reference of now
     alpha: float = 0.6,  # the policy's share in the new reference; 1 is a hard update, 0.6 TRL's default
 ) -> float:
-    """The beta that DPO with a fixed reference would need to end where TR-DPO does, if each round between two updates is trained to its end (steps 7 and 10).
+    """
+    The beta that DPO with a fixed reference would need to end where TR-DPO does, if each round between two updates is
+    trained to its end (steps 7 and 10).
 
-    Exact for a softmax over answers that were all compared; elsewhere a rule of thumb. TR-DPO: https://arxiv.org/abs/2404.09656; this formula is derived here.
-    Raises ValueError unless beta > 0, alpha is in [0, 1] and updates >= 0."""
+    Exact for a softmax over answers that were all compared; elsewhere a rule of thumb. The formula is derived here;
+    TR-DPO is https://arxiv.org/abs/2404.09656. Raises ValueError unless beta > 0, 0 <= alpha <= 1 and updates >= 0.
+    """
     if not beta > 0: raise ValueError(f"beta weighs the KL to the reference, expected a number above 0, got {beta}")
-    if not 0 <= alpha <= 1: raise ValueError(f"alpha is the policy's share in the new reference, expected in [0, 1], got {alpha}")
-    if not updates >= 0: raise ValueError(f"updates counts how often the reference moved, expected 0 or more, got {updates}")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha is the policy's share in the new reference, expected in [0, 1], got {alpha}")
+    if not updates >= 0:
+        raise ValueError(f"updates counts how often the reference moved, expected 0 or more, got {updates}")
     return beta / (1 + alpha * updates)

@@ -16,18 +16,22 @@ IMPORTANCE_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequen
 
 
 def importance_weights(
-    old_logps: Tensor,      # (B, T) under the trainer's policy when the completions were sampled
+    old_logps: Tensor,  # (B, T) under the trainer's policy when the completions were sampled
     sampled_logps: Tensor,  # (B, T) as the engine reported them; NaN: it could not say
-    mask: Tensor,           # (B, T) of 0/1
+    mask: Tensor,  # (B, T) of 0/1
     *,
-    mode: str = "sequence_mask",    # one of IMPORTANCE_MODES; TRL's default
-    clip_max: float | None = 3.0,   # greatest ratio; None: any. TRL's default
+    mode: str = "sequence_mask",  # one of IMPORTANCE_MODES; TRL's default
+    clip_max: float | None = 3.0,  # greatest ratio; None: any. TRL's default
     clip_min: float | None = None,  # least ratio; None: any
 ) -> Tensor:  # (B, T), or (B, 1) for the modes of sequences; without gradient
-    """pi_old / pi_sampled, per token or per sequence; "truncate" brings a ratio back to the limits, "mask" sets it to 0 outside of them.
+    """
+    pi_old / pi_sampled, per token or per sequence; "truncate" brings a ratio back to the limits, "mask" sets it to 0
+    outside of them.
 
-    Raises ValueError for an unknown mode. Truncated importance sampling: 1606.02647; masked: 2510.18855."""
-    if mode not in IMPORTANCE_MODES: raise ValueError(f"unknown mode {mode!r}; choose one of {', '.join(map(repr, IMPORTANCE_MODES))}")
+    Raises ValueError for an unknown mode. Truncated importance sampling: Ionides (2008); masked: 2510.18855.
+    """
+    if mode not in IMPORTANCE_MODES:
+        raise ValueError(f"unknown mode {mode!r}; choose one of {', '.join(map(repr, IMPORTANCE_MODES))}")
     difference = (old_logps - sampled_logps).detach().masked_fill(mask == 0, 0).nan_to_num(nan=0.0)
     level, action = mode.split("_")
     ratio = (difference.sum(1, keepdim=True) if level == "sequence" else difference).exp()  # steps 1 and 2
@@ -39,13 +43,16 @@ def importance_weights(
 
 
 def off_policy_mask(
-    logps: Tensor,          # (B, T) under the policy now
+    logps: Tensor,  # (B, T) under the policy now
     sampled_logps: Tensor,  # (B, T) under whoever sampled
-    advantages: Tensor,     # (B,), or (B, T)
-    mask: Tensor,           # (B, T) of 0/1
-    threshold: float,       # nats per token; DeepSeek-V3.2's delta
+    advantages: Tensor,  # (B,), or (B, T)
+    mask: Tensor,  # (B, T) of 0/1
+    threshold: float,  # nats per token; DeepSeek-V3.2's delta
 ) -> Tensor:  # (B, 1), or (B, T) for advantages of tokens: 1 keep, 0 drop
-    "Drop what the policy has left behind and is to be punished for: a negative advantage, and a mean log-ratio above the threshold (DeepSeek-V3.2, 2512.02556, eq. 9)."
+    """
+    Drop what the policy has left behind and is to be punished for: a negative advantage, and a mean log-ratio above the
+    threshold (DeepSeek-V3.2, 2512.02556, eq. 9).
+    """
     gone = masked_mean((sampled_logps - logps.detach()).nan_to_num(nan=0.0), mask, dim=1, keepdim=True)
     advantages = advantages[:, None] if advantages.dim() == 1 else advantages
     return ((advantages >= 0) | (gone <= threshold)).to(logps.dtype)
@@ -53,7 +60,7 @@ def off_policy_mask(
 
 def entropy_threshold(
     entropies: Tensor,  # (n,) of all tokens of the step that count
-    quantile: float,    # share of tokens that learn; 0.2 in the paper
+    quantile: float,  # share of tokens that learn; 0.2 in the paper
 ) -> Tensor:  # ()
     "The entropy from which on a token belongs to the most uncertain ones."
     if len(entropies) == 0: return entropies.new_zeros(())
@@ -65,7 +72,7 @@ def entropy_threshold(
 
 def top_entropy_mask(
     entropies: Tensor,  # (B, T) nats
-    mask: Tensor,       # (B, T) of 0/1
+    mask: Tensor,  # (B, T) of 0/1
     threshold: Tensor,  # () as from `entropy_threshold`
 ) -> Tensor:  # (B, T) of 0/1
     "The tokens at which the policy hesitated: only these get a policy gradient (Beyond the 80/20 rule, 2506.01939)."
@@ -78,14 +85,16 @@ class EntropyController:
 
     def __init__(
         self,
-        coef: float = 0.0,      # to begin with
-        adaptive: bool = False, # steer it?
-        target: float = 0.2,    # nats: below it the bonus is on and grows; TRL's
+        coef: float = 0.0,  # to begin with
+        adaptive: bool = False,  # whether the coefficient is steered towards the target
+        target: float = 0.2,  # nats: below it the bonus is on and grows; TRL's
         coef_min: float = 0.0,  # bounds of the coefficient; TRL's
         coef_max: float = 1.0,
         coef_delta: float = 0.005,  # what it changes by after each step; TRL's
     ):
-        self.coef, self.adaptive, self.target, self.coef_min, self.coef_max, self.coef_delta = coef, adaptive, target, coef_min, coef_max, coef_delta
+        self.coef, self.adaptive, self.target = coef, adaptive, target
+        self.coef_min, self.coef_max = coef_min, coef_max
+        self.coef_delta = coef_delta
         self.last = float("inf") if adaptive else None
 
     @property
@@ -105,7 +114,8 @@ class EntropyController:
         "After a step."
         if not self.adaptive: return
         self.last = entropy
-        self.coef = min(self.coef + self.coef_delta, self.coef_max) if entropy <= self.target else max(self.coef - self.coef_delta, self.coef_min)
+        self.coef = (min(self.coef + self.coef_delta, self.coef_max) if entropy <= self.target
+                     else max(self.coef - self.coef_delta, self.coef_min))
 
     def state_dict(self) -> dict: return {"coef": self.coef, "last": self.last}
 
@@ -119,7 +129,10 @@ def gdpo_advantages(
     *,
     eps: float = 1e-4,  # added to standard deviations; TRL's
 ) -> Tensor:  # (B,)
-    "Several rewards, each normalised in its group before they are added, and the sum over the batch (GDPO, 2601.05242): a rare reward counts as much as a common one."
+    """
+    Several rewards, each normalised in its group before they are added, and the sum over the batch (GDPO, 2601.05242):
+    a rare reward counts as much as a common one.
+    """
     each = torch.stack([group_advantages(r, num_generations, eps=eps) for r in rewards.T], 1)
     summed = (each * weights.to(each)).sum(1).masked_fill(rewards.isnan().all(1), float("nan"))
     return group_advantages(summed, num_generations, baseline="batch", scale="batch", eps=eps)

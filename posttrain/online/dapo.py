@@ -8,35 +8,52 @@ from torch import Tensor
 
 from ..foundations.advantages import group_std
 from ..foundations.masks import Totals
-from .grpo import grpo_loss
+from .grpo import grpo_loss, recipe
 
 # %% ../../nbs/online/03_dapo.ipynb #8357c226
 def dapo_loss(
-    logps: Tensor,             # (B, T) under the policy now, with gradient
+    logps: Tensor,  # (B, T) under the policy now, with gradient
     old_logps: Tensor | None,  # (B, T) under the policy that sampled; None: it is the policy now, and no limit matters
-    advantages: Tensor,        # (B,) of each completion among its group, as from `group_advantages`; or (B, T)
-    mask: Tensor,              # (B, T) of 0/1; 0 throughout for a completion that was filtered
+    advantages: Tensor,  # (B,) of each completion among its group, as from `group_advantages`; or (B, T)
+    mask: Tensor,  # (B, T) of 0/1; 0 throughout for a completion that was filtered
     *,
-    epsilon: float = 0.2,        # the ratio stays above 1 - epsilon; the paper's
+    epsilon: float = 0.2,  # the ratio stays above 1 - epsilon; the paper's
     epsilon_high: float = 0.28,  # and below 1 + epsilon_high, to give rare tokens room (steps 1 to 4); the paper's
     totals: Totals | None = None,  # counts of the whole optimizer step; None: this batch is the whole step
 ) -> tuple[Tensor, dict[str, Tensor]]:  # the loss () and detached stats
-    "DAPO's clipped surrogate, every token alike and without a reference (https://arxiv.org/abs/2503.14476; step 17). Stats and errors: those of `grpo_loss`."
-    return grpo_loss(logps, old_logps, advantages, mask, beta=0.0, epsilon=epsilon, epsilon_high=epsilon_high, average="token", totals=totals)
+    """
+    DAPO's clipped surrogate: every token counts alike, and there is no reference (https://arxiv.org/abs/2503.14476;
+    step 17).
+
+    Stats and errors are those of `grpo_loss`.
+    """
+    return grpo_loss(logps, old_logps, advantages, mask, beta=0.0, totals=totals,
+                     **recipe("DAPO", epsilon=epsilon, epsilon_high=epsilon_high))
 
 
 def overlong_filter(
     masks: list[list[int]],  # B lists of 0/1, which tokens of each completion count
-    finished: list[bool],    # B, whether it ended by itself; False: it was cut at the longest length allowed
+    finished: list[bool],  # B, whether it ended by itself; False: it was cut at the longest length allowed
 ) -> list[list[int]]:  # B lists, zeros for what was cut
-    "Overlong filtering: a completion that was cut teaches nothing (step 8; https://arxiv.org/abs/2503.14476). Raises ValueError when there are not as many of the one as of the other."
-    if len(masks) != len(finished): raise ValueError(f"overlong_filter got {len(masks)} masks and {len(finished)} values of finished: expected one of each per completion")
+    """
+    Overlong filtering: a completion that was cut teaches nothing (step 8; https://arxiv.org/abs/2503.14476).
+
+    Raises ValueError when there are not as many masks as values of `finished`.
+    """
+    if len(masks) != len(finished):
+        raise ValueError(f"overlong_filter got {len(masks)} masks and {len(finished)} values of finished: "
+                         "expected one of each per completion")
     return [mask if done else [0] * len(mask) for mask, done in zip(masks, finished)]
 
 
 def informative(
-    rewards: Tensor,       # (B,) the completions of a prompt beside each other; NaN where there is none
+    rewards: Tensor,  # (B,) the completions of a prompt beside each other; NaN where there is none
     num_generations: int,  # G, completions per prompt
 ) -> Tensor:  # (P,) bool
-    "Which groups teach something, as their rewards differ: those that dynamic sampling keeps (step 11; https://arxiv.org/abs/2503.14476). Raises ValueError when rewards are no groups of G."
+    """
+    Which groups teach something because their rewards differ: dynamic sampling keeps these (step 11;
+    https://arxiv.org/abs/2503.14476).
+
+    Raises ValueError when rewards are no groups of G.
+    """
     return group_std(rewards, num_generations) > 0

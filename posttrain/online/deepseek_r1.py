@@ -20,13 +20,13 @@ THINK, ANSWER = ("<think>", "</think>"), ("<answer>", "</answer>")  # the paper'
 
 # %% ../../nbs/online/08_deepseek_r1.ipynb #ac7993a6
 def parts_of(
-    completion,                       # a string or messages
-    think: tuple[str, str] = THINK,   # what opens and what closes the thought
-    answer: tuple[str, str] = ANSWER, # the same of the answer; ("", ""): all that follows the thought
+    completion,  # a string or messages
+    think: tuple[str, str] = THINK,  # what opens and what closes the thought
+    answer: tuple[str, str] = ANSWER,  # the same of the answer; ("", ""): all that follows the thought
 ) -> tuple[str, str] | None:  # thought and answer, blanks at their ends removed; None: not of this form
     "Take a completion apart that is a thought and an answer, each in its tags once, and nothing else."
-    inner = "(.*?)"
-    found = re.fullmatch(rf"\s*{re.escape(think[0])}{inner}{re.escape(think[1])}\s*{re.escape(answer[0])}{inner}{re.escape(answer[1])}\s*", text_of(completion), re.DOTALL)
+    thought, said = ("(.*?)".join(map(re.escape, tags)) for tags in (think, answer))
+    found = re.fullmatch(rf"\s*{thought}\s*{said}\s*", text_of(completion), re.DOTALL)
     if not found or any(tag and tag in part for tag in (*think, *answer) for part in found.groups()): return None
     return found[1].strip(), found[2].strip()
 
@@ -54,17 +54,20 @@ class _LanguageConsistency:
 
 
 def get_think_answer_format_reward(
-    think: tuple[str, str] = THINK,    # tags of the thought
+    think: tuple[str, str] = THINK,  # tags of the thought
     answer: tuple[str, str] = ANSWER,  # tags of the answer; ("", ""): none
 ) -> Callable:  # reward function of `completions`, 1 or 0
-    "A reward function for the form of DeepSeek-R1-Zero's template (2501.12948): a thought, then an answer, each in its tags, nothing outside (step 10)."
+    """
+    A reward function for the form of DeepSeek-R1-Zero's template (2501.12948): a thought, then an answer, each in its
+    tags, and nothing outside (step 10).
+    """
     return _ThinkAnswerFormat(think, answer)
 
 
 def get_language_consistency_reward(
     in_language: Callable[[str], bool],  # whether a word is of the target language
-    think: tuple[str, str] = THINK,      # tags of the thought
-    answer: tuple[str, str] = ANSWER,    # tags of the answer; ("", ""): none
+    think: tuple[str, str] = THINK,  # tags of the thought
+    answer: tuple[str, str] = ANSWER,  # tags of the answer; ("", ""): none
 ) -> Callable:  # reward function of `completions`, in [0, 1]; 0 where there is no thought, or an empty one
     "A reward function for the share of a thought's words that are of one language (2501.12948; step 10)."
     return _LanguageConsistency(in_language, think, answer)
@@ -74,15 +77,15 @@ def _key(value) -> str: return value if isinstance(value, str) else json.dumps(v
 
 
 def rejection_sample(
-    prompts: list,             # (B,) the prompt of each completion, strings or messages; those of one prompt need not stand together
-    completions: list,         # (B,) strings or messages
-    rewards: Tensor | list,    # (B,) or (B, F), one column per reward function; NaN: not applicable
+    prompts: list,  # (B,) of each completion, a string or messages; those of one prompt need not stand together
+    completions: list,  # (B,) strings or messages
+    rewards: Tensor | list,  # (B,) or (B, F), one column per reward function; NaN: not applicable
     *,
-    threshold: float = 1.0,    # every reward that applies must reach it; 1 is a right answer where rewards are 0 and 1
+    threshold: float = 1.0,  # every reward that applies must reach it; 1 is a right answer where rewards are 0 and 1
     max_per_prompt: int | None = None,  # n: at most so many of a prompt's are kept, drawn at random; None: all
-    unique: bool = True,       # keep what a prompt was answered with once, however often it was sampled
-    seed: int = 0,             # of the draw. It depends on the prompt's own completions only, not on other prompts
-) -> list[dict]:  # rows with `prompt` and `completion`, as SFTTrainer takes them, in the order in which prompts first appear
+    unique: bool = True,  # keep what a prompt was answered with once, however often it was sampled
+    seed: int = 0,  # of the draw. It depends on the prompt's own completions only, not on other prompts
+) -> list[dict]:  # rows with `prompt` and `completion`, as SFTTrainer takes them; prompts in order of appearance
     """
     The right answers among samples (step 13). A completion to which no reward applies is not kept.
 
@@ -90,8 +93,11 @@ def rejection_sample(
     Raises ValueError for lists of different lengths and for a max_per_prompt below 1.
     """
     rewards = torch.as_tensor(rewards, dtype=torch.float64)
-    if not len(prompts) == len(completions) == len(rewards): raise ValueError(f"{len(prompts)} prompts, {len(completions)} completions and {len(rewards)} rewards: expected one of each per completion")
-    if max_per_prompt is not None and max_per_prompt < 1: raise ValueError(f"max_per_prompt={max_per_prompt}: expected at least 1, or None to keep all")
+    if not len(prompts) == len(completions) == len(rewards):
+        raise ValueError(f"{len(prompts)} prompts, {len(completions)} completions and {len(rewards)} rewards: "
+                         "expected one of each per completion")
+    if max_per_prompt is not None and max_per_prompt < 1:
+        raise ValueError(f"max_per_prompt={max_per_prompt}: expected at least 1, or None to keep all")
     rewards = rewards[:, None] if rewards.dim() == 1 else rewards
     passed = ((rewards >= threshold) | rewards.isnan()).all(1) & ~rewards.isnan().all(1)
     kept = {}  # prompt -> places of its completions
@@ -99,15 +105,18 @@ def rejection_sample(
     rows = []
     for prompt in dict.fromkeys(map(_key, prompts)):
         places = kept.get(prompt, [])
-        if unique: places = list({_key(completions[i]): i for i in reversed(places)}.values())[::-1]  # step 5: the first of each
-        if max_per_prompt is not None and len(places) > max_per_prompt: places = sorted(random.Random(f"{seed} {prompt}").sample(places, max_per_prompt))  # step 4
+        # step 5: the first of each
+        if unique: places = list({_key(completions[i]): i for i in reversed(places)}.values())[::-1]
+        # step 4
+        if max_per_prompt is not None and len(places) > max_per_prompt:
+            places = sorted(random.Random(f"{seed} {prompt}").sample(places, max_per_prompt))
         rows += [{"prompt": prompts[i], "completion": completions[i]} for i in places]
     return rows
 
 
 def expected_kept(
     pass_rate: Tensor,  # any shape: p, the probability that a sampled answer is right
-    samples: int,       # N, answers per question
+    samples: int,  # N, answers per question
     max_per_prompt: int | None = None,  # n; None: all are kept
 ) -> Tensor:  # as pass_rate, float64: rows that a question has in the book, on average
     "How much say a question has in rejection sampling (step 4), duplicates counted."

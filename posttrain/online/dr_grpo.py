@@ -7,18 +7,23 @@ __all__ = ['dr_grpo_loss']
 from torch import Tensor
 
 from ..foundations.masks import Totals
-from .grpo import grpo_loss
+from .grpo import grpo_loss, recipe
 
 # %% ../../nbs/online/02_dr_grpo.ipynb #2dcb3903
 def dr_grpo_loss(
-    logps: Tensor,             # (B, T) under the policy now, with gradient
+    logps: Tensor,  # (B, T) under the policy now, with gradient
     old_logps: Tensor | None,  # (B, T) under the policy that sampled; None: it is the policy now
-    advantages: Tensor,        # (B,) as from `group_advantages(rewards, G, scale="none")`
-    mask: Tensor,              # (B, T) of 0/1
+    advantages: Tensor,  # (B,) as from `group_advantages(rewards, G, scale="none")`
+    mask: Tensor,  # (B, T) of 0/1
     *,
-    max_length: float,         # tokens, L: any constant; the trainer's is `max_completion_length`
-    epsilon: float = 0.2,      # the ratio stays within 1 - epsilon and 1 + epsilon; PPO's
+    max_length: float,  # tokens, L: any constant; the trainer's is `max_completion_length`
+    epsilon: float = 0.2,  # the ratio stays within 1 - epsilon and 1 + epsilon; PPO's
     totals: Totals | None = None,  # counts of the whole optimizer step; None: this batch is the whole step
 ) -> tuple[Tensor, dict[str, Tensor]]:  # the loss () and the stats of `policy_gradient_loss`
-    "GRPO without its two divisions (https://arxiv.org/abs/2503.20783; step 7). Raises ValueError for a `max_length` that is not above 0."
-    return grpo_loss(logps, old_logps, advantages, mask, beta=0, epsilon=epsilon, average="constant", totals=totals, max_length=max_length)
+    """
+    GRPO without its two divisions (https://arxiv.org/abs/2503.20783; step 7).
+
+    Raises ValueError for a `max_length` that is not above 0.
+    """
+    return grpo_loss(logps, old_logps, advantages, mask, beta=0, totals=totals, max_length=max_length,
+                     **recipe("Dr. GRPO", epsilon=epsilon))

@@ -15,8 +15,15 @@ from torch import Tensor
 from ..foundations.advantages import group_advantages, group_std
 from ..foundations.masks import Totals, average
 from ..foundations.policy_gradient import RATIOS
-from .corrections import (IMPORTANCE_MODES, EntropyController, entropy_threshold, gdpo_advantages,
-                                          importance_weights, off_policy_mask, top_entropy_mask)
+from posttrain.online.corrections import (
+    IMPORTANCE_MODES,
+    EntropyController,
+    entropy_threshold,
+    gdpo_advantages,
+    importance_weights,
+    off_policy_mask,
+    top_entropy_mask,
+)
 from .dapo import overlong_filter
 from .grpo import grpo_loss
 from .policy_zoo import LOSS_TYPES
@@ -89,8 +96,8 @@ class GRPOConfig(ClipFields, ReferenceFields, OnlineConfig):
                           stacklevel=3)
             self.vllm_importance_sampling_clip_max = self.vllm_importance_sampling_cap
         if self.num_generations < 2:
-            raise ValueError(f"num_generations={self.num_generations}: {type(self).__name__} compares completions of one "
-                             "prompt and needs at least 2")
+            raise ValueError(f"num_generations={self.num_generations}: {type(self).__name__} compares completions of "
+                             "one prompt and needs at least 2")
         self._check_limits()
 
     def _check_limits(self):
@@ -99,12 +106,13 @@ class GRPOConfig(ClipFields, ReferenceFields, OnlineConfig):
             raise ValueError(f"delta={self.delta} caps the ratio beyond the clip and must be above 1 + epsilon_high = "
                              f"{high:g}")
         if kind.caps_ratio and self.epsilon_high is None:
-            warnings.warn(f"loss_type={self.loss_type!r} takes epsilon_high as the cap of the ratio itself; left out it is "
-                          f"epsilon={self.epsilon}, far below 1: set it, e.g. to 5.0 (ScaleRL)", stacklevel=4)
+            warnings.warn(f"loss_type={self.loss_type!r} takes epsilon_high as the cap of the ratio itself; left out "
+                          f"it is epsilon={self.epsilon}, far below 1: set it, e.g. to 5.0 (ScaleRL)", stacklevel=4)
         mode, corrects = self.vllm_importance_sampling_mode, self.vllm_importance_sampling_correction
         if kind.weighs_answers and corrects and self.use_vllm and not mode.startswith("token"):
-            raise ValueError(f"loss_type={self.loss_type!r} takes the sampler's correction into its own weight, token by "
-                             f"token: set vllm_importance_sampling_mode to 'token_truncate' or 'token_mask', not {mode!r}")
+            raise ValueError(f"loss_type={self.loss_type!r} takes the sampler's correction into its own weight, token "
+                             "by token: set vllm_importance_sampling_mode to 'token_truncate' or 'token_mask', "
+                             f"not {mode!r}")
         least, greatest = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
         if least is not None and greatest is not None and least >= greatest:
             raise ValueError(f"vllm_importance_sampling_clip_min={least} must be below "
@@ -121,11 +129,13 @@ class GRPOConfig(ClipFields, ReferenceFields, OnlineConfig):
 
 # %% ../../nbs/online/09_grpo_trainer.ipynb #7e3f7068
 class GRPOTrainer(OnlineTrainer):
-    """Group relative policy optimisation (https://arxiv.org/abs/2402.03300) and its family. Call it as TRL's.
+    """
+    Group relative policy optimisation (https://arxiv.org/abs/2402.03300) and its family. Call it as TRL's.
 
     Datasets have a column `prompt`, strings or messages; reward functions get the other columns by name. The parameters
     are those of `OnlineTrainer`. Raises ValueError and TypeError that say what is wrong with data, rewards or config,
-    before the model is loaded."""
+    before the model is loaded.
+    """
 
     config_class = GRPOConfig
 
@@ -142,8 +152,10 @@ class GRPOTrainer(OnlineTrainer):
         return {"advantages": group_advantages(total(generation.rewards, weights), G, scale=args.scale_rewards)}
 
     def keep(self, generation):
-        """Dynamic sampling: where each reward is normalised by itself, two that differ teach something though their sum
-        may not."""
+        """
+        Dynamic sampling. Where each reward is normalised by itself, a group teaches something if any of its rewards
+        differ, even if their sums do not.
+        """
         if self.args.multi_objective_aggregation == "sum_then_normalize": return super().keep(generation)
         weighted = (generation.rewards * self.rewards.weights).T
         return torch.stack([group_std(r, generation.num_generations) for r in weighted]).gt(0).any(0)
@@ -155,8 +167,10 @@ class GRPOTrainer(OnlineTrainer):
         return Totals(batch["token_share"], totals.sequences) if over_generation else totals
 
     def before_step(self, batches, totals):
-        """Which tokens are the most uncertain is known only when all of the step have been asked, and an entropy bonus is
-        a mean over all of them."""
+        """
+        What must be known of the whole step: its most uncertain tokens, and how many tokens the entropy bonus is a mean
+        over.
+        """
         self._entropy_of_step = Mean(0.0, 0.0)
         if self.args.top_entropy_quantile < 1: return self._with_top_entropy(batches)
         if not self.entropy.enabled: return batches
@@ -213,7 +227,10 @@ class GRPOTrainer(OnlineTrainer):
         return weights, stats | {f"sampling/importance_sampling_ratio/{k}": v for k, v in extremes.items()}
 
     def trust_region(self, batch: dict, correction: Tensor | None):
-        "The loss type's, with its own settings; one that weighs whole answers takes the sampler's correction into that."
+        """
+        The trust region of the loss type with its own settings. One that weighs whole answers takes the sampler's
+        correction into its weight.
+        """
         kind, mask = LOSS_TYPES[self.args.loss_type], batch["mask"]
         if kind.shape is None: return kind.trust_region
         settings = self.args.options_of(kind.shape)

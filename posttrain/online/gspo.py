@@ -10,36 +10,51 @@ from torch import Tensor
 from ..foundations.divergences import k3
 from ..foundations.masks import Totals, masked_mean
 from ..foundations.policy_gradient import RATIOS
-from .grpo import grpo_loss
+from .grpo import grpo_loss, recipe
 
 # %% ../../nbs/online/05_gspo.ipynb #438b48e1
 def gspo_loss(
-    logps: Tensor,             # (B, T) under the policy now, with gradient
+    logps: Tensor,  # (B, T) under the policy now, with gradient
     old_logps: Tensor | None,  # (B, T) under the policy that sampled; None: it is the policy now
-    advantages: Tensor,        # (B,) of each completion among its group, as from `group_advantages`
-    mask: Tensor,              # (B, T) of 0/1
+    advantages: Tensor,  # (B,) of each completion among its group, as from `group_advantages`
+    mask: Tensor,  # (B, T) of 0/1
     *,
-    epsilon: float = 3e-4,       # a completion's ratio stays above 1 - epsilon; the paper's, for thousands of tokens
-    epsilon_high: float = 4e-4,  # and below 1 + epsilon_high; the paper's. For short completions larger: about the spread of s (step 7)
+    epsilon: float = 3e-4,  # a completion's ratio stays above 1 - epsilon; the paper's, for thousands of tokens
+    # And below 1 + epsilon_high; the paper's. Short completions need more: about the spread of s (step 7).
+    epsilon_high: float = 4e-4,
     totals: Totals | None = None,  # counts of the whole optimizer step; None: this batch is the whole step
 ) -> tuple[Tensor, dict[str, Tensor]]:  # the loss () and detached stats
-    "One ratio per completion, the geometric mean of its tokens', and one clip (https://arxiv.org/abs/2507.18071; steps 8 and 12). Stats and errors: those of `grpo_loss`; ratios and clip shares are of completions."
-    return grpo_loss(logps, old_logps, advantages, mask, beta=0.0, epsilon=epsilon, epsilon_high=epsilon_high, importance_sampling_level="sequence", average="sequence", totals=totals)
+    """
+    One ratio per completion, the geometric mean of its tokens' ratios, and one clip (https://arxiv.org/abs/2507.18071;
+    steps 8 and 12).
+
+    Stats and errors are those of `grpo_loss`; ratios and clip shares are of completions.
+    """
+    return grpo_loss(logps, old_logps, advantages, mask, beta=0.0, totals=totals,
+                     **recipe("GSPO", epsilon=epsilon, epsilon_high=epsilon_high))
 
 
 def gspo_token_loss(
-    logps: Tensor,             # (B, T) under the policy now, with gradient
+    logps: Tensor,  # (B, T) under the policy now, with gradient
     old_logps: Tensor | None,  # (B, T) under the policy that sampled; None: it is the policy now
-    advantages: Tensor,        # (B, T) of each token; (B,) is `gspo_loss`
-    mask: Tensor,              # (B, T) of 0/1
+    advantages: Tensor,  # (B, T) of each token; (B,) is `gspo_loss`
+    mask: Tensor,  # (B, T) of 0/1
     *,
-    epsilon: float = 3e-4,       # as in `gspo_loss`
+    epsilon: float = 3e-4,  # as in `gspo_loss`
     epsilon_high: float = 4e-4,  # as in `gspo_loss`
     totals: Totals | None = None,  # counts of the whole optimizer step; None: this batch is the whole step
 ) -> tuple[Tensor, dict[str, Tensor]]:  # the loss () and detached stats
-    "GSPO with an advantage for each token: the ratio has the completion's value and the token's gradient (https://arxiv.org/abs/2507.18071; steps 10 to 12). Stats and errors: those of `grpo_loss`; clip shares are of tokens."
+    """
+    GSPO with an advantage for each token: the ratio has the completion's value and the token's gradient
+    (https://arxiv.org/abs/2507.18071; steps 10 to 12).
+
+    Stats and errors are those of `grpo_loss`; clip shares are of tokens.
+    """
     logps = logps.to(torch.promote_types(logps.dtype, torch.float32))  # half precision cannot tell 1.0003 from 1
     fixed = logps.detach()
     change = (fixed - (fixed if old_logps is None else old_logps.detach())).masked_fill(mask == 0, 0)
-    loss, stats = grpo_loss(logps, fixed - RATIOS["sequence"](change, mask), advantages, mask, beta=0.0, epsilon=epsilon, epsilon_high=epsilon_high, average="sequence", totals=totals)
+    settings = recipe("GSPO", importance_sampling_level="token", epsilon=epsilon, epsilon_high=epsilon_high)
+    # log-probs from which every token is as far as the completion is on average
+    shared_old = fixed - RATIOS["sequence"](change, mask)
+    loss, stats = grpo_loss(logps, shared_old, advantages, mask, beta=0.0, totals=totals, **settings)
     return loss, {**stats, "approx_kl": masked_mean(k3(-change), mask)}  # from the real log-ratios, not from their mean

@@ -11,14 +11,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..foundations.policy_gradient import RECIPES
+
 # %% ../../nbs/online/06_policy_zoo.ipynb #0a2fac56
 def sapo(
-    ratio: Tensor,       # (B, T) or (B, 1), with gradient
+    ratio: Tensor,  # (B, T) or (B, 1), with gradient
     advantages: Tensor,  # (B, T)
-    logps: Tensor,       # not used
+    logps: Tensor,  # not used
     low: float, high: float, delta: float | None,  # not used: the gate is soft
     *,
-    sapo_temperature_pos: float = 1.0,   # how soon the gate closes where the advantage is positive; the paper's
+    sapo_temperature_pos: float = 1.0,  # how soon the gate closes where the advantage is positive; the paper's
     sapo_temperature_neg: float = 1.05,  # and where it is not: a little sooner; the paper's
 ) -> Tensor:  # (B, T)
     "A soft gate instead of a clip: steepest at ratio 1, flat far away on both sides (SAPO, 2511.20347)."
@@ -27,29 +29,31 @@ def sapo(
 
 
 def gamma_weight(
-    log_w: Tensor,       # (B, 1) log of the ratio of whole sequences
+    log_w: Tensor,  # (B, 1) log of the ratio of whole sequences
     advantages: Tensor,  # (B, T) or (B, 1); only their sign counts
     *,
-    vespo_k_pos: float = 2.0,       # rise of the weight where the advantage is not negative; TRL's
+    vespo_k_pos: float = 2.0,  # rise of the weight where the advantage is not negative; TRL's
     vespo_lambda_pos: float = 3.0,  # its decay
-    vespo_k_neg: float = 3.0,       # rise where the advantage is negative
+    vespo_k_neg: float = 3.0,  # rise where the advantage is negative
     vespo_lambda_neg: float = 2.0,  # decay
 ) -> Tensor:  # as advantages, without gradient
     "w^k exp(lambda (1 - w)) for w = exp(log_w): 1 for w = 1, vanishing at both ends (VESPO, 2602.10693)."
     log_w = log_w.detach().clamp(math.log(1e-8), 20.0)
-    k, lam = torch.where(advantages >= 0, vespo_k_pos, vespo_k_neg), torch.where(advantages >= 0, vespo_lambda_pos, vespo_lambda_neg).clamp(min=1e-4)
+    k = torch.where(advantages >= 0, vespo_k_pos, vespo_k_neg)
+    lam = torch.where(advantages >= 0, vespo_lambda_pos, vespo_lambda_neg).clamp(min=1e-4)
     return torch.exp(lam + k * log_w - lam * log_w.exp()).nan_to_num(nan=0.0, posinf=0.0)  # step 6
 
 
 def vespo(
-    ratio: Tensor,       # (B, T) ratios of tokens, or (B, 1) of sequences
+    ratio: Tensor,  # (B, T) ratios of tokens, or (B, 1) of sequences
     advantages: Tensor,  # (B, T)
-    logps: Tensor,       # (B, T), with gradient
+    logps: Tensor,  # (B, T), with gradient
     low: float, high: float, delta: float | None,  # not used
     *,
-    log_importance: Tensor | None = None,  # (B, 1) log importance weight of each sequence, for a sampler that is not the trainer
-    tokens: Tensor | None = None,          # (B, 1) how many count in each sequence; needed for a ratio of sequences, which is a mean over these
-    **shape,             # of `gamma_weight`
+    log_importance: Tensor | None = None,  # (B, 1) log importance weight of a sampler that is not the trainer
+    # (B, 1) how many tokens count in each sequence; only a ratio of sequences, which is a mean over these, needs it
+    tokens: Tensor | None = None,
+    **shape,  # the keywords of `gamma_weight`
 ) -> tuple[Tensor, dict]:  # (B, T), and the mean weight of a sequence
     "REINFORCE with a weight per sequence that fades as it leaves the policy that sampled it (VESPO, 2602.10693)."
     log_w = ratio.detach().log().sum(1, keepdim=True)
@@ -61,23 +65,38 @@ def vespo(
 # %% ../../nbs/online/06_policy_zoo.ipynb #c93ba04c
 class LossType(NamedTuple):
     "A loss of the family: `grpo_loss` with these settings."
-    trust_region: str | Callable     # a key of `TRUST_REGIONS` or a function like them
-    average: str                     # a key of `AVERAGES`
-    whole_generation: bool = False   # tokens are counted over the generation, not over the optimizer step (they differ when a generation serves several)
-    names: dict = {}                 # metric -> what TRL calls it for this loss
-    shape: Callable | None = None    # whose keyword-only parameters are further fields of the config
-    caps_ratio: bool = False         # the config's epsilon_high is the greatest ratio itself, not its distance from 1
-    weighs_answers: bool = False     # one weight per answer, into which a foreign sampler's correction goes: its function takes `log_importance` and `tokens`
-    paper: str = ""                  # arXiv number
+    trust_region: str | Callable  # a key of `TRUST_REGIONS` or a function like them
+    average: str  # a key of `AVERAGES`
+    # Count tokens over the generation, not over the optimizer step. They differ when a generation serves several steps.
+    whole_generation: bool = False
+    names: dict = {}  # metric -> what TRL calls it for this loss
+    shape: Callable | None = None  # whose keyword-only parameters are further fields of the config
+    caps_ratio: bool = False  # the config's epsilon_high is the greatest ratio itself, not its distance from 1
+    # One weight per answer, into which a foreign sampler's correction goes: the trust region takes `log_importance` and
+    # `tokens`.
+    weighs_answers: bool = False
+    paper: str = ""  # arXiv number
+
+    @classmethod
+    def of(
+        cls,
+        method: str,  # a key of `RECIPES`, the table of published methods
+        **more,  # fields that the table does not have
+    ) -> "LossType":
+        "A published method: trust region and average are those of its row."
+        settings = RECIPES[method].loss
+        return cls(settings["trust_region"], settings["average"], **more)
 
 
 LOSS_TYPES: dict[str, LossType] = {
-    "grpo": LossType("clip", "sequence", paper="2402.03300"),
-    "bnpo": LossType("clip", "token", paper="2503.20783"),
-    "dr_grpo": LossType("clip", "constant", paper="2503.20783"),
-    "dapo": LossType("clip", "token", whole_generation=True, paper="2503.14476"),
+    "grpo": LossType.of("GRPO", paper="2402.03300"),
+    "bnpo": LossType("clip", "token"),
+    "dr_grpo": LossType.of("Dr. GRPO", paper="2503.20783"),
+    "dapo": LossType.of("DAPO", whole_generation=True, paper="2503.14476"),
     "luspo": LossType("clip", "sum", paper="2602.05261"),
-    "cispo": LossType("cispo", "token", whole_generation=True, names={"clip_ratio/high_mean": "cispo_clip_ratio"}, caps_ratio=True, paper="2506.13585"),
+    "cispo": LossType.of("CISPO", whole_generation=True, caps_ratio=True,
+                         names={"clip_ratio/high_mean": "cispo_clip_ratio"}, paper="2506.13585"),
     "sapo": LossType(sapo, "sequence", shape=sapo, paper="2511.20347"),
-    "vespo": LossType(vespo, "token", whole_generation=True, shape=gamma_weight, weighs_answers=True, paper="2602.10693"),
+    "vespo": LossType(vespo, "token", whole_generation=True, shape=gamma_weight, weighs_answers=True,
+                      paper="2602.10693"),
 }

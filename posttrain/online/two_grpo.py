@@ -13,7 +13,9 @@ def live_pairs(
     rewards: Tensor,  # (2 * P,) the two answers of a question next to each other; NaN: not applicable
 ) -> tuple[Tensor, Tensor]:  # rows of the winners and of the losers, (P_live,) each
     "Who won, of those questions whose two rewards differ. Raises ValueError for an odd number of rewards."
-    if rewards.dim() != 1 or len(rewards) % 2: raise ValueError(f"rewards of shape {tuple(rewards.shape)} are no pairs; expected two per question, next to each other")
+    if rewards.dim() != 1 or len(rewards) % 2:
+        raise ValueError(f"rewards of shape {tuple(rewards.shape)} are no pairs; "
+                         "expected two per question, next to each other")
     first, second = rewards.view(-1, 2).T
     alive = ((first > second) | (first < second)).nonzero().flatten()  # a comparison with NaN is false: nobody won
     won = (second > first).long()[alive]
@@ -21,29 +23,33 @@ def live_pairs(
 
 
 def two_grpo_loss(
-    chosen_logps: Tensor,             # (P, T) winners' tokens under the policy now, with gradient
-    rejected_logps: Tensor,           # (P, T') losers'
+    chosen_logps: Tensor,  # (P, T) winners' tokens under the policy now, with gradient
+    rejected_logps: Tensor,  # (P, T') losers'
     old_chosen_logps: Tensor | None,  # (P, T) under the policy that sampled; None: it is the policy now
     old_rejected_logps: Tensor | None,  # (P, T')
-    chosen_mask: Tensor,              # (P, T) of 0/1
-    rejected_mask: Tensor,            # (P, T')
+    chosen_mask: Tensor,  # (P, T) of 0/1
+    rejected_mask: Tensor,  # (P, T')
     *,
-    epsilon: float = 0.2,             # a loser's ratio counts down to 1 - epsilon; PPO's
+    epsilon: float = 0.2,  # a loser's ratio counts down to 1 - epsilon; PPO's
     epsilon_high: float | None = None,  # a winner's up to 1 + epsilon_high; None: epsilon
-    advantage: float = 2**-0.5,       # of a winner; step 1
+    advantage: float = 2**-0.5,  # of a winner; step 1
     prompts: Tensor | float | None = None,  # questions of the whole optimizer step, ties included; None: these P pairs
 ) -> tuple[Tensor, dict[str, Tensor]]:  # the loss () and detached stats
     """
-    GRPO for groups of two, as the contrast that it is (https://arxiv.org/abs/2510.00977; step 11). Equal to `grpo_loss` at G = 2 without a KL.
+    GRPO for groups of two, as the contrast that it is (https://arxiv.org/abs/2510.00977; step 11). Equal to `grpo_loss`
+    at G = 2 without a KL.
 
-    Stats: `margins`, the mean difference of log-ratios per token, winner minus loser, and `clip_ratio/region_mean`, the share of tokens beyond their limit.
+    Stats: `margins`, the mean difference of log-ratios per token, winner minus loser, and `clip_ratio/region_mean`, the
+    share of tokens beyond their limit.
     """
     high = 1 + (epsilon if epsilon_high is None else epsilon_high)
-    (gain, won, above), (cost, lost, below) = (_count(chosen_logps, old_chosen_logps, chosen_mask, high=high), _count(rejected_logps, old_rejected_logps, rejected_mask, low=1 - epsilon))
+    gain, won, above = _count(chosen_logps, old_chosen_logps, chosen_mask, high=high)
+    cost, lost, below = _count(rejected_logps, old_rejected_logps, rejected_mask, low=1 - epsilon)
     count = len(gain) if prompts is None else prompts
     loss = -advantage / 2 * (gain - cost).sum() / max(count, 1)
     tokens = chosen_mask.sum() + rejected_mask.sum()
-    return loss, {"margins": (won - lost).mean() if len(won) else loss.detach(), "clip_ratio/region_mean": (above + below) / tokens.clamp(min=1)}
+    return loss, {"margins": (won - lost).mean() if len(won) else loss.detach(),
+                  "clip_ratio/region_mean": (above + below) / tokens.clamp(min=1)}
 
 
 def _count(logps, old_logps, mask, low=None, high=None):
