@@ -9,7 +9,7 @@ __all__ = ['COLUMNS', 'DATASET_TYPES', 'SHAREGPT_ROLES', 'first_row', 'column_na
 import difflib
 import logging
 
-from datasets import Dataset, DatasetDict, IterableDatasetDict
+from datasets import DatasetDict, IterableDatasetDict
 
 # %% ../../nbs/data/01_formats.ipynb #4fab5808
 def _is_text(value):
