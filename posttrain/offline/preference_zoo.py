@@ -50,7 +50,7 @@ def exo_pair(
     """
     if not 0 < label_smoothing < 0.5:
         raise ValueError(f"label_smoothing={label_smoothing!r}: EXO takes its logarithm, expected above 0 and below "
-                         f"0.5; the paper takes 1e-3")
+                         "0.5; the paper takes 1e-3")
     m, eps = beta * pairs.margin, label_smoothing
     return m.sigmoid() * (F.logsigmoid(m) - math.log1p(-eps)) + (-m).sigmoid() * (F.logsigmoid(-m) - math.log(eps))
 
@@ -63,7 +63,7 @@ def discopop(
 ) -> Tensor:  # (P,) each pair's loss
     "DiscoPOP, the log-ratio modulated loss (https://arxiv.org/abs/2406.08414, equation 5)."
     m = beta * pairs.margin
-    # of the exponential loss, whose product with it is one exp: 0 times an overflow would be NaN
+    # Share and exponential loss are multiplied as one exp of a sum: 0 times an overflow would be NaN.
     log_share = F.logsigmoid(m / discopop_tau)
     return (-m / discopop_tau).sigmoid() * margin_loss(m, "logistic") + (log_share - m).exp()
 
@@ -108,14 +108,14 @@ def rank_mates(
 ) -> Tensor:  # (P, 2) the y that has x_i's rank, and the x that has y_i's rank; no gradient
     "Who is compared with whom when two samples are sorted (why, c on the card)."
     x, y = x.detach(), y.detach()
-    mate = lambda a, b: b.sort().values[a.argsort().argsort()]
+    def mate(a, b): return b.sort().values[a.argsort().argsort()]
     return torch.stack([mate(x, y), mate(y, x)], -1)
 
 
 def _transport(x, y, mates, beta, label_smoothing) -> Tensor:
     mates = rank_mates(x, y) if mates is None else mates
-    f = lambda difference: margin_loss(beta * difference, label_smoothing=label_smoothing)
-    # each difference of equal ranks twice: once for the gradient of its x, once for that of its y (why, c)
+    def f(difference): return margin_loss(beta * difference, label_smoothing=label_smoothing)
+    # Each difference of equal ranks counts twice: once for the gradient of its x, once for that of its y (why, c).
     both = f(x - mates[:, 0]) + f(mates[:, 1] - y)
     return both - both.detach() / 2
 
@@ -161,7 +161,8 @@ def verbosity_weights(
     ld_alpha: float | None = None,  # what a token counts beyond the length of the shorter answer; None: 1
 ) -> Tensor:  # (2P, T) float, 0 where `mask` is 0
     """
-    Token weights of LD-DPO (https://arxiv.org/abs/2409.06411): what makes one answer longer than the other counts less.
+    Token weights of LD-DPO (https://arxiv.org/abs/2409.06411): tokens up to the shorter answer's length count fully,
+    later ones `ld_alpha`.
     """
     if ld_alpha is None: return mask.float()
     shared = mask.sum(1).view(-1, 2).min(1).values.repeat_interleave(2)[:, None]
