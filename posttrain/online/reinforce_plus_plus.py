@@ -17,7 +17,7 @@ from ..foundations.masks import Totals, average, masked_mean
 from ..foundations.policy_gradient import policy_gradient_loss
 from .rloo import rloo_advantages, rloo_loss
 
-# %% ../../nbs/online/11_reinforce_plus_plus.ipynb #0474bcb1
+# %% ../../nbs/online/11_reinforce_plus_plus.ipynb #8756a96d
 def token_returns(
     rewards: Tensor,          # (B,) of whole completions
     logratio: Tensor | None,  # (B, T) old_logps - ref_logps of the sampled tokens; None: no reference
@@ -28,6 +28,7 @@ def token_returns(
     "The reward less the KL that is still to come, at each token: k1, summed from the token to the end (eq. 8 and 9)."
     returns = rewards[:, None].expand(mask.shape)
     if logratio is not None:
+        # step 1: the sum from the token to the end
         cost = (logratio * mask).masked_fill(mask == 0, 0)
         returns = returns - beta * cost.flip(1).cumsum(1).flip(1)
     return returns.masked_fill(mask == 0, 0)
@@ -64,7 +65,8 @@ def reinforce_plus_plus_baseline_advantages(
     mask: Tensor,             # (B, T) of 0/1
     num_generations: int,     # G, completions per prompt; a group of one has advantage 0
 ) -> Tensor:  # (B, T) without gradient
-    "REINFORCE++ with a baseline: rewards less their group's mean, normalised over all tokens of the batch (2501.03262)."
+    """REINFORCE++ with a baseline: rewards less their group's mean, normalised over all tokens of the batch
+    (2501.03262)."""
     centred = group_advantages(rewards, num_generations, baseline="group", scale="none")
     return global_normalize(centred[:, None], mask * ~rewards.isnan()[:, None])
 
@@ -97,19 +99,21 @@ def reinforce_plus_plus_baseline_loss(
     totals: Totals | None = None,  # counts of the whole optimizer step; None: this batch is the whole step
 ) -> tuple[Tensor, dict[str, Tensor]]:  # the loss () and detached stats
     """
-    The surrogate and, apart from it, the KL to the reference as k2, whose gradient is that of the reverse KL (2501.03262).
+    The surrogate and, apart from it, the KL to the reference as k2, whose gradient is that of the reverse KL.
 
-    Stats: those of `policy_gradient_loss`, and `kl`. Raises ValueError for a beta without `ref_logps`.
+    2501.03262. Stats: those of `policy_gradient_loss`, and `kl`. Raises ValueError for a beta without `ref_logps`.
     """
     loss, stats = reinforce_plus_plus_loss(logps, old_logps, advantages, mask, epsilon=epsilon,
                                            epsilon_high=epsilon_high, totals=totals)
     if beta == 0: return loss, stats
     if ref_logps is None:
-        raise ValueError(f"beta={beta} prices the KL to a reference, whose log-probs are missing: pass ref_logps, or beta=0")
+        raise ValueError(f"beta={beta} prices the KL to a reference, whose log-probs are missing: "
+                         "pass ref_logps, or beta=0")
+    # step 7: before any square, as padding may hold anything
     kl = k2((logps - ref_logps.detach()).masked_fill(mask == 0, 0))
     return loss + beta * average(kl, mask, "token", totals=totals), {**stats, "kl": masked_mean(kl.detach(), mask)}
 
-# %% ../../nbs/online/11_reinforce_plus_plus.ipynb #f80cd4ab
+# %% ../../nbs/online/11_reinforce_plus_plus.ipynb #26053ef7
 class Estimator(NamedTuple):
     "How rewards become advantages, and the loss that uses them."
     advantages: Callable  # (rewards, logratio, mask, num_generations, **fields) -> (B,) or (B, T)
@@ -123,5 +127,3 @@ ESTIMATORS = {
     "reinforce_plus_plus_baseline": Estimator(
         reinforce_plus_plus_baseline_advantages, reinforce_plus_plus_baseline_loss, False),
 }
-
-
