@@ -50,8 +50,9 @@ def test_grpo_teaches_the_pocket_model(seed, tmp_path):
 def test_without_a_baseline_it_does_not(tmp_path):
     """A reward for form, which nearly every answer earns, is a constant offset to a group and everything to a run
     without a baseline: it learns to write short numbers. nbs/online/01_grpo.ipynb takes it apart."""
-    (start, reached, *_), (_, without, *_) = (
-        learn(0, tmp_path, kind, steps=80, rewards=[exact_match_reward, a_number]) for kind in (GRPOTrainer, NoBaseline))
+    rewards = [exact_match_reward, a_number]
+    start, reached, *_ = learn(0, tmp_path, GRPOTrainer, steps=80, rewards=rewards)
+    _, without, *_ = learn(0, tmp_path, NoBaseline, steps=80, rewards=rewards)
     print(f"start {start:.2f}, GRPO {reached:.2f}, without a baseline {without:.2f}")
     # as changes from the start, which differs a little from machine to machine
     assert reached > start + 0.05 and without < start / 2
