@@ -200,14 +200,15 @@ def test_a_trained_adapter_is_its_own_reference(config, tmp_path):
 def test_precomputed_equals_asked_every_time(config, peft, tmp_path, monkeypatch):
     import datasets
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    kw = dict(dataset=unequal(), eval_dataset=unequal(10), learning_rate=1e-2, max_steps=6, ld_alpha=.5)
+    # plain gradient descent: Adam would blow up the rounding of other batches to whole learning rates
+    kw = dict(dataset=unequal(), eval_dataset=unequal(10), optim="sgd", learning_rate=1.0, max_steps=6, ld_alpha=.5)
     def run(**more):
         torch.manual_seed(0)
         return train(config, **kw, **more, **(dict(peft_config=adapter()) if peft else {}))
     live, once = run(), run(precompute_ref_log_probs=True, precompute_ref_batch_size=7)
-    assert torch.allclose(weights(live), weights(once),
-                          atol=1e-5) and live.evaluate()["eval_loss"] == pytest.approx(once.evaluate(
-                              )["eval_loss"], abs=1e-5)
+    assert logged(live, "rewards/margins")[-1] > 1e-3, "nothing was learned"
+    assert torch.allclose(weights(live), weights(once), atol=1e-5)
+    assert live.evaluate()["eval_loss"] == pytest.approx(once.evaluate()["eval_loss"], abs=1e-5)
     assert once.ref_model is None and (peft or once.reference.source is None)
     files = list((tmp_path / "cache").rglob("*.npz"))
     assert len(files) == 2  # training and evaluation
