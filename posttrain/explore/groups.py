@@ -4,7 +4,7 @@
 __all__ = ['NORMALISERS', 'SIZES', 'RATES', 'MIXES', 'EPS', 'every_group', 'chances', 'typical_batch', 'advantages_by_count',
            'Difficulty', 'by_difficulty', 'live_questions', 'draw_groups', 'groups_explorer']
 
-# %% ../../nbs/explore/12_groups.ipynb #6cdb4fb1
+# %% ../../nbs/explore/12_groups.ipynb #d754e7a6
 from functools import cache
 from typing import NamedTuple
 
@@ -13,8 +13,7 @@ from torch import Tensor
 
 from . import svg
 from .core import Explorer, choice
-from ..foundations.advantages import SCALES, group_advantages
-from ..online.dapo import informative
+from ..foundations.advantages import SCALES, group_advantages, informative
 
 NORMALISERS = {  # keywords of `group_advantages`
     "none": dict(baseline="group", scale="none"),

@@ -3,16 +3,16 @@
 # %% auto #0
 __all__ = ['GRPOConfig', 'GRPOTrainer']
 
-# %% ../../nbs/online/09_grpo_trainer.ipynb #e0884052
+# %% ../../nbs/online/09_grpo_trainer.ipynb #ad4f29d9
 import math
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from ..foundations.advantages import group_advantages, group_std
+from ..foundations.advantages import group_advantages, informative
 from ..foundations.masks import Totals, average
 from ..foundations.policy_gradient import RATIOS
 from posttrain.online.corrections import (
@@ -24,7 +24,6 @@ from posttrain.online.corrections import (
     off_policy_mask,
     top_entropy_mask,
 )
-from .dapo import overlong_filter
 from .grpo import grpo_loss
 from .policy_zoo import LOSS_TYPES
 from ..rollout.config import OnlineConfig
@@ -34,7 +33,7 @@ from ..training.config import ClipFields, ReferenceFields, option
 from ..training.heads import completion_logps, scoring
 from ..training.metrics import Mean, policy_metrics
 
-# %% ../../nbs/online/09_grpo_trainer.ipynb #63e2b50a
+# %% ../../nbs/online/09_grpo_trainer.ipynb #054e9935
 @dataclass
 class GRPOConfig(ClipFields, ReferenceFields, OnlineConfig):
     "GRPO's fields beside those of `OnlineConfig` and `TrainingArguments`. Names and defaults are TRL's."
@@ -43,7 +42,6 @@ class GRPOConfig(ClipFields, ReferenceFields, OnlineConfig):
     loss_type: str = option(
         "dapo", "A key of online.policy_zoo.LOSS_TYPES: how the surrogate is limited and averaged.",
         choices=LOSS_TYPES)
-    beta: float = option(0.0, "Price of a nat of KL to the reference; 0: no reference model is made.", low=0)
     delta: float | None = option(
         None, "Cap of the ratio where the advantage is negative (two-sided clipping), above 1 + epsilon_high.")
     importance_sampling_level: str = option("token", "'token', or 'sequence' (GSPO).", choices=RATIOS)
@@ -62,8 +60,6 @@ class GRPOConfig(ClipFields, ReferenceFields, OnlineConfig):
         "sum_then_normalize", "Several rewards: 'sum_then_normalize', or 'normalize_then_sum' (GDPO).",
         choices=("sum_then_normalize", "normalize_then_sum"))
     # which tokens learn
-    mask_truncated_completions: bool = option(
-        False, "Leave out completions that were cut at max_completion_length (DAPO's overlong filtering).")
     top_entropy_quantile: float = option(
         1.0, "Only so large a share of tokens, the most uncertain ones, gets a policy gradient.", low=0, high=1)
     off_policy_mask_threshold: float | None = option(
@@ -127,7 +123,7 @@ class GRPOConfig(ClipFields, ReferenceFields, OnlineConfig):
                     importance_sampling_level=self.importance_sampling_level,
                     use_bias_correction_kl=self.use_bias_correction_kl, max_length=self.max_completion_length)
 
-# %% ../../nbs/online/09_grpo_trainer.ipynb #7e3f7068
+# %% ../../nbs/online/09_grpo_trainer.ipynb #e672f7d2
 class GRPOTrainer(OnlineTrainer):
     """
     Group relative policy optimisation (https://arxiv.org/abs/2402.03300) and its family. Call it as TRL's.
@@ -140,11 +136,6 @@ class GRPOTrainer(OnlineTrainer):
     config_class = GRPOConfig
 
     # ------------------------------------------------ what rewards mean
-    def select(self, generation):
-        "Overlong filtering: a completion that was cut teaches nothing."
-        if not self.args.mask_truncated_completions: return generation
-        return replace(generation, masks=overlong_filter(generation.all_masks(), generation.finished))
-
     def credit(self, generation, batches):
         args, weights, G = self.args, self.rewards.weights, generation.num_generations
         if args.multi_objective_aggregation == "normalize_then_sum":
@@ -158,7 +149,7 @@ class GRPOTrainer(OnlineTrainer):
         """
         if self.args.multi_objective_aggregation == "sum_then_normalize": return super().keep(generation)
         weighted = (generation.rewards * self.rewards.weights).T
-        return torch.stack([group_std(r, generation.num_generations) for r in weighted]).gt(0).any(0)
+        return torch.stack([informative(reward, generation.num_generations) for reward in weighted]).any(0)
 
     # ------------------------------------------------ one step
     def totals_of(self, batch):
@@ -282,8 +273,6 @@ class GRPOTrainer(OnlineTrainer):
             summed, count = self.accelerator.reduce(local, "sum").tolist()
             if count: self.entropy.update(summed / count)
         return self.entropy.coef
-
-    def needs_reference(self): return self.args.beta != 0
 
     # ------------------------------------------------ stopping and going on
     def run_state(self):

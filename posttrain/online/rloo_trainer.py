@@ -3,10 +3,9 @@
 # %% auto #0
 __all__ = ['RLOOConfig', 'RLOOTrainer']
 
-# %% ../../nbs/online/12_rloo_trainer.ipynb #2aa6f7cf
-from dataclasses import dataclass, replace
+# %% ../../nbs/online/12_rloo_trainer.ipynb #21bb8e39
+from dataclasses import dataclass
 
-from .dapo import overlong_filter
 from .reinforce_plus_plus import ESTIMATORS
 from ..rollout.config import OnlineConfig
 from ..rollout.rewards import total
@@ -25,7 +24,6 @@ class RLOOConfig(ClipFields, ReferenceFields, OnlineConfig):
     advantage_estimator: str = option("rloo", "How rewards become advantages (not in TRL).", choices=ESTIMATORS)
     normalize_advantages: bool = option(False, "RLOO: normalise advantages over the whole generation.")
     reward_clip_range: list[float] | None = option(None, "Least and greatest reward; None: any.")
-    mask_truncated_completions: bool = option(False, "Leave out completions that were cut at max_completion_length.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -43,12 +41,6 @@ class RLOOTrainer(OnlineTrainer):
 
     config_class = RLOOConfig
     needs_old_logps = True  # the KL in the reward is that of the policy that sampled
-
-    def needs_reference(self): return self.args.beta != 0
-
-    def select(self, generation):
-        if not self.args.mask_truncated_completions: return generation
-        return replace(generation, masks=overlong_filter(generation.all_masks(), generation.finished))
 
     def credit(self, generation, batches):
         rewards, limits = total(generation.rewards, self.rewards.weights), self.args.reward_clip_range

@@ -79,7 +79,7 @@ class VLLMFields:
     vllm_server_timeout: float = option(
         240.0, "server: seconds without an answer after which training stops.", above=0)
 
-# %% ../../nbs/rollout/06_config.ipynb #c8b1b2d9
+# %% ../../nbs/rollout/06_config.ipynb #8065e918
 _STOPS = ("stop", "stop_strings")  # vLLM's name and transformers'
 
 
@@ -123,6 +123,10 @@ class OnlineConfig(TRLFields, VLLMFields, PostConfig):
         "rounds (verl's gen_batch_size).", low=1)
     # rewards
     reward_weights: list[float] | None = option(None, "One per reward function; None: 1 each.")
+    # what learns
+    beta: float = option(0.0, "Price of a nat of KL to the reference; 0: no reference model is made.", low=0)
+    mask_truncated_completions: bool = option(
+        False, "Leave out completions that were cut at max_completion_length (DAPO's overlong filtering).")
     # the model
     disable_dropout: bool = option(
         False, "Switch dropout off, so that the policy that learns is the one that sampled.")

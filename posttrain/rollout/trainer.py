@@ -3,213 +3,110 @@
 # %% auto #0
 __all__ = ['OnlineTrainer']
 
-# %% ../../nbs/rollout/08_trainer.ipynb #334dd264
-import time
+# %% ../../nbs/rollout/08_trainer.ipynb #6407d85f
 import warnings
-from dataclasses import replace
 
 import torch
-from accelerate.utils import gather_object
 from datasets import IterableDataset
-from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 
-from ..data.formats import check_rows, column_names, is_conversational, require
-from ..data.tokens import check_tokenizer, encode_prompts
-from ..foundations.advantages import group_std
-from posttrain.rollout.completions import (
-    CompletionsLog,
-    completion_metrics,
-    completions_table,
-    reward_metrics,
-    scores_of,
-)
+from ..data.formats import check_rows, column_names, require
+from ..data.tokens import check_tokenizer
+from .completions import CompletionsLog, completions_table, scores_of
 from .config import OnlineConfig
-from .generation import Generation, from_rollout
-from .rewards import total
-from .sampling import Engine, eos_ids, make_sampler
-from .score import RewardLog, Rewards
-from .stream import Prompts, RolloutStream, completion_seeds, informative_groups
-from ..training.heads import completion_logps, scoring
-from ..training.metrics import Mean
+from .generation import Generation
+from .sampling import Engine, make_sampler
+from .score import Rewards
+from .stages import Stages, weighted
+from .stream import Prompts, RolloutStream, Rounds, completion_seeds
 from ..training.references import WithReference, disable_dropout, has_dropout
 from ..training.trainer import PostTrainer
 
-# %% ../../nbs/rollout/08_trainer.ipynb #c9211acb
-class OnlineTrainer(WithReference, PostTrainer):
+# %% ../../nbs/rollout/08_trainer.ipynb #0fec5976
+class OnlineTrainer(Stages, WithReference, PostTrainer):
     """A trainer of methods that sample. Call it as TRL's GRPOTrainer.
 
-    `reward_funcs`: one or a list of functions, models or paths (`rollout.rewards`). `rollout_func(prompts, trainer)`:
-    called with a prompt per completion, returns a dict with `prompt_ids`, `completion_ids`, `logprobs` (or None),
-    perhaps
-    `env_mask`, and any further columns for reward functions. Datasets have a column `prompt`, strings or messages, and
-    any others, which reward functions get by name. Raises ValueError and TypeError that say what is wrong with data,
-    rewards or config, before a model is loaded."""
+    `reward_funcs`: one or a list of functions, models or paths (`rollout.rewards`).
+    `rollout_func(prompts, trainer)`: called with a prompt per completion. It returns a dict with `prompt_ids`,
+    `completion_ids`, `logprobs` (or None), perhaps `env_mask`, and any further columns for reward functions.
+    Datasets have a column `prompt`, strings or messages, and any others, which reward functions get by name.
+    Raises ValueError and TypeError that say what is wrong with data, rewards or config, before a model is loaded."""
 
     config_class = OnlineConfig
     averages_over = "sequences"
     needs_rewards = True
-    needs_old_logps = False  # True: the loss or the credit reads old_logps even where the policy has not moved
 
-    # ------------------------------------------------ one generation, read downwards
-    def make_batches(self, prompts: Prompts) -> list[dict]:
-        "From prompts to this process's micro-batches."
-        generation = self.collect(prompts)
-        generation, batches = self.learnable(generation, self.local_parts())
-        # of all tokens, what falls to a micro-batch on average
-        share = generation.token_count() / self.args.steps_per_generation / self.args.world_size
-        batches = [{**batch, "token_share": torch.tensor(share, device=self.args.device)} for batch in batches]
-        self.generation = generation
-        self.tell_callbacks("on_generation", generation)
-        return batches
+    # ------------------------------------------------ construction
+    def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None,
+                 processing_class=None, reward_processing_classes=None, callbacks=None, optimizers=(None, None),
+                 peft_config=None, tools=None, rollout_func=None, environment_factory=None, *, ref_model=None):
+        for name, value in (("tools", tools), ("environment_factory", environment_factory)):
+            if value:
+                raise ValueError(f"{name} is not supported here: write the conversation with the tool in a "
+                                 "rollout_func, and mark what the tool wrote with 0 in its env_mask")
+        args = self.config_class.adopt(args)
+        if reward_funcs is None and self.needs_rewards:
+            raise TypeError(f"{type(self).__name__} needs reward_funcs: a function (prompts, completions, **columns) "
+                            "-> list of numbers, a reward model, or a list of these")
+        self.rewards = None if reward_funcs is None else Rewards(
+            reward_funcs, args.reward_weights, reward_processing_classes, args.chat_template_kwargs)
+        self.rollout_func = rollout_func
+        self.engine = self.stream = None
+        self.generation = None  # the last one, for logs and callbacks
+        self._warned_of_rounds = False
+        self.note_reference(model, ref_model, args, peft_config)
+        super().__init__(model, args, None, train_dataset, eval_dataset, processing_class, None, callbacks, optimizers,
+                         peft_config=peft_config)
 
-    def collect(self, prompts: Prompts) -> Generation:
-        "Sample and score a generation with this step's weights, on all processes: in one round, or in several."
+    def needs_reference(self) -> bool:
+        "Does this run ask a reference? Only where its KL has a price."
+        return self.args.beta != 0
+
+    def after_building(self):
         args = self.args
-        if self.engine is not None: self.engine.sync(self.model)  # an engine that sleeps wakes for it
-        if args.dynamic_sampling:
-            generation, rounds = informative_groups(
-                lambda n: self.one_round(*prompts.draw(n)), self.keep, args.prompts_per_generation, prompts.state,
-                max_rounds=args.dynamic_sampling_rounds, most=args.dynamic_sampling_prompts)
-            self._report_rounds(rounds)
-        else: generation = self.one_round(*prompts.draw(args.prompts_per_generation))
-        if self.engine is not None: self.engine.sleep()
-        return generation
+        if self.needs_reference(): self.add_reference()
+        if args.disable_dropout: disable_dropout(self.model)
+        if args.log_completions: self.add_callback(CompletionsLog())
+        if self.rewards: self.rewards.to(args.device)
+        if not self.rollout_func: self.engine = self.make_engine()
+        # with one's own loop in the trainer's precision its log-probs are the old policy's: nothing is computed again
+        own_loop = self.engine is not None and not args.use_vllm
+        in_float32 = next(self.model.parameters()).dtype == torch.float32
+        self.sampler_is_exact = own_loop and in_float32 and self.accelerator.mixed_precision == "no"
+        # then the policy that learns is never quite the one that sampled
+        self.forward_is_stochastic = args.neftune_noise_alpha is not None or has_dropout(self.model)
+        if self.train_dataset is not None: self.stream = self.make_stream()
 
-    def one_round(self, rows: list[dict], seeds: list[int]) -> Generation:
-        "Completions of these rows, sampled and scored: each process does its share, and all of them get the whole."
-        args, start = self.args, time.time()
-        bounds = [process * len(rows) // args.world_size for process in range(args.world_size + 1)]
-        share = slice(bounds[args.process_index], bounds[args.process_index + 1])
-        local = self.generate(rows[share], seeds[share])
-        generation = Generation.join([part for part in self._from_all_processes(local) if len(part)])
-        metrics = {**self._metrics_of(generation), "time/rollout": time.time() - start}
-        self.metrics["train"].add(_weighted(metrics, len(rows)))  # rounds of dynamic sampling differ in size
-        return generation
+    def make_engine(self) -> Engine:
+        "Who samples."
+        args = self.args
+        if not args.use_vllm: return make_sampler(self.model, self.processing_class, args.sampler)
+        if args.vllm_mode == "server":
+            from posttrain.rollout.vllm_server import VLLMServer
+            url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
+            return VLLMServer(self.model, self.processing_class, base_url=url, timeout=args.vllm_server_timeout)
+        from posttrain.rollout.vllm import VLLMColocated, logprobs_mode_for
+        return VLLMColocated(
+            self.model, self.processing_class, max_model_len=args.vllm_max_model_length,
+            gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+            tensor_parallel_size=args.vllm_tensor_parallel_size, enable_sleep_mode=args.vllm_enable_sleep_mode,
+            logprobs_mode=logprobs_mode_for(args.sampling()))
 
-    def sample(self, rows: list[dict], seeds: list[int], num_generations: int | None = None) -> Generation:
-        "Completions of these rows, one each, on this process; `num_generations` neighbours for a prompt."
-        G = num_generations or self.args.num_generations
-        decode = self._as_seen_by_rewards(rows)
-        if self.rollout_func:
-            ends = {*eos_ids(self.model, self.processing_class), self.processing_class.pad_token_id}
-            answer = self.rollout_func([row["prompt"] for row in rows], self)
-            return from_rollout(answer, rows, ends, G, decode)
-        prompt_ids = self._encode_groups(rows)
-        samples = self.engine.sample(prompt_ids, seeds, self.args.sampling())
-        return Generation(rows, prompt_ids, samples.completion_ids, samples.sampled_logps, samples.finished,
-                          decode(samples.completion_ids), G)
+    def make_stream(self) -> RolloutStream:
+        "Prompts of the train dataset, on their way to micro-batches."
+        args, dataset = self.args, self.train_dataset
+        prompts = Prompts(dataset, args.num_generations, seed=args.seed, order_seed=args.data_seed,
+                          shuffle=args.shuffle_dataset)
+        if isinstance(dataset, IterableDataset): length = args.max_steps * args.gradient_accumulation_steps
+        else:
+            generations = max(1, len(dataset) // args.prompts_per_generation)
+            length = generations * args.steps_per_generation * args.num_iterations
+        return RolloutStream(self.make_batches, prompts, num_iterations=args.num_iterations, length=length)
 
-    def score(self, generation: Generation) -> Generation:
-        "The same with a reward for each function and completion, and with what reward functions want to have logged."
-        n = len(generation)
-        if not self.rewards or not n: return replace(generation, rewards=torch.zeros(n, self._reward_count))
-        names = [name for name in generation.rows[0] if name != "prompt"]
-        columns = {name: [row[name] for row in generation.rows] for name in names} | generation.extra
-        log = RewardLog(n)
-        rewards = self.rewards([row["prompt"] for row in generation.rows], generation.completions,
-                               generation.completion_ids, columns, self.state, log.extra, log.metric)
-        return replace(generation, rewards=rewards, extra=generation.extra | log.columns, logged=log.metrics)
-
-    def generate(self, rows: list[dict], seeds: list[int], num_generations: int | None = None) -> Generation:
-        "Completions of these rows, sampled and scored, on this process: for looking at them, or for keeping the best."
-        return self.score(self.sample(rows, seeds, num_generations))
-
-    def learnable(self, generation: Generation, parts: list[range]) -> tuple[Generation, list[dict]]:
-        "The stages after scoring: the generation with its credit, and a micro-batch for each of the parts."
-        generation = self.select(generation)
-        batches = self.annotate(self.split(generation, parts))
-        columns = self.credit(generation, batches)
-        return replace(generation, columns=columns), _with_columns(batches, columns, parts)
-
-    def select(self, generation: Generation) -> Generation:
-        "Which completions learn, in which order, and which of their tokens count."
-        return generation
-
-    def split(self, generation: Generation, parts: list[range]) -> list[dict]:
-        "Micro-batches of these completions, on this process's device."
-        return [self._prepare_inputs(generation.batch(part)) for part in parts]
-
-    def annotate(self, batches: list[dict]) -> list[dict]:
-        "What takes a model to know: log-probs under the policy that sampled, and under the reference."
-        return [self._with_logps(batch) for batch in batches]
-
-    def credit(self, generation: Generation, batches: list[dict]) -> dict[str, Tensor]:
-        "What the rewards mean for learning: name -> (B,) or (B, T), for the whole generation."
-        raise NotImplementedError
-
-    # ------------------------------------------------ helpers of the stages
-    def local_parts(self) -> list[range]:
-        "Which completions of a generation each micro-batch of this process holds."
-        args, size = self.args, self.args.per_device_train_batch_size
-        starts = [(m * args.world_size + args.process_index) * size for m in range(args.steps_per_generation)]
-        return [range(start, start + size) for start in starts]
-
-    def gathered(self, generation: Generation, batches: list[dict], name: str) -> Tensor:
-        "A column of the micro-batches of all processes, in the generation's order: (B, T), or (B,)."
-        local = [batch[name].detach().cpu() for batch in batches]
-        if sum(map(len, local)) < len(generation):
-            by_process = self._from_all_processes(local)
-            local = [parts[m] for m in range(len(local)) for parts in by_process]
-        if local[0].dim() == 1: return torch.cat(local)
-        width = max(x.shape[1] for x in local)
-        return torch.cat([nn.functional.pad(x, (0, width - x.shape[1])) for x in local])
-
-    def _from_all_processes(self, value) -> list:
-        "Something of each process, by its number."
-        if self.args.world_size == 1: return [value]
-        numbered = gather_object([(self.args.process_index, value)])
-        return [part for _, part in sorted(numbered, key=lambda pair: pair[0])]
-
-    def _with_logps(self, batch: dict) -> dict:
-        args, batch = self.args, dict(batch)
-        if self.forward_is_stochastic and not args.reused and self.engine is not None and not args.use_vllm:
-            # with dropout our sampler's differ from those of every forward pass, which are then the old ones
-            batch.pop("sampled_logps", None)
-        if self.sampler_is_exact and "sampled_logps" in batch: batch["old_logps"] = batch["sampled_logps"]
-        elif args.reused or self.needs_old_logps:
-            with scoring(self.model), self.compute_loss_context_manager():
-                batch["old_logps"] = completion_logps(self.model, batch, temperature=args.temperature)["logps"]
-        if self.reference is not None:
-            with self.compute_loss_context_manager():
-                batch["ref_logps"] = self.reference.logps(batch, args.temperature)
-        return batch
-
-    def keep(self, generation: Generation) -> Tensor:
-        "Dynamic sampling: (P,) whether a group teaches something."
-        return group_std(total(generation.rewards, self.rewards.weights), generation.num_generations) > 0
-
-    def encode(self, rows: list[dict]) -> list[list[int]]:
-        """The tokens of the rows' prompts. Raises TypeError for what is none: the rows of a stream are seen here for
-        the
-        first time."""
-        places = [f"{i} of those asked now" for i in range(len(rows))]
-        check_rows({"prompt": [row.get("prompt") for row in rows]}, ["prompt"], places, who=type(self).__name__)
-        read = [name for name in ("prompt", "tools", "chat_template_kwargs") if name in rows[0]]
-        columns = {name: [row.get(name) for row in rows] for name in read}
-        if common := self.args.chat_template_kwargs:
-            own = columns.get("chat_template_kwargs") or [None] * len(rows)
-            columns["chat_template_kwargs"] = [{**common, **(of_row or {})} for of_row in own]
-        return encode_prompts(columns, self.processing_class)
-
-    def _encode_groups(self, rows: list[dict]) -> list[list[int]]:
-        "The tokens of the rows' prompts; the rows of a group are one object, and encoded once."
-        first = [not i or row is not rows[i - 1] for i, row in enumerate(rows)]
-        distinct = [row for row, new in zip(rows, first) if new]
-        encoded, prompt_ids = iter(self.encode(distinct) if rows else ()), []
-        for new in first: prompt_ids.append(next(encoded) if new else prompt_ids[-1])
-        return prompt_ids
-
-    def _as_seen_by_rewards(self, rows: list[dict]):
-        "Token ids -> completions as text, or as an assistant's messages where the prompts are messages."
-        chat = bool(rows) and is_conversational(rows[0])
-        def decode(completion_ids):
-            texts = self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
-            return [[{"role": "assistant", "content": text}] for text in texts] if chat else texts
-        return decode
-
-    @property
-    def _reward_count(self) -> int: return len(self.rewards.names) if self.rewards else 0
+    def get_train_dataloader(self):
+        if self.stream is None: raise ValueError(f"{type(self).__name__}: training requires a train_dataset")
+        # not sharded: all processes draw the same prompts, and each takes its part of what they become
+        return self.stream.loader()
 
     # ------------------------------------------------ data
     def check(self, dataset, name):
@@ -233,75 +130,6 @@ class OnlineTrainer(WithReference, PostTrainer):
 
     def default_collator(self): return list  # rows as they are: `prediction_step` samples their completions
 
-    # ------------------------------------------------ construction
-    def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None,
-                 processing_class=None, reward_processing_classes=None, callbacks=None, optimizers=(None, None),
-                 peft_config=None, tools=None, rollout_func=None, environment_factory=None, *, ref_model=None):
-        for name, value in (("tools", tools), ("environment_factory", environment_factory)):
-            if value:
-                raise ValueError(f"{name} is not supported here: write the conversation with the tool in a "
-                                 f"rollout_func, " "and mark what the tool wrote with 0 in its env_mask")
-        args = self.config_class.adopt(args)
-        if reward_funcs is None and self.needs_rewards:
-            raise TypeError(f"{type(self).__name__} needs reward_funcs: a function (prompts, completions, "
-                            f"**columns) -> " "list of numbers, a reward model, or a list of these")
-        self.rewards = None if reward_funcs is None else Rewards(
-            reward_funcs, args.reward_weights, reward_processing_classes, args.chat_template_kwargs)
-        self.rollout_func, self.generation = rollout_func, None
-        self.engine, self.stream = None, None
-        self.note_reference(model, ref_model, args, peft_config)
-        super().__init__(model, args, None, train_dataset, eval_dataset, processing_class, None, callbacks, optimizers,
-                         peft_config=peft_config)
-
-    def needs_reference(self) -> bool:
-        "Does this run ask a reference?"
-        return False
-
-    def after_building(self):
-        args = self.args
-        if self.needs_reference(): self.add_reference()
-        if args.disable_dropout: disable_dropout(self.model)
-        if args.log_completions: self.add_callback(CompletionsLog())
-        if self.rewards: self.rewards.to(args.device)
-        if not self.rollout_func: self.engine = self.make_engine()
-        # with one's own loop in the trainer's precision its log-probs are the old policy's: nothing is computed again
-        own_loop = self.engine is not None and not args.use_vllm
-        in_float32 = next(self.model.parameters()).dtype == torch.float32
-        self.sampler_is_exact = own_loop and in_float32 and self.accelerator.mixed_precision == "no"
-        # then the policy that learns is never quite the one that sampled
-        self.forward_is_stochastic = args.neftune_noise_alpha is not None or has_dropout(self.model)
-        if self.train_dataset is not None: self.stream = self._make_stream()
-
-    def make_engine(self) -> Engine:
-        "Who samples."
-        args = self.args
-        if not args.use_vllm: return make_sampler(self.model, self.processing_class, args.sampler)
-        if args.vllm_mode == "server":
-            from posttrain.rollout.vllm_server import VLLMServer
-            url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
-            return VLLMServer(self.model, self.processing_class, base_url=url, timeout=args.vllm_server_timeout)
-        from posttrain.rollout.vllm import VLLMColocated, logprobs_mode_for
-        return VLLMColocated(self.model, self.processing_class, max_model_len=args.vllm_max_model_length,
-                                  gpu_memory_utilization=args.vllm_gpu_memory_utilization,
-                                  tensor_parallel_size=args.vllm_tensor_parallel_size,
-                                  enable_sleep_mode=args.vllm_enable_sleep_mode,
-                                  logprobs_mode=logprobs_mode_for(args.sampling()))
-
-    def _make_stream(self) -> RolloutStream:
-        args, dataset = self.args, self.train_dataset
-        prompts = Prompts(dataset, args.num_generations, seed=args.seed, order_seed=args.data_seed,
-                          shuffle=args.shuffle_dataset)
-        if isinstance(dataset, IterableDataset): length = args.max_steps * args.gradient_accumulation_steps
-        else:
-            generations = max(1, len(dataset) // args.prompts_per_generation)
-            length = generations * args.steps_per_generation * args.num_iterations
-        return RolloutStream(self.make_batches, prompts, num_iterations=args.num_iterations, length=length)
-
-    def get_train_dataloader(self):
-        if self.stream is None: raise ValueError(f"{type(self).__name__}: training requires a train_dataset")
-        # not sharded: all processes draw the same prompts, and each takes its part of what they become
-        return self.stream.loader()
-
     # ------------------------------------------------ evaluation
     def evaluation_loop(self, *args, **kwargs):
         "Sample with the weights of now; the same seeds in each evaluation."
@@ -324,7 +152,7 @@ class OnlineTrainer(WithReference, PostTrainer):
         self._evaluated += 1
         seeds = completion_seeds(args.seed, before * G, len(rows) * G)
         generation = self.generate([row for row in rows for _ in range(G)], seeds, G)
-        self.metrics["eval"].add(_weighted(self._metrics_of(generation), len(rows)))
+        self.metrics["eval"].add(weighted(self.metrics_of(generation), len(rows)))
         _, (batch,) = self.learnable(generation, [range(len(generation))])
         return batch
 
@@ -338,14 +166,8 @@ class OnlineTrainer(WithReference, PostTrainer):
                                   "evaluate(dataset)")
 
     # ------------------------------------------------ logs
-    def _metrics_of(self, generation: Generation) -> dict[str, float]:
-        logged = {name: sum(values) / len(values) for name, values in generation.logged.items()}
-        if not self.rewards: return completion_metrics(generation) | logged
-        of_rewards = reward_metrics(generation.rewards, self.rewards.weights, self.rewards.names,
-                                    generation.num_generations)
-        return completion_metrics(generation) | logged | of_rewards
-
-    def _report_rounds(self, rounds) -> None:
+    def report_rounds(self, rounds: Rounds) -> None:
+        "How dynamic sampling went, for the log; and once a warning, when groups that teach something ran out."
         asked, kept = sum(rounds.asked), sum(rounds.kept)
         self.metrics["train"].add({"dynamic_sampling/rounds": float(len(rounds.asked)),
                                    "dynamic_sampling/kept": kept / asked})
@@ -354,12 +176,9 @@ class OnlineTrainer(WithReference, PostTrainer):
         wanted = self.args.prompts_per_generation
         warnings.warn(
             f"dynamic sampling: after {len(rounds.asked)} rounds and {asked} prompts only {wanted - rounds.missing} of "
-            f"{wanted} groups have rewards that differ; the step goes on with groups that teach "
-            f"nothing. Said once. The "
-            "prompts may be too hard or too easy for this model, or num_generations too small; "
-            "frac_reward_zero_std and " "dynamic_sampling/kept tell", stacklevel=2)
-
-    _warned_of_rounds = False
+            f"{wanted} groups have rewards that differ; the step goes on with groups that teach nothing. Said once. "
+            "The prompts may be too hard or too easy for this model, or num_generations too small; "
+            "frac_reward_zero_std and dynamic_sampling/kept tell", stacklevel=2)
 
     def scores_of(self, generation: Generation) -> dict[str, list[float]]:
         "What each completion got: its rewards by name, and `advantage`, where all its tokens have the same."
@@ -377,22 +196,9 @@ class OnlineTrainer(WithReference, PostTrainer):
     def load_run_state(self, state):
         if state["stream"]["batches"] and state["processes"] != self.args.world_size:
             raise ValueError(f"this checkpoint was saved by {state['processes']} processes in the middle of a "
-                             f"generation; "
-                             f"it goes on with {state['processes']}, not {self.args.world_size}. Or choose "
-                             f"save_steps that " "fall between generations")
+                             f"generation; it goes on with {state['processes']}, not {self.args.world_size}. Or choose "
+                             "save_steps that fall between generations")
         self.stream.load_state_dict(state["stream"])
         self.stream.state.batches = [self._prepare_inputs(batch) for batch in self.stream.state.batches]
 
 
-def _weighted(metrics: dict[str, float], n: int) -> dict[str, Mean]:
-    "Means over n prompts or completions, to be averaged with others over other numbers of them."
-    return {name: Mean(value * n, n) for name, value in metrics.items()}
-
-
-def _with_columns(batches: list[dict], columns: dict[str, Tensor], parts: list[range]) -> list[dict]:
-    "Each micro-batch with its part of the columns of the whole generation."
-    def of(values, batch, part):
-        rows = values[part.start:part.stop].to(batch["mask"].device)
-        return rows if rows.dim() == 1 else rows[:, :batch["mask"].shape[1]]
-    return [{**batch, **{name: of(values, batch, part) for name, values in columns.items()}}
-            for batch, part in zip(batches, parts)]

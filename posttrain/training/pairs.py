@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['make_pairs', 'pair_metrics', 'PairTrainer']
 
-# %% ../../nbs/training/07_pairs.ipynb #84db8209
+# %% ../../nbs/training/07_pairs.ipynb #887244a8
 from collections.abc import Callable
 
 from torch import Tensor
@@ -12,7 +12,7 @@ from ..data.collate import collate_pairs
 from ..data.formats import dataset_type, first_row
 from ..data.tokens import prepare_pairs
 from ..foundations.masks import Totals
-from ..foundations.preferences import Pairs, identity
+from ..foundations.preferences import Pairs, identity, split_pairs
 from .heads import completion_logps
 from .metrics import Mean
 from .trainer import PostTrainer
@@ -28,14 +28,16 @@ def make_pairs(
     score: Callable[[Tensor], Tensor] = identity,  # log-ratio -> score of another divergence than the reverse KL
 ) -> Pairs:
     "Log-probs of tokens -> what a loss of pairs looks at (steps 1 to 3)."
-    def by_pair(per_answer): return per_answer.view(-1, 2).unbind(1)
     weights = batch["mask"] if weights is None else weights
-    chosen, rejected = by_pair((logps * weights).sum(1))
-    ref_chosen, ref_rejected = (0.0, 0.0) if ref_logps is None else by_pair((ref_logps * weights).sum(1))
-    nll = -(logps * batch["mask"])[0::2].sum(1)
+    chosen, rejected = split_pairs((logps * weights).sum(1))
+    ref_chosen, ref_rejected = (0.0, 0.0) if ref_logps is None else split_pairs((ref_logps * weights).sum(1))
+    chosen_lengths, rejected_lengths = split_pairs(batch["completion_lengths"].clamp(min=1))
+    chosen_tokens, _ = split_pairs(logps * batch["mask"])
+    # the step's mean over chosen tokens, as a share of each pair
+    nll = -chosen_tokens.sum(1) * totals.sequences / totals.tokens.clamp(min=1)
     mates = {name.removesuffix("_mates"): values for name, values in batch.items() if name.endswith("_mates")}
-    return Pairs(chosen, rejected, ref_chosen, ref_rejected, *by_pair(batch["completion_lengths"].clamp(min=1)),
-                 score=score, chosen_nll=nll * totals.sequences / totals.tokens.clamp(min=1), rank_mates=mates)
+    return Pairs(chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, score=score,
+                 chosen_nll=nll, rank_mates=mates)
 
 
 def pair_metrics(
@@ -49,13 +51,15 @@ def pair_metrics(
     per_pair = {"rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/accuracies": chosen > rejected,
                 "rewards/margins": chosen - rejected, "logps/chosen": pairs.chosen_logps,
                 "logps/rejected": pairs.rejected_logps}
-    per_token = {"logits/chosen": Mean.of(out["mean_logit"][0::2], mask[0::2]),
-                 "logits/rejected": Mean.of(out["mean_logit"][1::2], mask[1::2]),
-                 "entropy": Mean.of(out["entropy"], mask),
-                 "mean_token_accuracy": Mean.of(out["is_top1"][0::2], mask[0::2])}
+    chosen_mask, rejected_mask = split_pairs(mask)
+    chosen_logit, rejected_logit = split_pairs(out["mean_logit"])
+    chosen_top1, _ = split_pairs(out["is_top1"])
+    per_token = {"logits/chosen": Mean.of(chosen_logit, chosen_mask),
+                 "logits/rejected": Mean.of(rejected_logit, rejected_mask), "entropy": Mean.of(out["entropy"], mask),
+                 "mean_token_accuracy": Mean.of(chosen_top1, chosen_mask)}
     return {name: Mean.of(values) for name, values in per_pair.items()} | per_token
 
-# %% ../../nbs/training/07_pairs.ipynb #fc97a0cd
+# %% ../../nbs/training/07_pairs.ipynb #5281e87e
 class PairTrainer(PostTrainer):
     """A trainer of methods that compare two answers to a prompt. A method says `pair_loss`.
 
@@ -81,7 +85,10 @@ class PairTrainer(PostTrainer):
 
     def default_collator(self): return collate_pairs
 
-    def totals_of(self, batch): return Totals.of(batch["mask"][0::2])  # pairs, and the tokens of their chosen answers
+    def totals_of(self, batch):
+        "Pairs, and the tokens of their chosen answers."
+        chosen_mask, _ = split_pairs(batch["mask"])
+        return Totals.of(chosen_mask)
 
     def pairs(self, batch: dict, logps: Tensor, ref_logps: Tensor | None, totals: Totals) -> Pairs:
         "What the loss looks at; a method may weigh tokens or score log-ratios in another way."
