@@ -7,10 +7,12 @@ import sys
 import time
 
 import pytest
+import torch
 
-from posttrain import GRPOTrainer, pocket
+from posttrain import GRPOTrainer, RLOOConfig, RLOOTrainer, pocket
 from posttrain.cli import demo_config
 from posttrain.rollout.rewards import exact_match_reward, total
+from posttrain.training.heads import completion_logps
 from posttrain.training.progress import Progress
 
 
@@ -58,11 +60,33 @@ def test_without_a_baseline_it_does_not(tmp_path):
     assert reached > start + 0.05 and without < start / 2
 
 
+def rloo_agrees(folder, settings):
+    """RLOO and REINFORCE++ for three steps each. How far the engine's log-probs are from the trainer's afterwards, the
+    greatest difference of a token, and how far the weights went, for each of the two."""
+    answer = []
+    for estimator in ("rloo", "reinforce_plus_plus"):
+        args = RLOOConfig(folder, advantage_estimator=estimator, max_steps=3, per_device_train_batch_size=32,
+                          num_generations=4, max_completion_length=12, learning_rate=1e-3, logging_steps=1,
+                          save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True, **settings)
+        model, tokenizer = pocket.start("reverse", steps=130)
+        before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+        data = pocket.dataset("reverse", "prompt_only", n=200, seed=1)
+        trainer = RLOOTrainer(model, exact_match_reward, args, train_dataset=data, processing_class=tokenizer)
+        trainer.train()
+        trainer.engine.sync(model)
+        batch = trainer.generate([data[0]] * 8, list(range(8))).batch()
+        own = completion_logps(model, batch)["logps"].detach()
+        gap = ((own - batch["sampled_logps"]) * batch["mask"]).abs().max().item()
+        moved = (torch.cat([p.detach().flatten() for p in model.parameters()]) - before).norm().item()
+        answer += [gap, moved]
+    return answer
+
+
 VLLM = """
 import sys
 from pathlib import Path
 sys.path.insert(0, "tests")
-from test_online import learn
+from test_online import learn, rloo_agrees
 from posttrain import pocket
 mode, folder = sys.argv[1:]
 mean = lambda rows: sum(r["reward"] for r in rows) / len(rows)
@@ -73,6 +97,7 @@ def run(**settings):
     rows = [r for r in trainer.state.log_history if "reward" in r]
     gaps = [r["sampling/sampling_logp_difference/max"] for r in rows if "sampling/sampling_logp_difference/max" in r]
     print("RESULT", before, after, mean(rows[:5]), mean(rows[-5:]), max(gaps, default=-1), flush=True)
+    if settings: print("RLOO", *rloo_agrees(folder, settings), flush=True)
 if mode == "own": run()
 elif mode == "colocate": run(use_vllm=True)
 else:
@@ -83,7 +108,8 @@ else:
 
 
 def test_vllm_earns_the_same_reward(tmp_path):
-    """Colocated and server, the real vLLM: after 40 steps the reward is that of our own sampler within noise. (A batch
+    """Colocated and server, the real vLLM: after 40 steps of GRPO the reward is that of our own sampler within noise,
+    and RLOO and REINFORCE++ keep their engine at the weights of now. (A batch
     half as large and a better start than in the demo: vLLM on a CPU takes some milliseconds for each completion.)"""
     reached = {}
     for mode in ("own", "colocate", "server"):
@@ -96,6 +122,11 @@ def test_vllm_earns_the_same_reward(tmp_path):
         print(mode, before, after, first, last, gap)
         assert after > before + 0.08 and last > first + 0.02
         assert gap == -1 if mode == "own" else 0 <= gap < 1e-3, gap
+        if mode == "own": continue
+        rloo = [line.split()[1:] for line in out.stdout.splitlines() if line.startswith("RLOO")]
+        assert rloo, out.stdout[-2000:] + out.stderr[-3000:]
+        numbers = list(map(float, rloo[0]))
+        for gap, moved in zip(numbers[0::2], numbers[1::2]): assert gap < 1e-3 < moved
     # four standard errors of a difference of two means of ten steps each, of at least 64 completions
     noise = 4 * (2 * 0.25 / (10 * 64)) ** 0.5
     assert max(reached.values()) - min(reached.values()) < noise, reached

@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from posttrain import RLOOConfig, RLOOTrainer, pocket
 from posttrain.rollout.rewards import exact_match_reward
-from test_grpo import logs, noisy, rows, weights
+from test_grpo import assert_two_processes_are_one, logs, noisy, rows, weights
 from test_grpo_parity import (
     LONGEST,
     G,
@@ -167,6 +167,15 @@ def test_one_gradient_for_every_cut(name, config):
         for a, b in zip(logs(whole), logs(cut), strict=True):
             for key in ("loss", "kl", "entropy", "reward", "grad_norm"):
                 if key in a: assert abs(a[key] - b[key]) <= 2e-5 * max(1, abs(a[key])), (key, a[key], b[key])
+
+
+@pytest.mark.distributed
+def test_two_processes_are_one(tmp_path):
+    "The KL in the reward, and what is normalised over the whole generation, are those of both processes."
+    assert_two_processes_are_one(tmp_path, "RLOO", [
+        dict(beta=.1, num_iterations=2, normalize_advantages=True),
+        dict(beta=.1, advantage_estimator="reinforce_plus_plus"),
+        dict(beta=.1, advantage_estimator="reinforce_plus_plus_baseline", mask_truncated_completions=True)])
 
 
 @pytest.mark.parametrize("name", ["rloo", "reinforce_plus_plus"])
