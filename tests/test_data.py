@@ -25,8 +25,8 @@ from posttrain.data.formats import (  # noqa: E402
 )
 from posttrain.data.packing import PACKING_STRATEGIES, pack_dataset  # noqa: E402
 from posttrain.data.packing_best_fit import best_fit_decreasing  # noqa: E402
+from posttrain.data.prepare import prepare_pairs, prepare_sft, prepare_steps, prepare_unpaired  # noqa: E402
 from posttrain.data.templates import CHATML, apply_chat_template  # noqa: E402
-from posttrain.data.tokens import prepare_pairs, prepare_sft, prepare_steps, prepare_unpaired  # noqa: E402
 
 disable_progress_bars()
 
