@@ -21,7 +21,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from .config import PostConfig
 from .heads import attach_head, completion_logps, scoring
-from .trainer import load_model
+from .loading import load_model
 
 # %% ../../nbs/training/06_references.ipynb #91d37c75
 def _settings(model) -> str:
