@@ -29,7 +29,8 @@ from ..training.config import LengthFields, PostConfig, ReferenceFields, option
 from ..training.heads import completion_logps
 from ..training.pairs import PairTrainer, make_pairs
 from ..training.precompute import fingerprint, precompute_ref_logps
-from ..training.references import ModelReference, PrecomputedReference, WithReference, disable_dropout
+from ..training.references import ModelReference, PrecomputedReference, disable_dropout
+from ..training.with_reference import WithReference
 
 
 @dataclass

@@ -32,8 +32,9 @@ from .score import RewardLog, Rewards
 from .stream import Prompts, RolloutStream, completion_seeds, informative_groups
 from ..training.heads import completion_logps, scoring
 from ..training.metrics import Mean
-from ..training.references import WithReference, disable_dropout, has_dropout
+from ..training.references import disable_dropout, has_dropout
 from ..training.trainer import PostTrainer
+from ..training.with_reference import WithReference
 
 # %% ../../nbs/rollout/08_trainer.ipynb #c9211acb
 class OnlineTrainer(WithReference, PostTrainer):
