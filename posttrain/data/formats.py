@@ -5,19 +5,24 @@ __all__ = ['COLUMNS', 'DATASET_TYPES', 'SHAREGPT_ROLES', 'first_row', 'column_na
            'dataset_type', 'check_rows', 'extract_prompt', 'maybe_extract_prompt', 'unpair_preference_dataset',
            'maybe_unpair_preference_dataset', 'is_conversational_from_value', 'maybe_convert_to_chatml', 'warn_once']
 
-# %% ../../nbs/data/01_formats.ipynb #75ba1a0f
+# %% ../../nbs/data/01_formats.ipynb #c8530988
 import difflib
+import itertools
 import logging
 
 from datasets import DatasetDict, IterableDatasetDict
 
-# %% ../../nbs/data/01_formats.ipynb #4fab5808
+# %% ../../nbs/data/01_formats.ipynb #46bac26c
 def _is_text(value):
     return isinstance(value, str)
 
 
+def _is_message(value):
+    return isinstance(value, dict) and "role" in value
+
+
 def _is_messages(value):
-    return isinstance(value, list) and len(value) > 0 and all(isinstance(m, dict) and "role" in m for m in value)
+    return isinstance(value, list) and len(value) > 0 and all(map(_is_message, value))
 
 
 def _is_text_or_messages(value):
@@ -36,8 +41,12 @@ def _is_flags(value):
     return isinstance(value, list) and all(map(_is_flag, value))
 
 
+def _is_id(value):
+    return isinstance(value, int)
+
+
 def _is_ids(value):
-    return isinstance(value, list) and all(isinstance(i, int) for i in value)
+    return isinstance(value, list) and all(map(_is_id, value))
 
 
 _MESSAGES = "a non-empty list of messages like {'role': 'user', 'content': '...'}"
@@ -79,14 +88,15 @@ _ALSO_CALLED = {
     "labels": ("step_labels", "ratings"),
 }
 
-# %% ../../nbs/data/01_formats.ipynb #2032bab0
+# %% ../../nbs/data/01_formats.ipynb #9e259674
 def _first_split(dataset):
     "The first split of a dictionary of datasets; any other dataset as it is."
-    return next(iter(dataset.values())) if isinstance(dataset, (DatasetDict, IterableDatasetDict)) else dataset
+    has_splits = isinstance(dataset, (DatasetDict, IterableDatasetDict))
+    return next(iter(dataset.values())) if has_splits else dataset
 
 
 def first_row(
-    dataset,  # Dataset, IterableDataset, a dict of either (its first split is looked at), or one row, a plain dict
+    dataset,                    # Dataset, IterableDataset, a dict of either (the first split counts), or one row
     who: str = "this trainer",  # who asks, for the error message
 ) -> dict:
     """The first row of `dataset`. Raises ValueError when there is no row.
@@ -117,7 +127,7 @@ def is_conversational(
     "Whether the row is made of messages (`role`, `content`) and so wants a chat template."
     return any(_is_messages(example.get(key)) for key in ("messages", "prompt", "completion", "chosen", "rejected"))
 
-# %% ../../nbs/data/01_formats.ipynb #caf68f12
+# %% ../../nbs/data/01_formats.ipynb #3b371bad
 def _listed(names) -> str:
     "'a', 'b' and 'c'"
     names = [repr(n) for n in names]
@@ -138,7 +148,8 @@ def _meant(missing, spare) -> dict[str, str]:
     "For missing columns the spare ones that were probably meant: their name -> the right name."
     meant = {}
     for name in missing:
-        if (found := _closest(name, [c for c in spare if c not in meant])) is not None:
+        found = _closest(name, [c for c in spare if c not in meant])
+        if found is not None:
             meant[found] = name
     return meant
 
@@ -147,7 +158,8 @@ def _missing(need, there, who: str, kind: str = "") -> ValueError:
     "The error for columns that are not there: what is missing, what is there, and the line that repairs it."
     missing = [n for n in need if n not in there]
     meant = _meant(missing, [c for c in there if c not in need])
-    columns, verb = ("columns" if len(need) > 1 else "column"), ("is" if len(missing) == 1 else "are")
+    columns = "columns" if len(need) > 1 else "column"
+    verb = "is" if len(missing) == 1 else "are"
     text = (f"{who} needs the {columns} {_listed(need)}{kind}, but {_listed(missing)} {verb} missing. "
             f"The dataset has: {_listed(there)}.")
     if meant:
@@ -176,25 +188,27 @@ def dataset_type(
 ) -> str:
     "The type of `dataset`, a key of `DATASET_TYPES`. Raises ValueError when its columns fit none of `among`."
     there = column_names(dataset)
-    known = DATASET_TYPES if among is None else {t: DATASET_TYPES[t] for t in DATASET_TYPES if t in among}
-    types = [(name, columns) for name, alternatives in known.items() for columns in alternatives]
+    known = [name for name in DATASET_TYPES if among is None or name in among]
+    types = [(name, columns) for name in known for columns in DATASET_TYPES[name]]
     for name, columns in types:
         if set(columns) <= set(there):
             return name
     name, columns = min(types, key=lambda kind: _distance(kind[1], there))
-    others = [t for t in known if t != name]
+    others = [other for other in known if other != name]
     also = f"; {', '.join(others)} would do too" if others else ""
     raise _missing(columns, there, who, f" ({name}{also})")
 
 
 def _distance(columns, there) -> float:
     "The share of `columns` that would have to be changed; one that is there under another name counts half."
-    return sum(0.5 if _closest(c, there) else 1 for c in columns if c not in there) / len(columns)
+    missing = [c for c in columns if c not in there]
+    return sum(0.5 if _closest(c, there) else 1 for c in missing) / len(columns)
 
-# %% ../../nbs/data/01_formats.ipynb #c7a131e2
+# %% ../../nbs/data/01_formats.ipynb #9f394174
 def _shown(value) -> str:
     text = repr(value)
-    return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(value).__name__})"
+    short = text if len(text) <= 80 else text[:77] + "..."
+    return f"{short} ({type(value).__name__})"
 
 
 def check_rows(
@@ -208,26 +222,28 @@ def check_rows(
     The message names the column, the row, the value and what was expected."""
     for name in columns:
         test, expected = COLUMNS[name]
-        for i, value in enumerate(batch[name]):
+        for row, value in zip(_row_numbers(indices), batch[name]):
             if not test(value):
-                row = i if indices is None else indices[i]
                 raise TypeError(f"{who}: column {name!r}, row {row}: expected {expected}, got {_shown(value)}.")
     _check_spelling(batch, columns, indices, who)
+
+
+def _row_numbers(indices):
+    return itertools.count() if indices is None else indices
 
 
 def _check_spelling(batch, columns, indices, who):
     "All strings, or all lists of messages: the first value decides."
     names = [n for n in columns if n in ("prompt", "completion", "chosen", "rejected")]
-    for i, values in enumerate(zip(*(batch[n] for n in names))):
+    for row, values in zip(_row_numbers(indices), zip(*(batch[n] for n in names))):
         if all(isinstance(v, str) == isinstance(batch[names[0]][0], str) for v in values):
             continue
         kinds = ["a string" if isinstance(v, str) else "a list of messages" for v in values]
         found = ", ".join(f"{name!r} is {kind}" for name, kind in zip(names, kinds))
-        raise TypeError(
-            f"{who}: row {i if indices is None else indices[i]}: {found}. Make the columns all strings, or all lists "
-            "of messages, in every row: a string is never put through the chat template.")
+        raise TypeError(f"{who}: row {row}: {found}. Make the columns all strings, or all lists of messages, in every "
+                        "row: a string is never put through the chat template.")
 
-# %% ../../nbs/data/01_formats.ipynb #8b380e4d
+# %% ../../nbs/data/01_formats.ipynb #8b424ed6
 def extract_prompt(
     example: dict,  # one preference row; `chosen` and `rejected` are both strings or both lists of messages
 ) -> dict:          # `prompt`, `chosen`, `rejected`
@@ -236,9 +252,9 @@ def extract_prompt(
     if not chosen or not rejected:
         empty = "rejected" if chosen else "chosen"
         raise ValueError(f"No prompt can be extracted: {empty!r} is empty in {_shown(example)}.")
-    shortest = min(len(chosen), len(rejected))
-    k = next((j for j in range(shortest) if chosen[j] != rejected[j]), shortest)
-    k = min(k, shortest - 1)
+    k = 0  # where they part; each side keeps at least one character, or one message
+    while k < min(len(chosen), len(rejected)) - 1 and chosen[k] == rejected[k]:
+        k += 1
     if k > 0 and chosen[k - 1] == " ":
         k -= 1
     return {"prompt": chosen[:k], "chosen": chosen[k:], "rejected": rejected[k:]}
@@ -257,11 +273,12 @@ def maybe_extract_prompt(
         return example
     return extract_prompt(example)
 
-# %% ../../nbs/data/01_formats.ipynb #9dec9d38
+# %% ../../nbs/data/01_formats.ipynb #cef01e68
 def _unpair(batch: dict[str, list]) -> dict[str, list]:
-    n = len(batch["chosen"])
-    others = {k: values + values for k, values in batch.items() if k not in ("chosen", "rejected")}
-    return {**others, "completion": batch["chosen"] + batch["rejected"], "label": [True] * n + [False] * n}
+    "A batch of pairs -> first the rows of all chosen, then those of all rejected sides."
+    chosen, rejected = batch["chosen"], batch["rejected"]
+    others = {name: values + values for name, values in batch.items() if name not in ("chosen", "rejected")}
+    return {**others, "completion": chosen + rejected, "label": [True] * len(chosen) + [False] * len(rejected)}
 
 
 def unpair_preference_dataset(
@@ -283,7 +300,7 @@ def maybe_unpair_preference_dataset(
     paired = {"chosen", "rejected"} <= set(column_names(dataset))
     return unpair_preference_dataset(dataset, **map_kwargs) if paired else dataset
 
-# %% ../../nbs/data/01_formats.ipynb #d657832e
+# %% ../../nbs/data/01_formats.ipynb #7acc5c1e
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_response": "tool"}
 
 
@@ -300,8 +317,9 @@ def _to_chatml(message):
     if not isinstance(message, dict) or "from" not in message:
         return message
     names = {"from": "role", "value": "content"}
-    renamed = {names.get(k, k): v for k, v in message.items()}
-    return {**renamed, "role": SHAREGPT_ROLES.get(renamed["role"], renamed["role"])}
+    renamed = {names.get(name, name): value for name, value in message.items()}
+    role = SHAREGPT_ROLES.get(renamed["role"], renamed["role"])
+    return {**renamed, "role": role}
 
 
 def maybe_convert_to_chatml(
