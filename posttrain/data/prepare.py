@@ -3,21 +3,16 @@
 # %% auto #0
 __all__ = ['prepare_sft', 'prepare_pairs', 'prepare_unpaired', 'prepare_steps']
 
-# %% ../../nbs/data/03c_prepare.ipynb #5c62a56f
+# %% ../../nbs/data/03c_prepare.ipynb #60a75f85
 from functools import partial
 
-from posttrain.data.formats import (
-    check_rows,
-    column_names,
-    dataset_type,
-    first_row,
+from posttrain.data.conversions import (
     is_conversational_from_value,
     maybe_convert_to_chatml,
     maybe_extract_prompt,
-    require,
     unpair_preference_dataset,
-    warn_once,
 )
+from .formats import check_rows, column_names, dataset_type, first_row, require, warn_once
 from .mapping import Preparation, batch_of_one, prepare_dataset
 from .templates import check_template
 from posttrain.data.tokens import (
