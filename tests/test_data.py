@@ -194,7 +194,8 @@ def test_prompts_that_are_not_prefixes_are_reported_once(heard):
     # " sky" and " is" are tokens
     dataset = Dataset.from_dict({"prompt": ["The ", "What "], "completion": ["sky is", "is 2"]})
     assert by_us(dataset, tokenizer) == by_trl(dataset, tokenizer)
-    assert len(heard.records) == 1 and "' '" in heard.text and "token boundary" in heard.text
+    ours = [record.getMessage() for record in heard.records if record.name == "posttrain"]  # TRL may warn too
+    assert len(ours) == 1 and "' '" in ours[0] and "token boundary" in ours[0]
 
 
 def test_assistant_turns_of_a_long_chat():
