@@ -16,17 +16,17 @@ sys.path.insert(0, str(Path(__file__).parent))
 import tiny  # noqa: E402
 from posttrain.data import formats  # noqa: E402
 from posttrain.data.collate import collate_sft, show_batch  # noqa: E402
-from posttrain.data.formats import (  # noqa: E402
-    dataset_type,
+from posttrain.data.conversions import (  # noqa: E402
     extract_prompt,
     maybe_convert_to_chatml,
     maybe_extract_prompt,
     unpair_preference_dataset,
 )
+from posttrain.data.formats import dataset_type  # noqa: E402
 from posttrain.data.packing import PACKING_STRATEGIES, pack_dataset  # noqa: E402
 from posttrain.data.packing_best_fit import best_fit_decreasing  # noqa: E402
+from posttrain.data.prepare import prepare_pairs, prepare_sft, prepare_steps, prepare_unpaired  # noqa: E402
 from posttrain.data.templates import CHATML, apply_chat_template  # noqa: E402
-from posttrain.data.tokens import prepare_pairs, prepare_sft, prepare_steps, prepare_unpaired  # noqa: E402
 
 disable_progress_bars()
 
@@ -34,7 +34,7 @@ disable_progress_bars()
 @pytest.fixture(autouse=True)
 def heard(caplog):
     "What is said to the logger `posttrain`; things that are said once may be said again in each test."
-    formats._said.clear()
+    formats._warned.clear()
     caplog.set_level(logging.WARNING, logger="posttrain")
     return caplog
 
@@ -194,7 +194,8 @@ def test_prompts_that_are_not_prefixes_are_reported_once(heard):
     # " sky" and " is" are tokens
     dataset = Dataset.from_dict({"prompt": ["The ", "What "], "completion": ["sky is", "is 2"]})
     assert by_us(dataset, tokenizer) == by_trl(dataset, tokenizer)
-    assert len(heard.records) == 1 and "' '" in heard.text and "token boundary" in heard.text
+    ours = [record.getMessage() for record in heard.records if record.name == "posttrain"]  # TRL may warn too
+    assert len(ours) == 1 and "' '" in ours[0] and "token boundary" in ours[0]
 
 
 def test_assistant_turns_of_a_long_chat():
@@ -263,9 +264,9 @@ def test_pairs_equal_trl(case, max_length, adds):
     tokenizer = tiny.tokenizer(CHATML, adds=adds, bos="<s>")
     args = SimpleNamespace(dataset_num_proc=None, max_length=max_length, truncation_mode="keep_start")
     theirs = DPOTrainer._prepare_dataset(SimpleNamespace(_tokenizer=tokenizer), PAIRS[case], tokenizer, args, "train")
-    theirs = [(r["prompt_ids"],
-               *((r["prompt_ids"] + r[side])[:max_length][len(r["prompt_ids"]):]
-                 for side in ("chosen_ids", "rejected_ids"))) for r in theirs]
+    def cut(prompt, side): return (prompt + side)[:max_length][len(prompt):]
+    theirs = [(r["prompt_ids"], cut(r["prompt_ids"], r["chosen_ids"]), cut(r["prompt_ids"], r["rejected_ids"]))
+              for r in theirs]
     if not theirs:
         with pytest.raises(ValueError, match="no row of the train dataset"):
             prepare_pairs(PAIRS[case], tokenizer, max_length=max_length)
@@ -336,9 +337,10 @@ def test_steps_are_judged_where_they_end():
     for row, raw in zip(prepare_steps(rows, tokenizer), rows):
         ends = [i for i, l in enumerate(row["labels"]) if l != -100]
         assert [bool(row["labels"][i]) for i in ends] == raw["labels"]
-        for k, i in enumerate(ends):
-            assert tokenizer.decode(row["input_ids"][:i + 1]) == "<s>" + raw["prompt"] + "".join(
-                s + "\n" for s in raw["completions"][:k + 1])
+        text = "<s>" + raw["prompt"]
+        for end, step in zip(ends, raw["completions"]):
+            text += step + "\n"
+            assert tokenizer.decode(row["input_ids"][:end + 1]) == text
     last = prepare_steps(rows, tokenizer, train_on_last_step_only=True)
     assert [sum(l != -100 for l in r["labels"]) for r in last] == [1, 1]
     chats = rows.map(lambda row: {"prompt": [user(row["prompt"])]})
@@ -349,80 +351,123 @@ def test_steps_are_judged_where_they_end():
 def dataset(**columns): return Dataset.from_dict(columns)
 
 
-BAD = {"missing column": (lambda t: prepare_sft(dataset(prompt=["a"], output=["b"]), t), ValueError,
-                          ["SFTTrainer needs", "'completion' is missing", "'prompt' and 'output'",
-                           "rename_columns({'output': 'completion'})"]),
-       "nothing alike": (lambda t: prepare_sft(dataset(foo=["a"]), t), ValueError,
-                         ["The dataset has: 'foo'", "rename_column('your_name'"]),
-       "only a prompt": (lambda t: prepare_sft(dataset(prompt=["a"]), t), ValueError, ["'completion' is missing"]),
-       "empty": (lambda t: prepare_sft(dataset(text=[]), t), ValueError, ["SFTTrainer is empty", "0 rows"]),
-       "empty stream": (lambda t: prepare_sft(IterableDataset.from_generator(lambda: iter(())), t), ValueError,
-                        ["SFTTrainer is empty"]),
-       "wrong type": (lambda t: prepare_sft(dataset(text=[1, 2]), t), TypeError,
-                      ["column 'text', row 0", "expected a string", "1 (int)"]),
-       "a hole": (lambda t: prepare_sft(dataset(text=["a", "b", None]), t), TypeError,
-                  ["column 'text', row 2", "None (NoneType)"]),
-       "a hole in a stream": (lambda t: list(prepare_sft(dataset(text=["a"] * 1500 + [None]).to_iterable_dataset(), t)),
-                              TypeError, ["column 'text', row 1500", "None (NoneType)"]),
-       "no messages": (lambda t: prepare_sft(dataset(messages=[[user("a"), assistant("b")], []]), t), TypeError,
-                       ["column 'messages', row 1", "non-empty list of messages", "[] (list)"]),
-       "mixed spelling": (lambda t: prepare_sft(dataset(prompt=["a"], completion=[[assistant("b")]]), t), TypeError,
-                          ["'prompt' is a string, 'completion' is a list of messages"]),
-       "prompts too long": (lambda t: prepare_sft(dataset(prompt=["What colour is the sky?"], completion=["blue"]), t,
-                                                  max_length=4), ValueError,
-                            ["no row of the train dataset", "max_length=4", "keep_end"]),
-       "stream of prompts too long": (
-           lambda t: prepare_sft(dataset(prompt=["What colour is the sky?"], completion=["blue"]).to_iterable_dataset(),
-                                 t, max_length=4), ValueError, ["first 1000 rows", "max_length=4"]),
-       "nothing to learn": (lambda t: prepare_sft(dataset(text=["", ""]), t), ValueError,
-                            ["no row of the train dataset"]),
-       "unknown truncation": (lambda t: prepare_sft(TEXT, t, truncation_mode="middle"), ValueError,
-                              ["'keep_start', 'keep_end'", "'middle'"]),
-       "max_length 0": (lambda t: prepare_sft(TEXT, t, max_length=0), ValueError, ["positive", "got 0"]),
-       "no pad": (lambda t: prepare_sft(TEXT, tiny.tokenizer(pad=None)), ValueError,
-                  ["no padding token", "tokenizer.pad_token = tokenizer.eos_token"]),
-       "no end": (lambda t: prepare_sft(TEXT, tiny.tokenizer(eos=None)), ValueError,
-                  ["no end-of-sequence token", "eos_token"]),
-       "no template": (lambda t: prepare_sft(MESSAGES, tiny.tokenizer()), ValueError,
-                       ["no chat template", "chat_template_path"]),
-       "no markers": (lambda t: prepare_sft(MESSAGES,
-                                            tiny.tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}"),
-                                            assistant_only_loss=True), ValueError,
-                      ["does not mark it", "{% generation %}"]),
-       "assistant_only_loss of strings": (lambda t: prepare_sft(STANDARD, t, assistant_only_loss=True), ValueError,
-                                          ["needs conversations", "'prompt'"]),
-       "completion_only_loss of texts": (lambda t: prepare_sft(TEXT, t, completion_only_loss=True), ValueError,
-                                         ["needs the columns 'prompt' and 'completion'"]),
-       "formatting a completion": (lambda t: prepare_sft(STANDARD, t, formatting_func=str, completion_only_loss=True),
-                                   ValueError, ["formatting_func", "completion_only_loss"]),
-       "formatting to a list": (lambda t: prepare_sft(STANDARD, t, formatting_func=lambda row: [row["prompt"]]),
-                                TypeError, ["returns a string", "returned list"]),
-       "a transform": (lambda t: prepare_sft(TEXT.with_transform(lambda batch: batch), t), ValueError,
-                       ["with_transform", "Dataset.map"]),
-       "labels of another length": (lambda t: prepare_sft(dataset(input_ids=[[1, 2], [3, 4]], labels=[[1, 2], [3]]), t),
-                                    ValueError, ["row 1", "2 input_ids", "1 labels"]),
-       "labels of other tokens": (lambda t: prepare_sft(dataset(input_ids=[[1, 2], [3, 4]], labels=[[1, 2], [3, 9]]),
-                                                        t), ValueError, ["row 1", "label 9", "token 4"]),
-       "bad tools": (lambda t: prepare_sft(MESSAGES.select([0]).add_column("tools", ["{nope"]), t), ValueError,
-                     ["'tools'", "not JSON"]),
-       "pairs without one": (lambda t: prepare_pairs(dataset(prompt=["a"], accepted=["b"], rejected=["c"]), t),
-                             ValueError, ["DPOTrainer", "'chosen' is missing", "{'accepted': 'chosen'}"]),
-       "pairs of numbers": (lambda t: prepare_pairs(dataset(prompt=["a"], chosen=["b"], rejected=[3]), t), TypeError,
-                            ["column 'rejected', row 0", "3 (int)"]),
-       "no verdict": (lambda t: prepare_unpaired(dataset(prompt=["a"], completion=["b"]), t), ValueError,
-                      ["KTOTrainer", "'label' is missing"]),
-       "a verdict of words": (lambda t: prepare_unpaired(dataset(prompt=["a"], completion=["b"], label=["good"]), t),
-                              TypeError, ["column 'label', row 0", "True or False", "'good' (str)"]),
-       "steps and labels": (lambda t: prepare_steps(dataset(prompt=["a"], completions=[["b", "c"]], labels=[[True]]),
-                                                    t), ValueError, ["2 completions", "1 labels"]),
-       "unknown packing": (lambda t: pack_dataset(dataset(input_ids=[[1]]), 4, "ffd"), ValueError,
-                           ["'bfd', 'bfd_split', 'wrapped'", "'ffd'"]),
-       "packing text": (lambda t: pack_dataset(TEXT, 4), TypeError, ["column 'text'", "select_columns"]),
-       "packing twice": (lambda t: pack_dataset(pack_dataset(dataset(input_ids=[[1]]), 4), 4), ValueError,
-                         ["packed already"]),
-       "unpairing answers": (lambda t: unpair_preference_dataset(dataset(prompt=["a"], completion=["b"])), ValueError,
-                             ["'chosen' and 'rejected' are missing"]),
-       "type of nothing known": (lambda t: dataset_type({"x": 1}), ValueError, ["The dataset has: 'x'"]),}
+LONG_PROMPT = dataset(prompt=["What colour is the sky?"], completion=["blue"])
+NO_MARKERS = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+BAD = {
+    "missing column": (
+        lambda t: prepare_sft(dataset(prompt=["a"], output=["b"]), t),
+        ValueError, ["SFTTrainer needs", "'completion' is missing", "'prompt' and 'output'",
+                     "rename_columns({'output': 'completion'})"]),
+    "nothing alike": (
+        lambda t: prepare_sft(dataset(foo=["a"]), t),
+        ValueError, ["The dataset has: 'foo'", "rename_column('your_name'"]),
+    "only a prompt": (
+        lambda t: prepare_sft(dataset(prompt=["a"]), t),
+        ValueError, ["'completion' is missing"]),
+    "empty": (
+        lambda t: prepare_sft(dataset(text=[]), t),
+        ValueError, ["SFTTrainer is empty", "0 rows"]),
+    "empty stream": (
+        lambda t: prepare_sft(IterableDataset.from_generator(lambda: iter(())), t),
+        ValueError, ["SFTTrainer is empty"]),
+    "wrong type": (
+        lambda t: prepare_sft(dataset(text=[1, 2]), t),
+        TypeError, ["column 'text', row 0", "expected a string", "1 (int)"]),
+    "a hole": (
+        lambda t: prepare_sft(dataset(text=["a", "b", None]), t),
+        TypeError, ["column 'text', row 2", "None (NoneType)"]),
+    "a hole in a stream": (
+        lambda t: list(prepare_sft(dataset(text=["a"] * 1500 + [None]).to_iterable_dataset(), t)),
+        TypeError, ["column 'text', row 1500", "None (NoneType)"]),
+    "no messages": (
+        lambda t: prepare_sft(dataset(messages=[[user("a"), assistant("b")], []]), t),
+        TypeError, ["column 'messages', row 1", "non-empty list of messages", "[] (list)"]),
+    "mixed spelling": (
+        lambda t: prepare_sft(dataset(prompt=["a"], completion=[[assistant("b")]]), t),
+        TypeError, ["'prompt' is a string, 'completion' is a list of messages"]),
+    "prompts too long": (
+        lambda t: prepare_sft(LONG_PROMPT, t, max_length=4),
+        ValueError, ["no row of the train dataset", "max_length=4", "keep_end"]),
+    "stream of prompts too long": (
+        lambda t: prepare_sft(LONG_PROMPT.to_iterable_dataset(), t, max_length=4),
+        ValueError, ["first 1000 rows", "max_length=4"]),
+    "nothing to learn": (
+        lambda t: prepare_sft(dataset(text=["", ""]), t),
+        ValueError, ["no row of the train dataset"]),
+    "unknown truncation": (
+        lambda t: prepare_sft(TEXT, t, truncation_mode="middle"),
+        ValueError, ["'keep_start', 'keep_end'", "'middle'"]),
+    "max_length 0": (
+        lambda t: prepare_sft(TEXT, t, max_length=0),
+        ValueError, ["positive", "got 0"]),
+    "no pad": (
+        lambda t: prepare_sft(TEXT, tiny.tokenizer(pad=None)),
+        ValueError, ["no padding token", "tokenizer.pad_token = tokenizer.eos_token"]),
+    "no end": (
+        lambda t: prepare_sft(TEXT, tiny.tokenizer(eos=None)),
+        ValueError, ["no end-of-sequence token", "eos_token"]),
+    "no template": (
+        lambda t: prepare_sft(MESSAGES, tiny.tokenizer()),
+        ValueError, ["no chat template", "chat_template_path"]),
+    "no markers": (
+        lambda t: prepare_sft(MESSAGES, tiny.tokenizer(NO_MARKERS), assistant_only_loss=True),
+        ValueError, ["does not mark it", "{% generation %}"]),
+    "assistant_only_loss of strings": (
+        lambda t: prepare_sft(STANDARD, t, assistant_only_loss=True),
+        ValueError, ["needs conversations", "'prompt'"]),
+    "completion_only_loss of texts": (
+        lambda t: prepare_sft(TEXT, t, completion_only_loss=True),
+        ValueError, ["needs the columns 'prompt' and 'completion'"]),
+    "formatting a completion": (
+        lambda t: prepare_sft(STANDARD, t, formatting_func=str, completion_only_loss=True),
+        ValueError, ["formatting_func", "completion_only_loss"]),
+    "formatting to a list": (
+        lambda t: prepare_sft(STANDARD, t, formatting_func=lambda row: [row["prompt"]]),
+        TypeError, ["returns a string", "returned list"]),
+    "a transform": (
+        lambda t: prepare_sft(TEXT.with_transform(lambda batch: batch), t),
+        ValueError, ["with_transform", "Dataset.map"]),
+    "labels of another length": (
+        lambda t: prepare_sft(dataset(input_ids=[[1, 2], [3, 4]], labels=[[1, 2], [3]]), t),
+        ValueError, ["row 1", "2 input_ids", "1 labels"]),
+    "labels of other tokens": (
+        lambda t: prepare_sft(dataset(input_ids=[[1, 2], [3, 4]], labels=[[1, 2], [3, 9]]), t),
+        ValueError, ["row 1", "label 9", "token 4"]),
+    "bad tools": (
+        lambda t: prepare_sft(MESSAGES.select([0]).add_column("tools", ["{nope"]), t),
+        ValueError, ["'tools'", "not JSON"]),
+    "pairs without one": (
+        lambda t: prepare_pairs(dataset(prompt=["a"], accepted=["b"], rejected=["c"]), t),
+        ValueError, ["DPOTrainer", "'chosen' is missing", "{'accepted': 'chosen'}"]),
+    "pairs of numbers": (
+        lambda t: prepare_pairs(dataset(prompt=["a"], chosen=["b"], rejected=[3]), t),
+        TypeError, ["column 'rejected', row 0", "3 (int)"]),
+    "no verdict": (
+        lambda t: prepare_unpaired(dataset(prompt=["a"], completion=["b"]), t),
+        ValueError, ["KTOTrainer", "'label' is missing"]),
+    "a verdict of words": (
+        lambda t: prepare_unpaired(dataset(prompt=["a"], completion=["b"], label=["good"]), t),
+        TypeError, ["column 'label', row 0", "True or False", "'good' (str)"]),
+    "steps and labels": (
+        lambda t: prepare_steps(dataset(prompt=["a"], completions=[["b", "c"]], labels=[[True]]), t),
+        ValueError, ["2 completions", "1 labels"]),
+    "unknown packing": (
+        lambda t: pack_dataset(dataset(input_ids=[[1]]), 4, "ffd"),
+        ValueError, ["'bfd', 'bfd_split', 'wrapped'", "'ffd'"]),
+    "packing text": (
+        lambda t: pack_dataset(TEXT, 4),
+        TypeError, ["column 'text'", "select_columns"]),
+    "packing twice": (
+        lambda t: pack_dataset(pack_dataset(dataset(input_ids=[[1]]), 4), 4),
+        ValueError, ["packed already"]),
+    "unpairing answers": (
+        lambda t: unpair_preference_dataset(dataset(prompt=["a"], completion=["b"])),
+        ValueError, ["'chosen' and 'rejected' are missing"]),
+    "type of nothing known": (
+        lambda t: dataset_type({"x": 1}),
+        ValueError, ["The dataset has: 'x'"]),
+}
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -443,7 +488,7 @@ def test_dropped_rows_are_counted(heard):
 
 
 def test_a_template_that_never_ends_is_reported(heard):
-    prepare_sft(MESSAGES, tiny.tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}"))
+    prepare_sft(MESSAGES, tiny.tokenizer(NO_MARKERS))
     assert "not learn to stop" in heard.text and "never writes it" in heard.text
 
 

@@ -66,7 +66,8 @@ from posttrain import pocket
 from posttrain.foundations.layouts import make_batch
 from posttrain.training.heads import attach_head, completion_logps, completion_loss
 from posttrain.training.precompute import fingerprint
-from posttrain.training.references import make_reference, sync_weights
+from posttrain.training.references import make_reference
+from posttrain.training.with_reference import sync_weights
 dist.init_process_group("gloo")
 rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
 model = attach_head(pocket.model(seed=0)).train()

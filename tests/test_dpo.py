@@ -12,7 +12,7 @@ from posttrain import DPOConfig, DPOTrainer, pocket
 from posttrain.data.collate import collate_pairs
 from posttrain.offline.preference_zoo import PAIR_LOSSES
 from posttrain.training.heads import completion_logps
-from posttrain.training.references import sync_weights
+from posttrain.training.with_reference import sync_weights
 
 
 def rows(n=40, **kw):

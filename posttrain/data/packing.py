@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['PACKING_STRATEGIES', 'pack_dataset']
 
-# %% ../../nbs/data/06_packing.ipynb #ffe32159
+# %% ../../nbs/data/06_packing.ipynb #cc17df1b
 from functools import partial
 
 import numpy as np
@@ -69,18 +69,7 @@ def _pack(table: pa.Table, seq_length: int, strategy) -> pa.Table:
     return pa.Table.from_arrays([*packed, pieces], names=[*table.column_names, "seq_lengths"])
 
 
-def pack_dataset(
-    dataset,  # Dataset, IterableDataset or a dict of either; its columns are lists with one value per token
-    seq_length: int,          # L, tokens of a packed row
-    strategy: str = "bfd",    # a key of `PACKING_STRATEGIES`, TRL's names
-    # handed to `dataset.map`, such as `num_proc`, or `batch_size`, the number of documents packed together (1000)
-    map_kwargs: dict = None,
-    drop_last: bool = False,  # "wrapped" alone: whether to leave out the short row at the end of each batch
-):  # a dataset of the same kind: the columns, packed, and `seq_lengths`, the tokens of each piece in a row
-    """Pack a dataset.
-
-    Raises ValueError for an unknown strategy, a length below 1, columns of unequal lengths, or `drop_last` with another
-    strategy than "wrapped"; TypeError for columns that are not lists."""
+def _check_packing(dataset, seq_length, strategy, drop_last):
     if strategy not in PACKING_STRATEGIES:
         known = ", ".join(map(repr, PACKING_STRATEGIES))
         raise ValueError(f"packing_strategy must be one of {known}; got {strategy!r}.")
@@ -92,6 +81,20 @@ def pack_dataset(
                          f"got {strategy!r}, which leaves short rows anywhere.")
     if "seq_lengths" in column_names(dataset):
         raise ValueError("The dataset is packed already: it has a column 'seq_lengths'.")
+
+
+def pack_dataset(
+    dataset,                  # Dataset, IterableDataset or a dict of either, of lists with one value per token
+    seq_length: int,          # L, tokens of a packed row
+    strategy: str = "bfd",    # a key of `PACKING_STRATEGIES`, TRL's names
+    map_kwargs: dict = None,  # for `dataset.map`: `num_proc`, or `batch_size`, the documents packed together (1000)
+    drop_last: bool = False,  # "wrapped" alone: whether to leave out the short row at the end of each batch
+):  # a dataset of the same kind: the columns, packed, and `seq_lengths`, the tokens of each piece in a row
+    """Pack a dataset.
+
+    Raises ValueError for an unknown strategy, a length below 1, columns of unequal lengths, or `drop_last` with another
+    strategy than "wrapped"; TypeError for columns that are not lists."""
+    _check_packing(dataset, seq_length, strategy, drop_last)
     plan = partial(wrapped, drop_last=True) if drop_last else PACKING_STRATEGIES[strategy]
     settings = dict(map_kwargs or {})
     if isinstance(dataset, IterableDataset) and dataset.features:  # so that the stream still knows its columns

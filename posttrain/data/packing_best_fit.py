@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['best_fit_decreasing']
 
-# %% ../../nbs/data/05_packing_best_fit.ipynb #65188b3d
+# %% ../../nbs/data/05_packing_best_fit.ipynb #798370fc
 import numpy as np
 
 from .packing_wrapped import Pieces
@@ -17,16 +17,16 @@ def best_fit_decreasing(
     """Put each document into the fullest row that still takes it, the longest first (Ding et al., 2024).
 
     One sort, then O(N + L) steps. Empty documents are left out."""
-    starts, lengths = _cut(np.asarray(lengths, dtype=np.int64), seq_length, split)
+    starts, lengths = _cut_documents(np.asarray(lengths, dtype=np.int64), seq_length, split)
     order = np.argsort(-lengths, kind="stable")                # step 2
     order = order[lengths[order] > 0]
-    row_of = _place(lengths[order].tolist(), seq_length)
+    row_of = _find_rows(lengths[order].tolist(), seq_length)
     placed = order[np.argsort(row_of, kind="stable")]          # row by row, in each row as they came
     rows = np.concatenate([[0], np.cumsum(np.bincount(row_of))])
     return Pieces(starts[placed], lengths[placed], rows)
 
 
-def _cut(lengths, seq_length, split) -> tuple[np.ndarray, np.ndarray]:
+def _cut_documents(lengths, seq_length, split) -> tuple[np.ndarray, np.ndarray]:
     "Step 1: where each piece starts on the line of all documents, and its length."
     starts = np.cumsum(lengths) - lengths
     if split:  # pieces at 0, L, 2L, ... of each document
@@ -37,7 +37,7 @@ def _cut(lengths, seq_length, split) -> tuple[np.ndarray, np.ndarray]:
     return starts, np.minimum(lengths, seq_length)
 
 
-def _place(lengths: list[int], seq_length: int) -> np.ndarray:
+def _find_rows(lengths: list[int], seq_length: int) -> np.ndarray:
     "Step 5: the row of each piece; `lengths` decreases."
     row_of, room = [], []                                      # the row of each piece; the room of each row
     stack, waiting = [], {}

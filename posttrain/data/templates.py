@@ -44,7 +44,7 @@ def has_generation_markers(
     "Whether `template` marks what the assistant writes, with {% generation %} ... {% endgeneration %}."
     return re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
 
-# %% ../../nbs/data/02_templates.ipynb #938f3bbe
+# %% ../../nbs/data/02_templates.ipynb #5b204f19
 def check_template(
     tokenizer,                     # whose chat template is looked at
     assistant_only: bool = False,  # whether masks of the assistant's tokens will be asked for
@@ -72,7 +72,9 @@ def check_template(
 def _without_none(value):
     if isinstance(value, dict):
         return {k: _without_none(v) for k, v in value.items() if v is not None}
-    return [_without_none(v) for v in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [_without_none(v) for v in value]
+    return value
 
 
 def _tools(value) -> list | None:
@@ -109,12 +111,18 @@ def encode_chats(
         ids, masks = encoded["input_ids"], encoded.get("assistant_masks")
     else:  # options differ from row to row, so each row is rendered on its own
         unset = [None] * len(chats)
-        options = zip(tools or unset, template_kwargs or unset)
-        rows = [encode(chat, **{"tools": _tools(t), **_without_none(k or {})}) for chat, (t, k) in zip(chats, options)]
-        ids, masks = [r["input_ids"] for r in rows], [r.get("assistant_masks") for r in rows]
+        options = map(_options, tools or unset, template_kwargs or unset)
+        rows = [encode(chat, **kwargs) for chat, kwargs in zip(chats, options)]
+        ids = [row["input_ids"] for row in rows]
+        masks = [row.get("assistant_masks") for row in rows]
     return (ids, masks) if assistant_masks else ids
 
-# %% ../../nbs/data/02_templates.ipynb #3b1cd30e
+
+def _options(tools, template_kwargs) -> dict:
+    "What one row's template gets; a row may set its tools among its options too."
+    return {"tools": _tools(tools), **_without_none(template_kwargs or {})}
+
+# %% ../../nbs/data/02_templates.ipynb #3f524f47
 def common_prefix_length(
     ids: list[int],        # one sequence, here the prompt alone
     other_ids: list[int],  # another, here the prompt with its completion
@@ -122,7 +130,10 @@ def common_prefix_length(
     "How many leading tokens two sequences share: k above."
     if other_ids[:len(ids)] == ids:
         return len(ids)
-    return next(j for j in range(len(ids)) if j >= len(other_ids) or ids[j] != other_ids[j])
+    k = 0
+    while k < len(other_ids) and ids[k] == other_ids[k]:
+        k += 1
+    return k
 
 
 def split_prompts(
@@ -139,8 +150,8 @@ def split_prompts(
         if k < len(prompt):
             _say_not_a_prefix(tokenizer.decode(prompt[k:]))
         kept.append(rows[0][:k])
-        for completion, row in zip(completions, rows):
-            completion.append(row[k:])
+        for column, row in zip(completions, rows):
+            column.append(row[k:])
     return (kept, *completions)
 
 
@@ -152,7 +163,7 @@ def _say_not_a_prefix(lost: str):
         "the one it is prompted with. Use a chat template that renders prompts alike in both cases, or end the prompt "
         "on a token boundary (a space belongs to the word after it). Said once; other rows may be affected."))
 
-# %% ../../nbs/data/02_templates.ipynb #268e58af
+# %% ../../nbs/data/02_templates.ipynb #9c0a0d5c
 def apply_chat_template(
     example: dict,       # one conversational row of any type; it may hold `tools` and `chat_template_kwargs` too
     tokenizer,           # with a chat template
@@ -169,17 +180,21 @@ def apply_chat_template(
     render = functools.partial(tokenizer.apply_chat_template, tokenize=False, tools=tools, **options, **template_kwargs)
     if kind == "language_modeling":
         return {"text": render(example["messages"])}
-    sides = [s for s in ("completion", "chosen", "rejected") if s in example]
+    sides = [side for side in ("completion", "chosen", "rejected") if side in example]
     if "prompt" not in example:  # implicit: the sides are whole chats
         return {side: render(example[side]) for side in sides}
-    continued = example["prompt"][-1]["role"] == "assistant"
-    prompt = render(example["prompt"], add_generation_prompt=not continued, continue_final_message=continued)
-    wholes = [render(example["prompt"] + example[side]) for side in sides]
-    k = min((common_prefix_length(prompt, whole) for whole in wholes), default=len(prompt))
-    out = {"prompt": prompt[:k], **{side: whole[k:] for side, whole in zip(sides, wholes)}}
-    if "label" in example:
-        out["label"] = example["label"]
-    return out
+    label = {"label": example["label"]} if "label" in example else {}
+    return {**_render_split(render, example, sides), **label}
+
+
+def _render_split(render, example, sides) -> dict[str, str]:
+    "The prompt as text, and each side as the text that follows it."
+    chat = example["prompt"]
+    is_open = chat[-1]["role"] == "assistant"
+    prompt = render(chat, add_generation_prompt=not is_open, continue_final_message=is_open)
+    wholes = {side: render(chat + example[side]) for side in sides}
+    k = min((common_prefix_length(prompt, whole) for whole in wholes.values()), default=len(prompt))
+    return {"prompt": prompt[:k], **{side: whole[k:] for side, whole in wholes.items()}}
 
 
 def maybe_apply_chat_template(
@@ -189,7 +204,9 @@ def maybe_apply_chat_template(
     **template_kwargs,   # options of the template
 ) -> dict:
     "`apply_chat_template` for conversational rows; rows of strings come back as they are."
-    return apply_chat_template(example, tokenizer, tools, **template_kwargs) if is_conversational(example) else example
+    if not is_conversational(example):
+        return example
+    return apply_chat_template(example, tokenizer, tools, **template_kwargs)
 
 # %% ../../nbs/data/02_templates.ipynb #2b696c43
 def _is_file(path) -> bool:

@@ -14,7 +14,7 @@ from .divergences import k3
 from .masks import AVERAGES, Totals, masked_mean
 from .masks import average as average_tokens
 
-# %% ../../nbs/foundations/06_policy_gradient.ipynb #451bff1c
+# %% ../../nbs/foundations/06_policy_gradient.ipynb #95b9cb80
 # log(pi / pi_old) with 0 where masked, and the mask -> log of the ratio
 RATIOS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "none": lambda change, mask: change - change.detach(),                            # step 2
@@ -100,6 +100,8 @@ def policy_gradient_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:  # the loss () and detached stats
     """
     The clipped surrogate of policy-gradient methods, along its three axes; `RECIPES` says which setting is which paper.
+
+    With the ratio "none" the gradient is that of plain REINFORCE, but the value is not: `reinforce_terms` has it.
 
     Stats: `clip_ratio/{low,high,region}_mean`, the share of ratios that left the limits in the direction of their
     advantage; `clip_ratio/{low_min,high_max}`, the least and greatest such share of a row; `ratio/{mean,min,max}`, of

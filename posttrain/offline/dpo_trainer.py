@@ -20,7 +20,7 @@ from posttrain.offline.preference_zoo import (
     OF_THE_CHOSEN,
     OF_THE_MARGIN,
     PAIR_LOSSES,
-    SORTED,
+    RANKED_SAMPLES,
     on_policy_weights,
     rank_mates,
     verbosity_weights,
@@ -29,7 +29,8 @@ from ..training.config import LengthFields, PostConfig, ReferenceFields, option
 from ..training.heads import completion_logps
 from ..training.pairs import PairTrainer, make_pairs
 from ..training.precompute import fingerprint, precompute_ref_logps
-from ..training.references import ModelReference, PrecomputedReference, WithReference, disable_dropout
+from ..training.references import ModelReference, PrecomputedReference, disable_dropout
+from ..training.with_reference import WithReference
 
 
 @dataclass
@@ -157,7 +158,7 @@ class DPOTrainer(WithReference, PairTrainer):
     # ------------------------------------------------ one step
     def before_step(self, batches, totals):
         "Losses that sort compare across the whole step: ask it once beforehand, unless it is one batch on one process."
-        sorting = [name for name in self.args.loss_type if name in SORTED]
+        sorting = [name for name in self.args.loss_type if name in RANKED_SAMPLES]
         if not sorting or len(batches) * self.args.world_size == 1: return batches
         with torch.no_grad(), self.compute_loss_context_manager():
             batches = [self._prepare_inputs(batch) for batch in batches]
@@ -171,7 +172,7 @@ class DPOTrainer(WithReference, PairTrainer):
     def _mates_in_step(self, name, parts):
         "For each pair of this process: what the pairs of its rank are, among all pairs of the step (P, 2)."
         rank = self.args.process_index
-        local = [torch.cat(side).cpu() for side in zip(*map(SORTED[name], parts))]
+        local = [torch.cat(side).cpu() for side in zip(*map(RANKED_SAMPLES[name], parts))]
         by_process = dict(gather_object([(rank, local)]))
         sides = (torch.cat([by_process[r][k] for r in sorted(by_process)]) for k in (0, 1))
         before = sum(len(by_process[r][0]) for r in range(rank))

@@ -24,7 +24,7 @@ TOKEN_LOSSES = {"nll": nll, "dft": dft}  # loss_type -> each token's loss, from 
 from ..data.collate import collate_sft
 from ..data.formats import column_names, dataset_type, first_row
 from ..data.packing import PACKING_STRATEGIES, pack_dataset
-from ..data.tokens import prepare_sft
+from ..data.prepare import prepare_sft
 from ..foundations.masks import token_weights
 from ..training.config import LengthFields, PostConfig, option
 from ..training.heads import completion_loss

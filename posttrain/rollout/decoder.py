@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..training.heads import causal_lm, scoring
+from ..training.heads import scoring, unwrapped
 
 # %% ../../nbs/rollout/00_decoder.ipynb #e6972bd9
 # FSDP2 holds shards
@@ -52,7 +52,7 @@ def dense_weights(
                 seen.add(id(p))
                 yield prefix + n, _whole(p)
         for n, child in module.named_children(): yield from walk(child, f"{prefix}{n}.")
-    yield from walk(causal_lm(model), "")
+    yield from walk(unwrapped(model), "")
 
 # %% ../../nbs/rollout/00_decoder.ipynb #24bf8234
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def pack(
 ) -> Packed:
     "A copy of the weights, arranged for decoding. Raises TypeError with the reason if the model is of another make."
     from transformers.activations import ACT2FN
-    lm = causal_lm(lm)
+    lm = unwrapped(lm)
     config, weights, dtype = lm.config.get_text_config(), dict(dense_weights(lm)), dtype or lm.dtype
     if reason := _obstacle(config): raise TypeError(f"{type(lm).__name__}: {reason}")
     family, H, nq = FAMILIES[config.model_type], config.hidden_size, config.num_attention_heads
@@ -323,7 +323,7 @@ def verify(
     lm: nn.Module,  # of this model
 ) -> None:
     "Compare logits after two prompts and three more steps with the model's own. Raises TypeError if they differ."
-    lm, ids = causal_lm(lm), torch.randint(len(w.embed), (2, 8),
+    lm, ids = unwrapped(lm), torch.randint(len(w.embed), (2, 8),
                                            generator=torch.Generator().manual_seed(0)).to(w.embed.device)
     with scoring(lm): theirs = torch.cat([lm(input_ids=row[None], use_cache=False).logits.float() for row in ids])
     with torch.inference_mode():

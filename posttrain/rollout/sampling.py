@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .decoder import Grid, dense_weights, pack, prefill, verify
-from ..training.heads import causal_lm, scoring
+from ..training.heads import scoring, unwrapped
 
 # %% ../../nbs/rollout/01_sampling.ipynb #6b6bdfe8
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def eos_ids(
     tokenizer,         # its tokenizer, or None
 ) -> list[int]:  # sorted, without repeats
     "Every token that ends a completion: the tokenizer's EOS and those of the generation config."
-    said = getattr(getattr(causal_lm(model), "generation_config", None), "eos_token_id", None)
+    said = getattr(getattr(unwrapped(model), "generation_config", None), "eos_token_id", None)
     ids = [getattr(tokenizer, "eos_token_id", None), *(said if isinstance(said, (list, tuple)) else [said])]
     return sorted({int(i) for i in ids if i is not None})
 
@@ -172,7 +172,7 @@ class GenerateSampler(Engine):
         model: nn.Module,  # the trainer's
     ) -> None:
         "Read this model from now on; nothing is copied."
-        self.lm = causal_lm(model)
+        self.lm = unwrapped(model)
 
     def sample(
         self,

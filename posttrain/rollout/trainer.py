@@ -19,8 +19,9 @@ from .sampling import Engine, make_sampler
 from .score import Rewards
 from .stages import Stages, weighted
 from .stream import Prompts, RolloutStream, Rounds, completion_seeds
-from ..training.references import WithReference, disable_dropout, has_dropout
+from ..training.references import disable_dropout, has_dropout
 from ..training.trainer import PostTrainer
+from ..training.with_reference import WithReference
 
 # %% ../../nbs/rollout/08_trainer.ipynb #0fec5976
 class OnlineTrainer(Stages, WithReference, PostTrainer):

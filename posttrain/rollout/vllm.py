@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..foundations.layouts import make_batch
 from .sampling import Engine, Samples, Sampling, _check, dense_weights, eos_ids
-from ..training.heads import causal_lm, completion_logps, scoring
+from ..training.heads import completion_logps, scoring, unwrapped
 
 # %% ../../nbs/rollout/02_vllm.ipynb #63df6db1
 def _filters(s: Sampling) -> bool: return s.top_p < 1 or s.top_k > 0 or bool(s.min_p) or s.repetition_penalty != 1
@@ -59,7 +59,7 @@ def engine_weights(
     model: nn.Module,  # a causal LM, however wrapped
 ) -> Iterator[tuple[str, Tensor]]:  # (name, tensor)
     "`dense_weights`, and the output layer also where it is tied to the embedding: vLLM may keep a packed copy of it."
-    lm = causal_lm(model)
+    lm = unwrapped(model)
     layers = {name: next((n for n, m in lm.named_modules() if m is layer), None) for name,
               layer in [("input", lm.get_input_embeddings()), ("output", lm.get_output_embeddings())]}
     wanted, sent = f"{layers['output']}.weight", False
@@ -74,7 +74,7 @@ def engine_weights(
 def _unties(model: nn.Module) -> bool:
     """Does an adapter sit on the embedding or on the output layer of a model whose config says that they are one? Then
     they are two."""
-    lm = causal_lm(model)
+    lm = unwrapped(model)
     adapted = any(hasattr(layer, name) for layer in (lm.get_input_embeddings(), lm.get_output_embeddings())
                   for name in ("base_layer", "modules_to_save"))
     return adapted and bool(getattr(lm.config.get_text_config(), "tie_word_embeddings", False))
@@ -125,18 +125,18 @@ class _Engine(Engine):
     def _verify(self, model: nn.Module) -> None:
         "Do engine and trainer agree on the log-probs of a few tokens? Once, after the first update."
         if self.verified: return
-        vocab = causal_lm(model).get_input_embeddings().weight.shape[0]
+        vocab = unwrapped(model).get_input_embeddings().weight.shape[0]
         prompt = torch.randint(vocab, (6,), generator=torch.Generator().manual_seed(0)).tolist()
         # at temperature 1 both kinds of log-probs are the same
         done = [self._complete([prompt] * 2, [0, 1], Sampling(max_tokens=4))][0]
-        batch = {k: v.to(causal_lm(model).get_input_embeddings().weight.device) for k,
+        batch = {k: v.to(unwrapped(model).get_input_embeddings().weight.device) for k,
                  v in make_batch([prompt], [ids for ids, _, _ in done], [0, 0]).items()}
         with scoring(model): own = completion_logps(model, batch)["logps"].float().cpu()
         theirs = torch.zeros_like(own)
         for row, (_, logps, _) in zip(theirs, done): row[:len(logps)] = torch.tensor(logps)
         # bfloat16 rounds the logits of a large model by about .1
         apart, allowed = ((own - theirs).abs().mean().item(),
-                          1e-3 if self.dtype == causal_lm(model).dtype == torch.float32 else .25)
+                          1e-3 if self.dtype == unwrapped(model).dtype == torch.float32 else .25)
         if not apart <= allowed:
             raise RuntimeError(f"after the weight update {self} still disagrees with the trainer: log-probs of the "
                                f"same tokens differ by {apart:.3g} on average, at most {allowed:g} was expected. "
@@ -225,7 +225,7 @@ class VLLMColocated(_Engine):
         if tensor_parallel_size != 1:
             raise ValueError(f"tensor_parallel_size={tensor_parallel_size}: inside one process vLLM has one GPU; "
                              f"start `vllm serve --tensor-parallel-size {tensor_parallel_size}` and use the server")
-        lm = causal_lm(model)
+        lm = unwrapped(model)
         self.dtype, self.mode, self.eos, self.tokenizer, self.asleep = (dtype or lm.dtype, logprobs_mode,
                                                                         eos_ids(model, tokenizer), tokenizer, False)
         self.max_model_len = max_model_len or lm.config.get_text_config().max_position_embeddings

@@ -29,7 +29,7 @@ from torch import nn
 
 from .sampling import eos_ids
 from .vllm import MISSING, _Engine, _unties, engine_weights, request
-from ..training.heads import causal_lm
+from ..training.heads import unwrapped
 
 # %% ../../nbs/rollout/02b_vllm_server.ipynb #2a886fb8
 RESUME = ("Nothing is lost but this step: mend the server, then trainer.train(resume_from_checkpoint=True) "
@@ -139,7 +139,7 @@ class VLLMServer(_Engine):
         # it runs on this machine: its files are here
         try: theirs = AutoConfig.from_pretrained(info["model"], local_files_only=True).get_text_config().to_dict()
         except (OSError, ValueError, KeyError): theirs = {}
-        ours = causal_lm(model).config.get_text_config().to_dict()
+        ours = unwrapped(model).config.get_text_config().to_dict()
         other = {k: (ours[k], theirs[k])
                  for k in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size")
                  if k in ours and k in theirs and ours[k] != theirs[k]}

@@ -3,8 +3,9 @@
 # %% auto #0
 __all__ = ['Help', 'option', 'check_option', 'PostConfig', 'ReferenceFields', 'LengthFields', 'ClipFields']
 
-# %% ../../nbs/training/00_config.ipynb #3388c022
+# %% ../../nbs/training/00_config.ipynb #90e049e8
 import inspect
+import operator
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, fields
 from math import inf
@@ -13,12 +14,11 @@ from typing import get_args
 import torch
 from transformers import TrainingArguments
 
-# %% ../../nbs/training/00_config.ipynb #30f24d18
+# %% ../../nbs/training/00_config.ipynb #5c14ad51
 class Help(str):
     """The text of a field, which carries the field's range.
 
-    HfArgumentParser hands all of a field's metadata to argparse, which knows `help` but no ranges: so they travel with
-    it."""
+    HfArgumentParser hands all of a field's metadata to argparse, which knows `help` but no ranges."""
     limits: dict
 
 
@@ -38,18 +38,19 @@ def option(
     return field(default=default, metadata={"help": text})
 
 
+_WORDS = {"low": "at least", "above": "above", "high": "at most", "below": "below"}
+_COMPARE = {"low": operator.ge, "above": operator.gt, "high": operator.le, "below": operator.lt}
+
+
 def _range_of(limits: dict) -> str:
     "The range of a number in words, or ''."
-    words = {"low": "at least", "above": "above", "high": "at most", "below": "below"}
-    given = [f"{words[k]} {limits[k]}" for k in words if limits[k] is not None]
-    return " and ".join(given)
+    return " and ".join(f"{words} {limits[name]}" for name, words in _WORDS.items() if limits[name] is not None)
 
 
 def _inside(value: float, limits: dict) -> bool:
     "Is it within its range? NaN and infinity are within none."
-    low, above, high, below = (limits[k] for k in ("low", "above", "high", "below"))
-    return (abs(value) < inf and (low is None or value >= low) and (above is None or value > above)
-            and (high is None or value <= high) and (below is None or value < below))
+    kept = [limit is None or _COMPARE[name](value, limit) for name, limit in limits.items() if name in _COMPARE]
+    return abs(value) < inf and all(kept)
 
 
 def check_option(
@@ -62,20 +63,23 @@ def check_option(
     # such as int | None, of which a command-line parser leaves int in the class (HfArgumentParser)
     or_none = option.default is None or type(None) in get_args(option.type)
     if not isinstance(text, Help) or or_none and value is None: return
-    limits = text.limits
-    if (choices := limits["choices"]) and value not in list(choices):  # a list: the value may be unhashable
+    choices = text.limits["choices"]
+    if choices and value not in list(choices):  # a list: the value may be unhashable
         raise ValueError(f"{name}={value!r} is unknown to {owner}; choose one of {', '.join(map(repr, choices))}")
-    if not (words := _range_of(limits)): return
-    whole = option.type in (int, int | None)
-    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-        raise TypeError(f"{name} of {owner} must be a {'whole number' if whole else 'number'}"
-                        f"{' or None' if or_none else ''}, got {value!r}")
-    if not _inside(value, limits):
-        unbounded = limits["high"] is None and limits["below"] is None
-        words += " and finite" * unbounded + ", or None" * or_none
-        raise ValueError(f"{name}={value!r} of {owner} must be {words}")
+    if not _range_of(text.limits): return
+    is_whole = option.type in (int, int | None)
+    if isinstance(value, bool) or not isinstance(value, int if is_whole else (int, float)):
+        kind, none = "whole number" if is_whole else "number", " or None" if or_none else ""
+        raise TypeError(f"{name} of {owner} must be a {kind}{none}, got {value!r}")
+    if not _inside(value, text.limits):
+        raise ValueError(f"{name}={value!r} of {owner} must be {_expected(text.limits, or_none)}")
 
-# %% ../../nbs/training/00_config.ipynb #0266dfcb
+
+def _expected(limits: dict, or_none: bool) -> str:
+    has_no_top = limits["high"] is None and limits["below"] is None
+    return _range_of(limits) + " and finite" * has_no_top + ", or None" * or_none
+
+# %% ../../nbs/training/00_config.ipynb #d4ea4873
 @dataclass
 class PostConfig(TrainingArguments):
     """What all methods share. All of `TrainingArguments`, with TRL's defaults where they differ from transformers'.
@@ -97,8 +101,8 @@ class PostConfig(TrainingArguments):
         False, "Prepared rows hold only what the collator needs, there is nothing to remove.")
     model_init_kwargs: dict | str | None = option(
         None, "For from_pretrained, when the model is given as a path; dtype is float32 unless said here.")
-    trust_remote_code: bool = option(False,
-                                     "Run code that a hub model brings with it, when the model is given by name.")
+    trust_remote_code: bool = option(
+        False, "Run code that a hub model brings with it, when the model is given by name.")
     dataset_num_proc: int | None = option(None, "Processes that prepare the dataset.", low=1)
     activation_offloading: bool = option(False, "Keep activations in host memory until the backward pass needs them.")
     router_aux_loss_coef: float | None = option(None, "Not supported: must be None.")
@@ -146,30 +150,31 @@ class PostConfig(TrainingArguments):
         self,
         function: Callable,  # a loss: its keyword-only parameters are its hyper-parameters
     ) -> dict:
-        """The fields that a loss asks for by name. Raises AttributeError when it needs one that this config does not
-        have."""
+        """The fields that a loss asks for by name.
+
+        Raises AttributeError when it needs one that this config does not have."""
         parameters = inspect.signature(function).parameters.values()
-        asked = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
-        if missing := [p.name for p in asked if p.default is p.empty and not hasattr(self, p.name)]:
+        wanted = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
+        if missing := [p.name for p in wanted if p.default is p.empty and not hasattr(self, p.name)]:
             raise AttributeError(f"{function.__name__} asks for {', '.join(missing)}, which {type(self).__name__} does "
                                  "not have: add the field, or give the parameter a default")
-        return {p.name: getattr(self, p.name) for p in asked if hasattr(self, p.name)}
+        return {p.name: getattr(self, p.name) for p in wanted if hasattr(self, p.name)}
 
-# %% ../../nbs/training/00_config.ipynb #0c15557d
+# %% ../../nbs/training/00_config.ipynb #86534ec4
 @dataclass
 class ReferenceFields:
     "For methods with a reference that may follow the policy (TR-DPO, 2404.09656). Names and defaults are TRL's."
 
     sync_ref_model: bool = option(False, "Let the reference follow the policy (TR-DPO).")
-    ref_model_mixup_alpha: float = option(0.6, "The policy's share in the new reference; 1 is a hard update.", low=0,
-                                          high=1)
+    ref_model_mixup_alpha: float = option(
+        0.6, "The policy's share in the new reference; 1 is a hard update.", low=0, high=1)
     ref_model_sync_steps: int = option(512, "Optimizer steps between two updates.", low=1)
 
     def __post_init__(self):
         super().__post_init__()
         if self.sync_ref_model and getattr(self, "beta", None) == 0:
-            raise ValueError("sync_ref_model=True moves a reference, but with beta=0 there is none: set beta above "
-                             "0, or " "leave it False")
+            raise ValueError("sync_ref_model=True moves a reference, but with beta=0 there is none: "
+                             "set beta above 0, or leave it False")
 
 
 @dataclass

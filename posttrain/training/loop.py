@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['train_loop']
 
-# %% ../../nbs/training/01_loop.ipynb #b867a950
+# %% ../../nbs/training/01_loop.ipynb #8a312da3
 from collections.abc import Callable, Iterable
 
 import torch
@@ -12,11 +12,16 @@ from torch import Tensor, nn
 from ..foundations.masks import Totals
 
 
+def _climb_then_fall(step: int, steps: int, warmup_steps: int) -> float:
+    "The learning rate of a step, as a fraction of its highest."
+    if step < warmup_steps: return step / warmup_steps
+    return (steps - step) / (steps - warmup_steps)
+
+
 def train_loop(
     model: nn.Module,               # trained in place
     micro_batches: Iterable[dict],  # as from foundations.layouts.make_batch; at least steps * accumulate of them
-    # a micro-batch's share of the step's loss, and what to log
-    loss: Callable[[nn.Module, dict, Totals], tuple[Tensor, dict]],
+    loss: Callable[[nn.Module, dict, Totals], tuple[Tensor, dict]],  # a micro-batch's share of it, and what to log
     *,
     steps: int,                  # optimizer steps
     accumulate: int = 1,         # micro-batches per step
@@ -24,15 +29,14 @@ def train_loop(
     warmup_steps: int = 0,       # steps over which the learning rate climbs
     max_grad_norm: float = 1.0,  # transformers' default
 ) -> list[dict]:  # loss and gradient norm of each step
-    """Train in place with AdamW, a linear schedule and clipped gradients. Raises FloatingPointError, weights
-    untouched, when a loss is not finite."""
+    """Train in place with AdamW, a linear schedule and clipped gradients.
+
+    Raises FloatingPointError, weights untouched, when a loss is not finite."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
-    climb_then_fall = lambda step: step / warmup_steps if step < warmup_steps else (steps - step) / (
-        steps - warmup_steps)
     batches, history = iter(micro_batches), []
     model.train()
     for step in range(steps):
-        for group in optimizer.param_groups: group["lr"] = lr * climb_then_fall(step)
+        for group in optimizer.param_groups: group["lr"] = lr * _climb_then_fall(step, steps, warmup_steps)
         micro = [next(batches) for _ in range(accumulate)]
         totals = sum((Totals.of(b["mask"]) for b in micro), Totals(0, 0))  # what the whole step averages over
         step_loss = 0.0

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# %% ../../nbs/training/03_metrics.ipynb #303f15a2
+# %% ../../nbs/training/03_metrics.ipynb #d64a12b1
 class Mean(NamedTuple):
     "A mean, not yet divided: add up both halves, over micro-batches and processes, and divide when it is logged."
     total: Tensor | float  # sum of the values
@@ -41,10 +41,9 @@ class MetricAccumulator:
         "Add one micro-batch."
         for name, value in stats.items():
             if getattr(value, "ndim", 0):
-                raise ValueError(f"the loss reports {name!r} with shape {tuple(value.shape)}; report "
-                                 f"Mean.of(values, mask) or a scalar")
-            mean = value if isinstance(value, Mean) else Mean(value.detach() if isinstance(value, Tensor) else value, 1)
-            old = self.sums.get(name, Mean(0., 0.))
+                raise ValueError(f"the loss reports {name!r} with shape {tuple(value.shape)}; "
+                                 "report Mean.of(values, mask) or a scalar")
+            mean, old = _as_mean(value), self.sums.get(name, Mean(0., 0.))
             self.sums[name] = Mean(old.total + mean.total, old.count + mean.count)
 
     def close(
@@ -56,13 +55,19 @@ class MetricAccumulator:
         if not self.sums: return {}
         names = sorted(self.sums)  # the same order on every process
         exact = torch.float32 if torch.device(device).type == "mps" else torch.float64  # Apple's GPUs have no float64
-        pairs = torch.stack([torch.stack([torch.as_tensor(x, device=device).to(exact) for x in self.sums[n]])
-                             for n in names])
+        halves = [x for name in names for x in self.sums[name]]
+        pairs = torch.stack([torch.as_tensor(x, device=device).to(exact) for x in halves]).view(-1, 2)
         total, count = gather(pairs).view(-1, len(names), 2).sum(0).cpu().unbind(1)
         self.sums = {}
         return {n: (t / c).item() for n, t, c in zip(names, total, count) if c > 0}
 
-# %% ../../nbs/training/03_metrics.ipynb #c7861984
+
+def _as_mean(value: Mean | Tensor | float) -> Mean:
+    "A scalar counts once."
+    if isinstance(value, Mean): return value
+    return Mean(value.detach() if isinstance(value, Tensor) else value, 1)
+
+# %% ../../nbs/training/03_metrics.ipynb #bb7c7a73
 def policy_metrics(
     stats: dict,   # of a policy-gradient loss: means over a micro-batch, and extremes
     mask: Tensor,  # (B, T) of 0/1
@@ -75,5 +80,8 @@ def policy_metrics(
     ratios = mask.any(1).sum() if of_completions else tokens
     counts = {"kl": tokens, "approx_kl": tokens, "ratio/mean": ratios, "vespo/phi_seq_mean": len(mask)}
     counts |= {f"clip_ratio/{which}_mean": ratios for which in ("low", "high", "region")}
-    called = names or {}
-    return {called.get(k, k): Mean(v * counts[k], counts[k]) if k in counts else v for k, v in stats.items()}
+    metrics = {}
+    for stat, value in stats.items():
+        name = (names or {}).get(stat, stat)
+        metrics[name] = Mean(value * counts[stat], counts[stat]) if stat in counts else value
+    return metrics

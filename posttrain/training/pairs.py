@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..data.collate import collate_pairs
 from ..data.formats import dataset_type, first_row
-from ..data.tokens import prepare_pairs
+from ..data.prepare import prepare_pairs
 from ..foundations.masks import Totals
 from ..foundations.preferences import Pairs, identity, split_pairs
 from .heads import completion_logps

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['Kept', 'fingerprint', 'precompute_ref_logps']
 
-# %% ../../nbs/training/08_precompute.ipynb #58104fd8
+# %% ../../nbs/training/08_precompute.ipynb #fa3c9cea
 import hashlib
 import os
 import tempfile
@@ -24,13 +24,17 @@ def fingerprint(
     "What log-probs depend on: every weight, how it is used, and every token of the dataset."
     hasher = hashlib.blake2b(settings.encode(), digest_size=16)
     for name, p in weights:
-        p = p.full_tensor() if hasattr(p, "full_tensor") else p  # FSDP2 holds shards
-        hasher.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
-        hasher.update(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        whole = p.full_tensor() if hasattr(p, "full_tensor") else p  # FSDP2 holds shards
+        hasher.update(f"{name} {whole.dtype} {tuple(whole.shape)}".encode())
+        hasher.update(_bytes_of(whole))
     for column, lengths, ids in _token_columns(dataset):
         hasher.update(column.encode())
         for part in (lengths, ids): hasher.update(part.astype(np.int64).tobytes())
     return hasher.hexdigest()
+
+
+def _bytes_of(t: Tensor) -> bytes:
+    return t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _token_columns(dataset):
@@ -42,7 +46,7 @@ def _token_columns(dataset):
             rows = table[column].combine_chunks()
             yield column, rows.value_lengths().to_numpy(), rows.flatten().to_numpy()
 
-# %% ../../nbs/training/08_precompute.ipynb #a5dfc77c
+# %% ../../nbs/training/08_precompute.ipynb #a5a28e18
 Kept = dict[str, tuple[np.ndarray, np.ndarray]]  # column -> all values one after the other, and the length of each row
 
 
@@ -55,15 +59,18 @@ def _cache_file(key: str | None) -> Path | None:
 
 def _save(path: Path, kept: Kept) -> None:
     "Write all columns or nothing."
-    arrays = {f"{c}.{part}": x for c, pair in kept.items() for part, x in zip(("values", "lengths"), pair)}
+    arrays = {}
+    for column, (values, lengths) in kept.items():
+        arrays |= {f"{column}.values": values, f"{column}.lengths": lengths}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            np.savez(whole := Path(folder) / "part.npz", **arrays)
-            os.replace(whole, path)
+            part = Path(folder) / "part.npz"
+            np.savez(part, **arrays)
+            os.replace(part, path)
     except OSError as e:
-        warnings.warn(f"the reference log-probs could not be kept in {path.parent} ({e}); the next run will "
-                      f"compute them " "again", stacklevel=3)
+        warnings.warn(f"the reference log-probs could not be kept in {path.parent} ({e}); "
+                      "the next run will compute them again", stacklevel=3)
 
 
 def _load(path: Path | None, columns: tuple) -> Kept | None:
@@ -76,7 +83,7 @@ def _load(path: Path | None, columns: tuple) -> Kept | None:
                       stacklevel=3)
         path.unlink(missing_ok=True)
 
-# %% ../../nbs/training/08_precompute.ipynb #e2169887
+# %% ../../nbs/training/08_precompute.ipynb #c3bd153e
 def precompute_ref_logps(
     dataset,                    # a Dataset of prepared rows
     ref_logps: Callable[[dict], Tensor],  # batch -> (B, T), e.g. `logps` of a reference
@@ -84,35 +91,35 @@ def precompute_ref_logps(
     columns: tuple = ("ref_chosen_logps", "ref_rejected_logps"),  # one per completion of a row
     *,
     batch_size: int = 8,        # rows at a time
-    # as from `fingerprint`: look in the cache first, and leave the result there; None: compute
-    key: str | None = None,
+    key: str | None = None,     # as from `fingerprint`, of the cache that is read and written; None: compute
     device="cpu",               # of the model
     name: str = "train",        # what the dataset is called on the progress bar
     share: tuple = (0, 1),      # this process and the number of processes
     gather=lambda parts: parts, # list of one process -> list of all, e.g. accelerate.utils.gather_object
 ):  # the dataset with the columns added: a list of floats per completion, one per token
-    """Ask a reference once about every token of a dataset. Processes take batches in turn; the first one writes the
-    cache.
+    """Ask a reference once about every token of a dataset.
 
-    Rows are asked in their order. A run that reads them in the same order and batches then has, in half precision too,
-    the
-    very numbers that it would have asked for: rounding depends on the shape of a batch."""
+    Processes take batches in turn, and the first one writes the cache. Rows are asked in their order. A run that reads
+    them in the same order and batches then has, in half precision too, the very numbers that it would have asked for:
+    rounding depends on the shape of a batch."""
     path = _cache_file(key)
     kept = _load(path, columns)
     if not all(gather([kept is not None])):  # all processes or none: they compute together
-        by_row = dict(gather(_ask(dataset, ref_logps, collate, len(columns), batch_size, device, name, share)))
+        local = _logps_of_rows(dataset, ref_logps, collate, len(columns), batch_size, device, name, share)
+        by_row = dict(gather(local))
         kept = _by_column(by_row, columns)
         if path is not None and share[0] == 0: _save(path, kept)
     return _with_columns(dataset, kept, key)
 
 
-def _ask(dataset, ref_logps, collate, n: int, batch_size: int, device, name: str, share: tuple) -> list[tuple]:
+def _logps_of_rows(dataset, ref_logps, collate, n: int, batch_size: int, device, name: str, share: tuple):
     "This process's rows: (number, log-probs of each of its n completions)."
     from tqdm.auto import tqdm
-    batches, answers = range(0, len(dataset), batch_size)[share[0]::share[1]], []
-    quiet = None if share[0] == 0 else True
-    for first in tqdm(batches, desc=f"Reference log-probs of the {name} dataset", disable=quiet):
-        rows = range(first, min(first + batch_size, len(dataset)))
+    process, processes = share
+    starts = range(0, len(dataset), batch_size)[process::processes]
+    answers, is_quiet = [], None if process == 0 else True
+    for start in tqdm(starts, desc=f"Reference log-probs of the {name} dataset", disable=is_quiet):
+        rows = range(start, min(start + batch_size, len(dataset)))
         batch = {k: v.to(device) for k, v in collate(dataset.select(rows).to_list()).items()}
         logps = ref_logps(batch).float().cpu().numpy()
         completions = [row[:length] for row, length in zip(logps, batch["completion_lengths"].tolist())]

@@ -2,10 +2,10 @@
 
 # %% auto #0
 __all__ = ['BASE_CHANGING', 'ModelReference', 'AdapterReference', 'PrecomputedReference', 'freeze', 'disable_dropout',
-           'has_dropout', 'prepare_frozen', 'frozen', 'freeze_adapter', 'copy_adapter', 'make_reference',
-           'sync_weights', 'SyncRefModelCallback', 'WithReference']
+           'has_dropout', 'prepare_frozen', 'frozen', 'freeze_adapter', 'copy_adapter', 'refuse_the_policy',
+           'make_reference']
 
-# %% ../../nbs/training/06_references.ipynb #e68cc391
+# %% ../../nbs/training/06_references.ipynb #56a145aa
 import copy
 import json
 import os
@@ -13,22 +13,20 @@ import re
 from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainingArguments
 
 from .config import PostConfig
 from .heads import attach_head, completion_logps, scoring
-from .trainer import load_model
+from .loading import load_model
 
-# %% ../../nbs/training/06_references.ipynb #91d37c75
+# %% ../../nbs/training/06_references.ipynb #c12f305d
 def _settings(model) -> str:
     "The configs of a model and of its adapters, without the names of places and versions."
     left_out = ("_name_or_path", "transformers_version", "base_model_name_or_path", "inference_mode", "peft_version")
-    known = [model.config.to_dict(), *(c.to_dict() for c in getattr(model, "peft_config", {}).values())]
-    kept = [{k: v for k, v in config.items() if k not in left_out} for config in known]
+    kept = []
+    for config in (model.config, *getattr(model, "peft_config", {}).values()):
+        kept.append({name: value for name, value in config.to_dict().items() if name not in left_out})
     return json.dumps(kept, sort_keys=True, default=str)
 
 
@@ -73,15 +71,17 @@ class AdapterReference:
 
     @contextmanager
     def _switched(self):
+        "The reference's adapter, or none, in the place of the one that is trained."
         if self.adapter is None:
             with self.model.disable_adapter(): yield
             return
-        own, trained = self.model.active_adapter, [(p, p.requires_grad) for p in self.model.parameters()]
+        own = self.model.active_adapter
+        learns = [(p, p.requires_grad) for p in self.model.parameters()]
         self.model.set_adapter(self.adapter)
         try: yield
         finally:
             self.model.set_adapter(own)
-            for p, flag in trained: p.requires_grad_(flag)  # set_adapter makes trainable what it activates
+            for p, flag in learns: p.requires_grad_(flag)  # set_adapter makes trainable what it activates
 
     def weights(self) -> Iterable[tuple[str, Tensor]]:
         "The tensors that its opinion depends on: all that is not trained."
@@ -109,7 +109,7 @@ class PrecomputedReference:
                              "evaluate() or the constructor as it is")
         return batch["ref_logps"]
 
-# %% ../../nbs/training/06_references.ipynb #19e069c4
+# %% ../../nbs/training/06_references.ipynb #bf9dedbd
 def freeze(
     model: nn.Module,  # any
 ) -> nn.Module:  # the same
@@ -120,24 +120,25 @@ def freeze(
 def disable_dropout(
     model: nn.Module,  # any
 ) -> None:
-    """Set the rate of every dropout to 0: of dropout layers, an adapter's too, and of what modules hand to functions
-    (`attention_dropout`, `layerdrop`)."""
-    for m in model.modules():
-        if isinstance(m, nn.Dropout): m.p = 0.0
-        for name, rate in vars(m).items():
-            if "drop" in name and isinstance(rate, float): setattr(m, name, 0.0)
+    """Set the rate of every dropout to 0.
+
+    That is the rate of each dropout layer, an adapter's too, and what modules hand to functions, such as
+    `attention_dropout` or `layerdrop`."""
+    for module in model.modules():
+        for name in _dropout_rates(module): setattr(module, name, 0.0)
 
 
 def has_dropout(
     model: nn.Module,  # any
 ) -> bool:
     "Is there a dropout whose rate is above 0?"
-    return any(rate > 0 for m in model.modules() for rate in _dropout_rates(m))
+    return any(rate > 0 for module in model.modules() for rate in _dropout_rates(module).values())
 
 
-def _dropout_rates(module: nn.Module) -> list[float]:
-    if isinstance(module, nn.Dropout): return [module.p]
-    return [rate for name, rate in vars(module).items() if "drop" in name and isinstance(rate, float)]
+def _dropout_rates(module: nn.Module) -> dict[str, float]:
+    "The rates of one module, by the names of its attributes."
+    if isinstance(module, nn.Dropout): return {"p": module.p}
+    return {name: rate for name, rate in vars(module).items() if "drop" in name and isinstance(rate, float)}
 
 
 def prepare_frozen(
@@ -158,10 +159,9 @@ def prepare_frozen(
 
 
 def frozen(
-    # a second model that does not learn: a reference or a teacher, or where it lies
-    model: str | os.PathLike | nn.Module,
-    args: PostConfig,        # of the trainer: how a path is loaded
-    accelerator=None,        # of the trainer: puts the model where the policy is; None: leave it where it is
+    model: str | os.PathLike | nn.Module,  # a reference or a teacher, or where it lies
+    args: PostConfig,  # of the trainer: how a path is loaded
+    accelerator=None,  # of the trainer: puts the model where the policy is; None: leave it where it is
 ) -> nn.Module:  # without gradients and dropout, ready for `heads.read`
     "Load a second model, freeze it, attach its head and put it where the policy is. Raises what these raise."
     if not isinstance(model, nn.Module): model = load_model(model, args)
@@ -178,15 +178,13 @@ def freeze_adapter(
         if re.search(rf"\.{re.escape(name)}(\.|$)", n): p.requires_grad_(False)
 
 
-BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "eva")  # ways to start a LoRA that change the weights below it
-
-
 def copy_adapter(
     model: nn.Module,  # a PEFT model whose adapter was trained before
     name: str = "ref", # what the copy is called
 ) -> str:  # the name
-    """Keep the adapter that a model comes with as a frozen second one, to refer to while the first is trained. Raises
-    ValueError if there is one of that name."""
+    """Keep the adapter that a model comes with as a frozen second one, to refer to while the first is trained.
+
+    Raises ValueError if there is one of that name."""
     own = model.active_adapter
     if name in model.peft_config:
         raise ValueError(f"the model already has an adapter called {name!r}: delete it "
@@ -195,17 +193,34 @@ def copy_adapter(
     # PiSSA and its like would take the adapter's start out of the base a second time
     if hasattr(config, "init_lora_weights"): config.init_lora_weights = False
     model.add_adapter(name, config)
-    # the last part of that name
-    parameters, its = dict(model.named_parameters()), re.compile(
-        rf"\.{re.escape(own)}(?=\.|$)(?!.*\.{re.escape(own)}(\.|$))")
-    for n, p in parameters.items():
-        if (other := its.sub(f".{name}", n)) != n and other in parameters: parameters[other].data.copy_(p.data)
+    parameters = dict(model.named_parameters())
+    for path, weight in parameters.items():
+        copied = _path_in_adapter(path, own, name)
+        if copied != path and copied in parameters: parameters[copied].data.copy_(weight.data)
     freeze_adapter(model, name)
     return name
 
 
-_SAME = ("model and ref_model are the same object: a reference that is trained along is none. Leave "
-         "ref_model out, and a " "copy is made")
+def _path_in_adapter(path: str, own: str, other: str) -> str:
+    "The name of a parameter of the adapter `own` in another one: the last part that is called `own` is replaced."
+    parts = path.split(".")
+    if own not in parts: return path
+    last = len(parts) - 1 - parts[::-1].index(own)
+    return ".".join([*parts[:last], other, *parts[last + 1:]])
+
+
+#: ways to start a LoRA that change the weights below it
+BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "eva")
+
+
+def refuse_the_policy(
+    policy,     # the model to train, or where it lies
+    ref_model,  # what is to be its reference
+) -> None:
+    "Raise ValueError if both are the same model. Two copies of what lies at one path are not."
+    if isinstance(ref_model, nn.Module) and ref_model is policy:
+        raise ValueError("model and ref_model are the same object: a reference that is trained along is none. Leave "
+                         "ref_model out, and a copy is made")
 
 
 def make_reference(
@@ -213,25 +228,28 @@ def make_reference(
     ref_model: nn.Module | None = None,  # a reference of one's own; None: what the policy is now
     fresh_adapter: bool = True,  # PEFT: the adapter is new, so that without it the model is what training starts from
 ) -> ModelReference | AdapterReference:
-    """The reference of a policy: the model that is given, else the policy without its adapter or with a copy of it,
-    else
-    a frozen copy.
+    """The reference of a policy: the model that is given, or the policy without its adapter, or a frozen copy of it.
 
     Raises ValueError if both are one object, or have different vocabularies."""
-    if ref_model is policy: raise ValueError(_SAME)
+    refuse_the_policy(policy, ref_model)
     if not any(p.requires_grad for p in policy.parameters()):
         raise ValueError("the model has no weight that learns: an adapter is loaded for training with "
                          "PeftModel.from_pretrained(..., is_trainable=True)")
     if ref_model is None and hasattr(policy, "peft_config"): return _adapter_reference(policy, fresh_adapter)
     if ref_model is None: ref_model = copy.deepcopy(policy)
+    _check_apart(policy, ref_model)
+    return ModelReference(attach_head(freeze(ref_model)))
+
+
+def _check_apart(policy: nn.Module, ref_model: nn.Module) -> None:
+    "Raise ValueError for two models that share weights, or read other ids."
     if {id(p) for p in policy.parameters()} & {id(p) for p in ref_model.parameters()}:
         raise ValueError("ref_model shares weights with the model, and would be trained along: pass a copy "
                          "(copy.deepcopy), or leave ref_model out")
     ours, theirs = (m.get_input_embeddings().weight.shape[0] for m in (policy, ref_model))
     if ours != theirs:
         raise ValueError(f"the policy's vocabulary has {ours} tokens, the reference's {theirs}: both must read the "
-                         f"same " "ids")
-    return ModelReference(attach_head(freeze(ref_model)))
+                         "same ids")
 
 
 def _adapter_reference(policy: nn.Module, fresh_adapter: bool) -> AdapterReference:
@@ -243,129 +261,7 @@ def _adapter_reference(policy: nn.Module, fresh_adapter: bool) -> AdapterReferen
     config = policy.peft_config[policy.active_adapter]
     start, bias = getattr(config, "init_lora_weights", None), getattr(config, "bias", "none")
     if str(start).startswith(BASE_CHANGING) or bias != "none":
-        raise ValueError(f"without its adapter this model is not what training starts from "
-                         f"(init_lora_weights={start!r}, "
-                         f"bias={bias!r} change the weights below it): pass ref_model, the model as it was")
+        raise ValueError("without its adapter this model is not what training starts from "
+                         f"(init_lora_weights={start!r}, bias={bias!r} change the weights below it): "
+                         "pass ref_model, the model as it was")
     return AdapterReference(policy)
-
-# %% ../../nbs/training/06_references.ipynb #3e48dc48
-@torch.no_grad()
-def sync_weights(
-    ref_model: nn.Module,  # moves
-    model: nn.Module,      # stays
-    alpha: float = 0.6,    # how far: 0 not at all, 1 all the way (a hard update); 0.6 is TR-DPO's
-) -> None:
-    """ref <- alpha * policy + (1 - alpha) * ref, weight by weight (TR-DPO 2404.09656, equations 3 and 4). Raises
-    ValueError for alpha outside [0, 1] and for models of different make."""
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha is the policy's share in the new reference, expected in [0, 1], got {alpha}")
-    for part in (*ref_model.modules(), *model.modules()):
-        # FSDP2 keeps the outermost weights whole after a forward pass without a backward one
-        if hasattr(part, "reshard"): part.reshard()
-    ours, theirs = list(ref_model.parameters()), list(model.parameters())
-    if [p.shape for p in ours] != [p.shape for p in theirs]:
-        raise ValueError("the reference cannot follow the policy: their weights differ in number or shape")
-    for r, p in zip(ours, theirs): r.lerp_(p.detach().to(r.dtype), alpha)
-
-
-class SyncRefModelCallback(TrainerCallback):
-    """Move the reference towards the policy every `args.ref_model_sync_steps` optimizer steps, by
-    `args.ref_model_mixup_alpha`.
-
-    The moving reference is part of the run's state: it is written into each checkpoint and found again on resuming."""
-
-    FILE = "ref_model.safetensors"
-
-    def __init__(
-        self,
-        ref_model: nn.Module,  # the reference's model
-        accelerator=None,      # to unwrap the policy
-    ):
-        self.ref_model, self.accelerator = ref_model, accelerator
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step % args.ref_model_sync_steps: return
-        sync_weights(self.ref_model, self.accelerator.unwrap_model(model) if self.accelerator else model,
-                     args.ref_model_mixup_alpha)
-
-    def on_save(self, args, state, control, **kwargs):
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        # shards are gathered by all processes, written by the first
-        whole = lambda p: p.full_tensor() if hasattr(p, "full_tensor") else p
-        weights = {n: whole(p).detach().cpu().contiguous().clone() for n, p in self.ref_model.named_parameters()}
-        if not state.is_world_process_zero or not folder.exists(): return
-        from safetensors.torch import save_file
-        save_file(weights, folder / self.FILE)
-
-    def load(
-        self,
-        folder,  # of a checkpoint
-    ) -> None:
-        "Go on with the reference as it was then. Raises FileNotFoundError when it was not saved."
-        from safetensors.torch import load_file
-        path = Path(folder) / self.FILE
-        if not path.exists():
-            raise FileNotFoundError(
-                f"{path} is missing: this run goes on with a reference that had moved by then. Resume "
-                f"from a checkpoint that holds it, or set sync_ref_model=False")
-        saved = load_file(path)
-        with torch.no_grad():
-            for n, p in self.ref_model.named_parameters():
-                if hasattr(p, "device_mesh"):
-                    from torch.distributed.tensor import distribute_tensor
-                    p.copy_(distribute_tensor(saved[n].to(p.device), p.device_mesh, p.placements))
-                else: p.copy_(saved[n])
-
-
-class WithReference:
-    """For trainers that ask a reference: name it before PostTrainer among the bases. Call `note_reference` before
-    anything is loaded, and `add_reference` in `after_building`.
-
-    `self.reference` is then one object with a method `logps(batch, temperature)`, or None."""
-
-    reference = None
-
-    def note_reference(
-        self,
-        model,             # the policy, as the user gave it
-        ref_model,         # the same for the reference: a model, its path or None
-        args,              # the config; its `sync_ref_model` is used
-        peft_config=None,  # an adapter that the trainer will make
-    ) -> None:
-        "Note the reference before anything is loaded. Raises ValueError and TypeError for what can be none."
-        if isinstance(ref_model, nn.Module) and ref_model is model: raise ValueError(_SAME)
-        if ref_model is not None and not isinstance(ref_model, (str, nn.Module)):
-            hint = "; the config is the third parameter, args=" if isinstance(ref_model, TrainingArguments) else ""
-            raise TypeError(f"ref_model must be a model, a path or None, got {type(ref_model).__name__}{hint}")
-        if getattr(args, "sync_ref_model", False) and (peft_config is not None or hasattr(model, "peft_config")):
-            raise ValueError("sync_ref_model=True moves the weights of a reference model, but with PEFT there is none, "
-                             "only the policy without its adapter: train all weights, or leave it False")
-        self._given_reference, self._fresh_adapter = ref_model, peft_config is not None
-
-    def add_reference(self) -> None:
-        "Make the reference as `make_reference` does, put its model where the policy is, and let it follow if it shall."
-        given = self._given_reference
-        if isinstance(given, str): given = load_model(given, self.args)
-        self.reference, self._given_reference = make_reference(self.model, given, self._fresh_adapter), None
-        if self.ref_model is None: return
-        self.reference.model = prepare_frozen(self.ref_model, self.accelerator)
-        if getattr(self.args, "sync_ref_model", False):
-            self.add_callback(SyncRefModelCallback(self.ref_model, self.accelerator))
-
-    @property
-    def ref_model(self) -> nn.Module | None:
-        "The reference's own model, by TRL's name for it; None where the policy itself is asked."
-        own = isinstance(self.reference, ModelReference) and self.reference.model is not self.model
-        return self.reference.model if own else None
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        """Also what transformers does not know of: a reference that had moved, and the trained adapter where a frozen
-        one lies beside it (it would find only that one)."""
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, SyncRefModelCallback): callback.load(resume_from_checkpoint)
-        own = getattr(self.model, "active_adapter", None)
-        if getattr(self.reference, "adapter", None) and own == "default":
-            self.model.load_adapter(resume_from_checkpoint, own, is_trainable=True)
-            self.model.set_adapter(own)
-            freeze_adapter(self.model, self.reference.adapter)
