@@ -27,7 +27,8 @@ from posttrain.rollout.completions import (
 from .config import OnlineConfig
 from .generation import Generation, from_rollout
 from .rewards import total
-from .sampling import Engine, eos_ids, make_sampler
+from .sampler import make_sampler
+from .sampling import Engine, eos_ids
 from .score import RewardLog, Rewards
 from .stream import Prompts, RolloutStream, completion_seeds, informative_groups
 from ..training.heads import completion_logps, scoring
