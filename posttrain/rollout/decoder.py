@@ -43,7 +43,7 @@ class Decoder(Protocol):
     ) -> None:
         "Go on with these completions alone: what has ended costs nothing more."
 
-# %% ../../nbs/rollout/00c_decoder.ipynb #92b5f3d0
+# %% ../../nbs/rollout/00c_decoder.ipynb #17c0601a
 def _embedded(w: Packed, ids: Tensor, position: Tensor) -> Tensor:
     return w.embed[ids] if w.positions is None else w.embed[ids] + w.positions[position]
 
@@ -51,7 +51,7 @@ def _embedded(w: Packed, ids: Tensor, position: Tensor) -> Tensor:
 def _mlp(layer: Layer, act: Callable, x: Tensor) -> Tensor:
     "What goes into the down matrix: gated where the up matrix is twice as wide."
     h = layer.up(x)
-    if h.shape[1] == len(layer.down.W): return act(h)
+    if h.shape[1] == layer.down.W.shape[0]: return act(h)
     gate, up = h.chunk(2, -1)
     return act(gate) * up
 
@@ -61,10 +61,10 @@ def _transformed(w: Packed, x: Tensor, grid: tuple, cos: Tensor, sin: Tensor, at
     nq, nk, D = w.heads
     for i, layer in enumerate(w.layers):
         qkv = layer.qkv(w.norm(x)).view(*grid, nq + 2 * nk, D)
-        qk, v = qkv.split((nq + nk, nk), -2)
+        qk, v = qkv.split_with_sizes((nq + nk, nk), -2)
         if w.qk_norm: qk = w.norm(qk)
         if layer.turns: qk = _rotated(qk, cos, sin, *layer.turns)
-        q, k = qk.split((nq, nk), -2)
+        q, k = qk.split_with_sizes((nq, nk), -2)
         x = layer.out.add_to(x, attend(i, q, k, v))
         x = layer.down.add_to(x, _mlp(layer, w.act, w.norm(x)))
     return x
@@ -123,7 +123,7 @@ def prefill(
     last = [_read(w, ids[part], lengths[part], cache[:, :, part]) for part in parts]
     return _logits(w, torch.cat(last)), cache, lengths
 
-# %% ../../nbs/rollout/00c_decoder.ipynb #ce0242fb
+# %% ../../nbs/rollout/00c_decoder.ipynb #03f3f46d
 _ROOM = 32  # tokens that a new cache has room for; it grows by doubling
 
 
@@ -147,22 +147,27 @@ class CachedDecoder:
         if not all(is_new):
             source = torch.tensor(is_new, device=lengths.device).cumsum(0) - 1
             logits, cache, lengths = logits[source], cache[:, :, source], lengths[source]
+        self._hold_prompts(cache, lengths)
         (_, nk, D), U = self.w.heads, len(prompts)
-        self.prompt, self.lengths, self.t = cache, lengths, 0
-        self.own = cache.new_empty(len(self.w.layers), 2, U, nk, g, _ROOM, D)
-        self._follow_shapes()
+        self._hold_own(cache.new_empty(len(self.w.layers), 2, U, nk, g, _ROOM, D))
+        self.t = 0
         return logits.repeat_interleave(g, 0)
 
-    def _follow_shapes(self) -> None:
-        "Set what depends on the sizes of the caches: rotary angles, and which keys of prompts are padding."
-        S = self.prompt.shape[-2]
-        self.cos, self.sin = self.w.angles(S + self.own.shape[-2])
-        padding = torch.arange(S, device=self.lengths.device) >= self.lengths[:, None]
-        self.mask = None
-        if padding.any():
-            mask = torch.zeros_like(padding, dtype=self.prompt.dtype).masked_fill_(padding, float("-inf"))
-            # (U * key heads, 1, S): the same for each head and each query
-            self.mask = mask.repeat_interleave(self.w.heads[1], 0)[:, None]
+    def _hold_prompts(self, prompt: Tensor, lengths: Tensor) -> None:
+        "Keys and values of the prompts (layers, 2, U, key heads, S, D), and which of them are padding (step 2)."
+        self.prompt, self.lengths, self.mask = prompt, lengths, None
+        self.of_prompts = [layer.flatten(1, 2).unbind() for layer in prompt]  # K and V (U * key heads, S, D)
+        padding = torch.arange(prompt.shape[-2], device=lengths.device) >= lengths[:, None]
+        if not padding.any(): return
+        mask = torch.zeros_like(padding, dtype=prompt.dtype).masked_fill_(padding, float("-inf"))
+        # (U * key heads, 1, S): the same for each head and each query
+        self.mask = mask.repeat_interleave(self.w.heads[1], 0)[:, None]
+
+    def _hold_own(self, own: Tensor) -> None:
+        "Keys and values of the completions (layers, 2, U, key heads, g, room, D), and angles of all their positions."
+        self.own = own
+        self.of_own = [layer.unbind() for layer in own]  # K and V (U, key heads, g, room, D)
+        self.cos, self.sin = self.w.angles(self.prompt.shape[-2] + own.shape[-2])
 
     def step(
         self,
@@ -170,9 +175,7 @@ class CachedDecoder:
     ) -> Tensor:  # (U * g, V), float32
         "Read one token of each completion. Returns logits of the token after it."
         w, (U, _, g, room) = self.w, self.own.shape[2:6]
-        if self.t == room:
-            self.own = torch.cat([self.own, torch.empty_like(self.own)], -2)
-            self._follow_shapes()
+        if self.t == room: self._hold_own(torch.cat([self.own, torch.empty_like(self.own)], -2))
         position = self.lengths + self.t
         cos, sin = self.cos[position][:, None, None], self.sin[position][:, None, None]
         x = _embedded(w, tokens, position.repeat_interleave(g))
@@ -184,23 +187,23 @@ class CachedDecoder:
         "Each query looks at its prompt and at its own tokens (step 1): (U, g, heads, D) each -> (U * g, queries * D)."
         (U, g, nq, D), nk = q.shape, k.shape[2]
         K, V = self._remember(i, k, v)
-        K_prompt, V_prompt = self.prompt[i].flatten(1, 2).unbind()  # (U * nk, S, D)
+        K_prompt, V_prompt = self.of_prompts[i]
         # a key head serves nq // nk query heads; those of all completions of a prompt lie together
         q = q.reshape(U, g, nk, nq // nk, D).transpose(1, 2).reshape(U * nk, -1, D)
         to_prompt = torch.bmm(q, K_prompt.mT) if self.mask is None else torch.baddbmm(self.mask, q, K_prompt.mT)
         to_own = torch.bmm(q.reshape(U * nk * g, -1, D), K.mT)
         S = to_prompt.shape[-1]
+        # one softmax over both: (U * nk * g, nq // nk, S + t + 1)
         p = torch.cat([to_prompt.view(U * nk * g, -1, S), to_own], -1).softmax(-1)
         out = torch.bmm(p.view(U * nk, -1, p.shape[-1])[..., :S], V_prompt)
         out = torch.baddbmm(out.view(U * nk * g, -1, D), p[..., S:], V)
         return out.view(U, nk, g, -1, D).transpose(1, 2).reshape(U * g, nq * D)
 
-    def _remember(self, i: int, k: Tensor, v: Tensor) -> list[Tensor]:
+    def _remember(self, i: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         "Write down a layer's keys and values of this step. Returns those of all steps, (U * key heads * g, t + 1, D)."
-        cache = self.own[i]
-        cache[0, ..., self.t, :] = k.transpose(1, 2)
-        cache[1, ..., self.t, :] = v.transpose(1, 2)
-        return [own.flatten(0, 2)[:, :self.t + 1] for own in cache.unbind()]
+        (K, V), t = self.of_own[i], self.t
+        K[..., t, :], V[..., t, :] = k.transpose(1, 2), v.transpose(1, 2)
+        return K.flatten(0, 2)[:, :t + 1], V.flatten(0, 2)[:, :t + 1]
 
     def keep(
         self,
@@ -209,11 +212,10 @@ class CachedDecoder:
     ) -> None:
         "Go on with these completions alone (step 3)."
         heads = torch.arange(self.w.heads[1], device=rows.device)[None, :, None]
-        self.own = self.own[:, :, rows[:, None, None], heads, slots[:, None]].contiguous()
-        if len(rows) < len(self.lengths): self.prompt, self.lengths = self.prompt[:, :, rows], self.lengths[rows]
-        self._follow_shapes()
+        self._hold_own(self.own[:, :, rows[:, None, None], heads, slots[:, None]].contiguous())
+        if len(rows) < len(self.lengths): self._hold_prompts(self.prompt[:, :, rows], self.lengths[rows])
 
-# %% ../../nbs/rollout/00c_decoder.ipynb #63fcb92b
+# %% ../../nbs/rollout/00c_decoder.ipynb #f9f4ce98
 def _own_logits(w: Packed, texts: Tensor, lengths: list, steps: int) -> list[Tensor]:
     "Logits after the first tokens of each text and after each of `steps` more, (2, V) each."
     decoder = CachedDecoder(w)
@@ -236,10 +238,12 @@ def verify(
     texts = torch.randint(len(w.embed), (2, 8), generator=torch.Generator().manual_seed(0)).to(w.embed.device)
     with scoring(lm): theirs = torch.cat([lm(input_ids=row[None], use_cache=False).logits.float() for row in texts])
     with torch.inference_mode(): ours = torch.stack(_own_logits(w, texts, lengths, steps), 1)
-    same = torch.stack([row[n - 1:n + steps] for row, n in zip(theirs, lengths)])
+    # the model's own at the positions that the decoder was asked about
+    expected = torch.stack([row[n - 1:n + steps] for row, n in zip(theirs, lengths)])
     # half precision rounds logits to about 1 %
     close = (1e-3 if w.embed.dtype == torch.float32 else .1) * float(theirs.abs().max())
-    difference = float((ours - same).abs().max())
-    if not difference <= close:  # NaN is not close either
+    difference = float((ours - expected).abs().max())
+    # written so that NaN is not close either
+    if not difference <= close:
         raise TypeError(f"{type(lm).__name__}: its logits differ from ours by {difference:.2g}, so its forward "
                         "does something that `pack` does not know")

@@ -47,13 +47,14 @@ def _worth_keeping(is_alive: Tensor) -> tuple[Tensor, Tensor] | None:
     slots = (~is_alive[rows]).to(torch.uint8).sort(stable=True, dim=1).indices[:, :most]
     return rows, slots
 
-# %% ../../nbs/rollout/01c_sampler.ipynb #cb550846
+# %% ../../nbs/rollout/01c_sampler.ipynb #0fd17fd2
 class _Completions:
     "B completions that are being written, and the grid that says which of them each place holds; B: none."
 
     def __init__(self, prompts: list, seeds: list, sampling: Sampling, grid: Tensor, vocabulary: int):
         device, B, T = grid.device, len(prompts), sampling.max_tokens
-        self.sampling, self.grid, self.B, self.t = sampling, grid, B, 0
+        self.sampling, self.B, self.t = sampling, B, 0
+        self._place(grid)
         self.ids = torch.full((B + 1, T), -1, device=device)
         self.ids[B] = 0
         self.logps = torch.zeros(B + 1, T, device=device)
@@ -64,8 +65,8 @@ class _Completions:
             self.seen = torch.zeros(B + 1, vocabulary, dtype=torch.bool, device=device)
             for i, prompt in enumerate(prompts): self.seen[i, prompt] = True
 
-    @property
-    def places(self) -> Tensor: return self.grid.flatten()
+    def _place(self, grid: Tensor) -> None:
+        self.grid, self.places = grid, grid.flatten()
 
     def append(self, logits: Tensor) -> None:
         "Draw the next token at each place of the grid."
@@ -84,14 +85,14 @@ class _Completions:
     def retire(self, has_ended: Tensor) -> None:
         "Note who has ended, (U * g,) bool, and take them off the grid."
         self.finished[self.places[has_ended]] = True
-        self.grid = self.grid.masked_fill(has_ended.view_as(self.grid), self.B)
+        self._place(self.grid.masked_fill(has_ended.view_as(self.grid), self.B))
 
     def is_alive(self) -> Tensor: return self.grid < self.B
 
     def keep(self, rows: Tensor, slots: Tensor) -> None:
         "As of a decoder: go on with these places alone."
         self.tokens = self.tokens.view_as(self.grid)[rows[:, None], slots].flatten()
-        self.grid = self.grid[rows[:, None], slots]
+        self._place(self.grid[rows[:, None], slots])
 
     def samples(self) -> Samples:
         lengths = (self.ids[:self.B] >= 0).sum(1).tolist()
