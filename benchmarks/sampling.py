@@ -10,7 +10,9 @@ import harness
 import torch
 
 from posttrain import pocket
-from posttrain.rollout.sampling import GenerateSampler, Sampler, Sampling
+from posttrain.rollout.generate_sampler import GenerateSampler
+from posttrain.rollout.sampler import Sampler
+from posttrain.rollout.sampling import Sampling
 
 NEW = 48  # tokens of each completion
 CASES = [  # model, prompts, completions of each, tokens of a prompt

@@ -18,8 +18,11 @@ from transformers import (
 
 import tiny
 from posttrain.foundations.layouts import make_batch
-from posttrain.rollout.decoder import dense_weights
-from posttrain.rollout.sampling import GenerateSampler, Sampler, Sampling, draw, eos_ids, filtered, make_sampler
+from posttrain.rollout.decoder import CachedDecoder
+from posttrain.rollout.generate_sampler import GenerateSampler
+from posttrain.rollout.sampler import Sampler, make_sampler
+from posttrain.rollout.sampling import Sampling, draw, eos_ids, filtered
+from posttrain.rollout.weights import dense_weights
 from posttrain.training.heads import attach_head, completion_logps
 
 COMMON = dict(vocab_size=420, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -171,10 +174,11 @@ def test_a_completion_depends_on_its_prompt_and_seed_alone(how):
 
 
 def test_retiring_saves_work(monkeypatch):
-    from posttrain.rollout import sampling as module
-    model = shaken("qwen3")
-    sampler, widths, step = Sampler(model), [], module.Grid.step
-    monkeypatch.setattr(module.Grid, "step", lambda grid, tokens: widths.append(len(tokens)) or step(grid, tokens))
+    sampler, widths, step = Sampler(shaken("qwen3")), [], CachedDecoder.step
+    def counting(decoder, tokens):
+        widths.append(len(tokens))
+        return step(decoder, tokens)
+    monkeypatch.setattr(CachedDecoder, "step", counting)
     sampler.eos = list(range(0, 420, 8))
     lengths = [len(c) for c in sampler.sample(groups((8, 8, 8), (3, 4, 5)), list(range(24)),
                                               Sampling(max_tokens=40)).completion_ids]

@@ -13,8 +13,9 @@ from .core import Explorer, Watcher, read_lines, slider
 from ..foundations.divergences import estimate_kl
 from ..foundations.layouts import make_batch
 from ..pocket.checkpoint import prompt_ids
+from ..rollout.generate_sampler import GenerateSampler
 from ..rollout.rewards import text_of
-from ..rollout.sampling import GenerateSampler, Sampling
+from ..rollout.sampling import Sampling
 from ..training.heads import completion_logps, scoring
 from ..training.progress import Progress
 

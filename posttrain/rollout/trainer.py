@@ -15,7 +15,8 @@ from ..data.tokens import check_tokenizer
 from .completions import CompletionsLog, completions_table, scores_of
 from .config import OnlineConfig
 from .generation import Generation
-from .sampling import Engine, make_sampler
+from .sampler import make_sampler
+from .sampling import Engine
 from .score import Rewards
 from .stages import Stages, weighted
 from .stream import Prompts, RolloutStream, Rounds, completion_seeds
