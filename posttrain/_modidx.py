@@ -1576,6 +1576,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'posttrain/rollout/sampler.py'),
                                            'posttrain.rollout.sampler._groups': ( 'rollout/sampler.html#_groups',
                                                                                   'posttrain/rollout/sampler.py'),
+                                           'posttrain.rollout.sampler._seen': ( 'rollout/sampler.html#_seen',
+                                                                                'posttrain/rollout/sampler.py'),
                                            'posttrain.rollout.sampler._width': ( 'rollout/sampler.html#_width',
                                                                                  'posttrain/rollout/sampler.py'),
                                            'posttrain.rollout.sampler._worth_keeping': ( 'rollout/sampler.html#_worth_keeping',

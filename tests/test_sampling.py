@@ -20,6 +20,8 @@ import tiny
 from posttrain.foundations.layouts import make_batch
 from posttrain.rollout.decoder import CachedDecoder
 from posttrain.rollout.generate_sampler import GenerateSampler
+from posttrain.rollout.mixture import GeometricMixture
+from posttrain.rollout.packed import pack
 from posttrain.rollout.sampler import Sampler, make_sampler
 from posttrain.rollout.sampling import Sampling, draw, eos_ids, filtered
 from posttrain.rollout.weights import dense_weights
@@ -185,6 +187,25 @@ def test_retiring_saves_work(monkeypatch):
     assert len(widths) == max(lengths) - 1 and widths[0] <= 24 and widths[-1] <= 4 and widths == sorted(
         widths, reverse=True)
     assert sum(widths) < 2.5 * sum(lengths) < 24 * max(lengths)  # a grid wastes some, but not what padding wastes
+
+
+def test_a_mixture_of_two_families():
+    """One text, two caches: through growth and shrinking, with a penalty, and with rows that share a prompt."""
+    first, second = shaken("qwen3"), shaken("gpt2")
+    other = pack(second)
+    sampler = Sampler(first, make_decoder=lambda w: GeometricMixture(CachedDecoder(w), CachedDecoder(other), 0.4))
+    sampler.eos = list(range(0, 420, 32))
+    prompts, seeds = groups((12, 1, 2, 1), (3, 30, 8, 12)), list(range(16))
+    samples = sampler.sample(prompts, seeds, Sampling(max_tokens=70, temperature=0.8, repetition_penalty=1.2))
+    assert len({len(c) for c in samples.completion_ids}) > 5 and max(map(len, samples.completion_ids)) > 33
+    for prompt, completion, own in zip(prompts, samples.completion_ids, samples.sampled_logps):
+        ids = torch.tensor([prompt + completion])
+        with torch.no_grad(): p, q = (model(input_ids=ids).logits[0].log_softmax(-1) for model in (first, second))
+        logps = ((0.6 * p + 0.4 * q) / 0.8).log_softmax(-1)[len(prompt) - 1:-1]
+        expected = logps.gather(1, torch.tensor(completion)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(own), expected, atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="256 positions"):
+        sampler.sample([[5] * 200], [0], Sampling(max_tokens=58))
 
 
 def test_one_large_group_among_small_ones():

@@ -59,7 +59,7 @@ def _obstacle(config) -> str:
     stretches = rope in ("dynamic", "longrope")
     return f"its rotary positions are {rope!r}: they depend on the length of the text" if stretches else ""
 
-# %% ../../nbs/rollout/00b_packed.ipynb #9e167d97
+# %% ../../nbs/rollout/00b_packed.ipynb #e04ae88f
 class Affine(NamedTuple):
     "x W + b."
     W: Tensor         # (in, out)
@@ -69,6 +69,7 @@ class Affine(NamedTuple):
         self,
         x: Tensor,  # (N, in)
     ) -> Tensor:  # (N, out)
+        "x W + b for each row."
         return x @ self.W if self.b is None else torch.addmm(self.b, x, self.W)
 
     def add_to(
@@ -142,7 +143,7 @@ def _heads(config) -> tuple[int, int, int]:
     keys = getattr(config, "num_key_value_heads", None) or queries
     return queries, keys, getattr(config, "head_dim", None) or config.hidden_size // queries
 
-# %% ../../nbs/rollout/00b_packed.ipynb #b7ca7f81
+# %% ../../nbs/rollout/00b_packed.ipynb #edb6e522
 _BLOCK = 256  # columns of the output matrix that lie together (step 3)
 
 
@@ -207,13 +208,12 @@ class _Packer:
 
     def layer(self, i: int) -> Layer:
         family, at = self.family, f"{self.family.layers}.{i}."
-        def affine(names, norm=None):
-            return self.affine([at + n for n in names], norm and at + norm, family.conv1d)
-        qkv = affine(family.qkv, family.attention_norm)
+        def matrix(names, norm=None): return self.affine([at + n for n in names], norm and at + norm, family.conv1d)
+        qkv = matrix(family.qkv, family.attention_norm)
         if family.positions: self.scale_queries(*qkv)
         turns = None if family.positions else self.turns(at + "self_attn", qkv[0])
-        rest = affine([family.out]), affine(family.up, family.mlp_norm), affine([family.down])
-        return Layer(*[Affine(self.ready(W), self.ready(b)) for W, b in (qkv, *rest)], turns)
+        parts = qkv, matrix([family.out]), matrix(family.up, family.mlp_norm), matrix([family.down])
+        return Layer(*[Affine(self.ready(W), self.ready(b)) for W, b in parts], turns)
 
     def refuse_leftovers(self) -> None:
         if not self.weights: return
@@ -238,7 +238,8 @@ def pack(
     layers = [packer.layer(i) for i in range(config.num_hidden_layers)]
     head, head_bias = packer.affine(["lm_head"], family.norm)
     packer.refuse_leftovers()
-    embed, act = packer.ready(embed), ACT2FN[getattr(config, "hidden_act", None) or config.activation_function]
+    act = ACT2FN[getattr(config, "hidden_act", None) or config.activation_function]
+    embed = packer.ready(embed)
     return Packed(embed, packer.ready(positions), layers, qk_norm, packer.ready(_blocked(head)),
                   packer.ready(head_bias), _norm(config, embed), act, _angles(lm, embed), packer.heads,
                   config.max_position_embeddings)

@@ -47,7 +47,14 @@ def _worth_keeping(is_alive: Tensor) -> tuple[Tensor, Tensor] | None:
     slots = (~is_alive[rows]).to(torch.uint8).sort(stable=True, dim=1).indices[:, :most]
     return rows, slots
 
-# %% ../../nbs/rollout/01c_sampler.ipynb #0fd17fd2
+# %% ../../nbs/rollout/01c_sampler.ipynb #a21399e1
+def _seen(prompts: list, vocabulary: int, device: torch.device) -> Tensor:
+    "Which tokens stand in each prompt, (B + 1, V) bool."
+    seen = torch.zeros(len(prompts) + 1, vocabulary, dtype=torch.bool, device=device)
+    for i, prompt in enumerate(prompts): seen[i, prompt] = True
+    return seen
+
+
 class _Completions:
     "B completions that are being written, and the grid that says which of them each place holds; B: none."
 
@@ -60,10 +67,7 @@ class _Completions:
         self.logps = torch.zeros(B + 1, T, device=device)
         self.finished = torch.zeros(B + 1, dtype=torch.bool, device=device)
         self.uniform = uniforms([*seeds, 0], T).to(device) if sampling.temperature else None
-        self.seen = None
-        if sampling.repetition_penalty != 1:
-            self.seen = torch.zeros(B + 1, vocabulary, dtype=torch.bool, device=device)
-            for i, prompt in enumerate(prompts): self.seen[i, prompt] = True
+        self.seen = _seen(prompts, vocabulary, device) if sampling.repetition_penalty != 1 else None
 
     def _place(self, grid: Tensor) -> None:
         self.grid, self.places = grid, grid.flatten()
@@ -99,12 +103,12 @@ class _Completions:
         def cut(table): return [row[:n] for row, n in zip(table[:self.B].tolist(), lengths)]
         return Samples(cut(self.ids), cut(self.logps), self.finished[:self.B].tolist())
 
-# %% ../../nbs/rollout/01c_sampler.ipynb #ccf309c5
+# %% ../../nbs/rollout/01c_sampler.ipynb #bb8c32e0
 class Sampler(Engine):
     """Our own loop: prompts prefilled once and shared, finished rows retired, random numbers of each completion's own.
 
-    Serves the FAMILIES; checks at construction that its logits are the model's. Raises TypeError if it cannot serve a
-    model."""
+    Serves the models of `packed.FAMILIES`, and checks at construction that its logits are the model's. Raises TypeError
+    if it cannot serve a model."""
 
     def __init__(
         self,
@@ -117,7 +121,8 @@ class Sampler(Engine):
         make_decoder: Callable = CachedDecoder,
     ):
         self.tokenizer, self.eos = tokenizer, eos_ids(model, tokenizer)
-        self.dtype, self.make_decoder = None if dtype == "auto" else dtype, make_decoder
+        self.dtype = None if dtype == "auto" else dtype
+        self.make_decoder = make_decoder
         self.sync(model)
         verify(self.w, model)
 
@@ -138,7 +143,8 @@ class Sampler(Engine):
         """One completion per prompt, which depends on the weights, its prompt and its seed alone.
 
         Raises ValueError for empty and for overlong prompts."""
-        prompts, decoder = [list(p) for p in prompts], self.make_decoder(self.w)
+        prompts = [list(p) for p in prompts]
+        decoder = self.make_decoder(self.w)
         _check(prompts, seeds, decoder.longest, sampling.max_tokens)
         if not prompts: return Samples([], [], [])
         grid = _arrange(prompts)
