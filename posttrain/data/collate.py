@@ -3,16 +3,18 @@
 # %% auto #0
 __all__ = ['rows_of', 'collate_sft', 'collate_pairs', 'collate_unpaired', 'collate_steps', 'BatchView', 'show_batch']
 
-# %% ../../nbs/data/07_collate.ipynb #7d66db57
+# %% ../../nbs/data/07_collate.ipynb #60fbdca4
 import html
 from itertools import groupby
+from operator import itemgetter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..foundations.layouts import make_batch
 
-# %% ../../nbs/data/07_collate.ipynb #a72aca45
+# %% ../../nbs/data/07_collate.ipynb #22535ff8
 def rows_of(
     columns: dict[str, list],  # column -> values, as `encode_completions` and the tokenising functions return them
 ) -> list[dict]:               # one dict per row, as the collators take them
@@ -53,8 +55,7 @@ def _ref_logps(batch, known) -> Tensor:
 
     For each completion a list, one number per token; or one number, their sum, as TRL stores it."""
     out = torch.zeros(batch["mask"].shape)
-    for b, logps in enumerate(known):
-        length = int(batch["completion_lengths"][b])
+    for b, (logps, length) in enumerate(zip(known, batch["completion_lengths"].tolist())):
         if not isinstance(logps, list):
             # Only sums over a row are looked at then, so the sum stands on the first token that counts.
             out[b, int(batch["mask"][b].argmax())] = logps
@@ -63,7 +64,7 @@ def _ref_logps(batch, known) -> Tensor:
                 f"a completion of {length} tokens comes with {len(logps)} reference log-probs; each token needs one "
                 "(were the rows cut after the log-probs were computed?)")
         else:
-            out[b, :len(logps)] = torch.tensor(logps)
+            out[b, :length] = torch.tensor(logps)
     return out
 
 
@@ -112,7 +113,31 @@ def collate_steps(
         step_labels[b, :len(row["labels"])] = torch.tensor(row["labels"])
     return {**batch, "step_labels": step_labels}
 
-# %% ../../nbs/data/07_collate.ipynb #b2d8f8c4
+# %% ../../nbs/data/07_collate.ipynb #822a8ee1
+class _Sequence(NamedTuple):
+    "A prompt with its completion, decoded."
+    tokens: int   # of both
+    trained: int  # tokens that are trained on
+    runs: list    # the text in stretches: (is it trained on, text)
+
+    @classmethod
+    def of(cls, batch, b, tokenizer) -> "_Sequence":
+        p, length = int(batch["prompt_index"][b]), int(batch["completion_lengths"][b])
+        prompt = batch["prompt_ids"][p, :int(batch["prompt_lengths"][p])].tolist()
+        ids = prompt + batch["completion_ids"][b, :length].tolist()
+        marks = [0] * len(prompt) + batch["mask"][b, :length].tolist()
+        runs = []
+        for mark, run in groupby(zip(marks, ids), key=itemgetter(0)):
+            runs.append((bool(mark), tokenizer.decode([token for _, token in run])))
+        return cls(len(ids), int(sum(marks)), runs)
+
+
+def _trains_its_end(batch, b, eos) -> bool:
+    length = int(batch["completion_lengths"][b])
+    ids, mask = batch["completion_ids"][b, :length], batch["mask"][b, :length]
+    return bool((ids[mask > 0] == eos).any())
+
+
 class BatchView:
     """The first sequences of a batch, decoded, what is trained on marked.
 
@@ -120,27 +145,9 @@ class BatchView:
 
     def __init__(self, batch, tokenizer, n):
         self.eos_token, self.size = tokenizer.eos_token, len(batch["completion_ids"])
-        ends = [self._trains_its_end(batch, b, tokenizer.eos_token_id) for b in range(self.size)]
+        ends = [_trains_its_end(batch, b, tokenizer.eos_token_id) for b in range(self.size)]
         self.ends = sum(ends) / max(self.size, 1)  # fraction of completions that train the end-of-sequence token
-        self.sequences = [self._sequence(batch, b, tokenizer) for b in range(min(n, self.size))]
-
-    @staticmethod
-    def _trains_its_end(batch, b, eos) -> bool:
-        length = int(batch["completion_lengths"][b])
-        ids, mask = batch["completion_ids"][b, :length], batch["mask"][b, :length]
-        return bool((ids[mask > 0] == eos).any())
-
-    @staticmethod
-    def _sequence(batch, b, tokenizer) -> tuple[int, int, list]:
-        "Tokens, tokens trained on, and the text as runs of (is it trained on, text)."
-        p, length = int(batch["prompt_index"][b]), int(batch["completion_lengths"][b])
-        prompt = batch["prompt_ids"][p, :int(batch["prompt_lengths"][p])].tolist()
-        ids = prompt + batch["completion_ids"][b, :length].tolist()
-        marks = [0] * len(prompt) + batch["mask"][b, :length].tolist()
-        runs = []
-        for mark, run in groupby(zip(ids, marks), key=lambda pair: pair[1]):
-            runs.append((bool(mark), tokenizer.decode([i for i, _ in run])))
-        return len(ids), int(sum(marks)), runs
+        self.sequences = [_Sequence.of(batch, b, tokenizer) for b in range(min(n, self.size))]
 
     @property
     def summary(self) -> str:
@@ -148,18 +155,18 @@ class BatchView:
 
     def __repr__(self):
         lines = []
-        for b, (total, trained, runs) in enumerate(self.sequences):
-            lines.append(f"sequence {b}: {total} tokens, {trained} trained on")
-            lines.append("".join(f"⟦{text}⟧" if mark else text for mark, text in runs))
+        for b, sequence in enumerate(self.sequences):
+            lines.append(f"sequence {b}: {sequence.tokens} tokens, {sequence.trained} trained on")
+            lines.append("".join(f"⟦{text}⟧" if mark else text for mark, text in sequence.runs))
         return "\n".join([*lines, self.summary])
 
     def _repr_html_(self):
         parts = []
-        for b, (total, trained, runs) in enumerate(self.sequences):
-            shown = "".join(_marked(html.escape(text)) if mark else html.escape(text) for mark, text in runs)
-            parts.append('<div style="margin:0.4em 0">'
-                         f"<small>sequence {b}: {total} tokens, {_marked(f'{trained} trained on')}</small>"
-                         f'<pre style="white-space:pre-wrap;margin:0">{shown}</pre></div>')
+        for b, sequence in enumerate(self.sequences):
+            trained = _marked(f"{sequence.trained} trained on")
+            text = "".join(_marked(html.escape(text)) if mark else html.escape(text) for mark, text in sequence.runs)
+            parts.append(f'<div style="margin:0.4em 0"><small>sequence {b}: {sequence.tokens} tokens, {trained}</small>'
+                         f'<pre style="white-space:pre-wrap;margin:0">{text}</pre></div>')
         return "".join(parts) + f"<small>{html.escape(self.summary)}</small>"
 
 

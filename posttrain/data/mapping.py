@@ -95,7 +95,7 @@ def _prepare_batch(batch, indices, preparation: Preparation, in_stream: bool) ->
             column.append(value)
     return out
 
-# %% ../../nbs/data/03b_mapping.ipynb #3bf285a1
+# %% ../../nbs/data/03b_mapping.ipynb #4ffd58d7
 _PROBED = 1000  # rows of a stream that are looked at before it is said that nothing of it is left
 
 
@@ -113,20 +113,27 @@ def prepare_dataset(
     preparation = replace(preparation, keep=tuple(c for c in preparation.keep if c in there))
     settings = dict(batched=True, with_indices=True, remove_columns=there, features=_features(dataset, preparation))
     if isinstance(dataset, Dataset):
-        prepare = partial(_prepare_batch, preparation=preparation, in_stream=False)
-        prepared = dataset.map(prepare, num_proc=num_proc, desc=f"Tokenising the {name} dataset", **settings)
-        is_empty, seen = len(prepared) == 0, f"all {len(dataset)} rows"
-    else:
-        prepare = partial(_prepare_batch, preparation=preparation, in_stream=True)
-        prepared = dataset.map(prepare, **settings)
-        probe = dataset.take(_PROBED).map(prepare, **settings)
-        is_empty, seen = next(iter(probe), None) is None, f"the first {_PROBED} rows"
-    if is_empty:
-        reason = _why_nothing_is_left(first_row(dataset), preparation, seen)
-        raise ValueError(f"{preparation.who}: no row of the {name} dataset has a token left to train on: {reason}")
-    if isinstance(dataset, Dataset):
+        settings |= dict(num_proc=num_proc, desc=f"Tokenising the {name} dataset")
+        return _map_table(dataset, preparation, name, settings)
+    return _map_stream(dataset, preparation, name, settings)
+
+
+def _map_table(dataset, preparation: Preparation, name: str, settings: dict):
+    prepare = partial(_prepare_batch, preparation=preparation, in_stream=False)
+    prepared = dataset.map(prepare, **settings)
+    if len(prepared) == 0:
+        raise _nothing_left(dataset, f"all {len(dataset)} rows", preparation, name)
+    if len(prepared) < len(dataset):
         _say_dropped(len(dataset) - len(prepared), len(dataset), preparation, name)
     return prepared
+
+
+def _map_stream(dataset, preparation: Preparation, name: str, settings: dict):
+    prepare = partial(_prepare_batch, preparation=preparation, in_stream=True)
+    probe = dataset.take(_PROBED).map(prepare, **settings)
+    if next(iter(probe), None) is None:
+        raise _nothing_left(dataset, f"the first {_PROBED} rows", preparation, name)
+    return dataset.map(prepare, **settings)
 
 
 def _without_format(dataset, who):
@@ -159,13 +166,17 @@ def _say_dropped_from_stream(left: set[int], indices, preparation: Preparation) 
 
 
 def _say_dropped(dropped: int, rows: int, preparation: Preparation, name: str) -> None:
-    if dropped == 0:
-        return
     max_length, mode = preparation.max_length, preparation.truncation_mode
     limit = f" within max_length={max_length}, truncation_mode={mode!r}," if max_length else ""
     logging.getLogger("posttrain").warning(
         f"{preparation.who}: {dropped} of {rows} rows of the {name} dataset have no token to train on{limit} and "
         "were dropped.")
+
+
+def _nothing_left(dataset, seen: str, preparation: Preparation, name: str) -> ValueError:
+    "The error for a dataset without a row to train on; `seen` are the rows that were looked at."
+    reason = _why_nothing_is_left(first_row(dataset), preparation, seen)
+    return ValueError(f"{preparation.who}: no row of the {name} dataset has a token left to train on: {reason}")
 
 
 def _why_nothing_is_left(row: dict, preparation: Preparation, seen: str) -> str:
@@ -175,7 +186,8 @@ def _why_nothing_is_left(row: dict, preparation: Preparation, seen: str) -> str:
     if start is None:
         return (f"{seen} lack one. In the first row there is none to begin with: its completion is empty, or no "
                 "message is an assistant's.")
-    length, mode = len(prompt) + max(map(len, parts)), preparation.truncation_mode
+    length = len(prompt) + max(map(len, parts))
+    mode = preparation.truncation_mode
     other = ", or truncation_mode='keep_end', which cuts the prompt instead" if mode == "keep_start" else ""
     return (f"{seen} lose theirs to max_length={preparation.max_length} with truncation_mode={mode!r}. "
             f"The first row has {length} tokens and is trained on from number {start + 1} on. "
