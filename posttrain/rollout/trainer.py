@@ -246,7 +246,8 @@ class OnlineTrainer(WithReference, PostTrainer):
             raise TypeError(f"{type(self).__name__} needs reward_funcs: a function (prompts, completions, "
                             f"**columns) -> " "list of numbers, a reward model, or a list of these")
         self.rewards = None if reward_funcs is None else Rewards(
-            reward_funcs, args.reward_weights, reward_processing_classes, args.chat_template_kwargs)
+            reward_funcs, args.reward_weights, reward_processing_classes, args.chat_template_kwargs,
+            locate_failing_reward=args.locate_failing_reward)
         self.rollout_func, self.generation = rollout_func, None
         self.engine, self.stream = None, None
         self.note_reference(model, ref_model, args, peft_config)
