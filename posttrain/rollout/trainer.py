@@ -281,7 +281,8 @@ class OnlineTrainer(WithReference, PostTrainer):
             from posttrain.rollout.vllm_server import VLLMServer
             url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
             return VLLMServer(self.model, self.processing_class, base_url=url, timeout=args.vllm_server_timeout)
-        from posttrain.rollout.vllm import VLLMColocated, logprobs_mode_for
+        from posttrain.rollout.vllm import logprobs_mode_for
+        from posttrain.rollout.vllm_colocated import VLLMColocated
         return VLLMColocated(self.model, self.processing_class, max_model_len=args.vllm_max_model_length,
                                   gpu_memory_utilization=args.vllm_gpu_memory_utilization,
                                   tensor_parallel_size=args.vllm_tensor_parallel_size,
