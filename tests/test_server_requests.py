@@ -15,6 +15,7 @@ class Slow(http.server.ThreadingHTTPServer):
 
     def __init__(self):
         self.open, self.most, self.paths, self.headers = 0, 0, [], []
+        self.connected, self.left = set(), threading.Semaphore(0)
         self.broken, self.lock = threading.Event(), threading.Lock()
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
@@ -28,6 +29,14 @@ class Slow(http.server.ThreadingHTTPServer):
 
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+
+    def setup(self):
+        super().setup()
+        self.server.connected.add(self.client_address)
+
+    def finish(self):
+        super().finish()
+        self.server.left.release()
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -86,6 +95,27 @@ def test_one_failure_ends_the_others(server):
     with pytest.raises(RuntimeError, match="503 Service Unavailable.*resume_from_checkpoint=True"):
         asks.ask_all("numbers", "/n", bodies, number)
     assert server.broken.wait(5) and time.monotonic() - start < 10  # the server sees that nobody waits any more
+
+
+def test_connections_are_kept_between_calls_and_closed_at_the_end(server):
+    asks = ServerRequests(server.url, timeout=5, requests=4)
+    for _ in range(3): asks.ask_all("numbers", "/n", [{"n": n, "seconds": .05} for n in range(8)], number)
+    assert len(server.connected) == 4 and not server.left.acquire(blocking=False)
+    del asks
+    assert all(server.left.acquire(timeout=5) for _ in range(4))
+
+
+def test_an_idle_connection_is_not_used_again(server, monkeypatch):
+    "A server that closes idle connections may do so while a request is on its way."
+    import httpx
+
+    from posttrain.rollout import server_requests
+    monkeypatch.setattr(server_requests, "_KEPT", httpx.Limits(keepalive_expiry=.1))
+    asks = ServerRequests(server.url, timeout=5)
+    for _ in range(2):
+        assert asks.ask_all("numbers", "/n", [{"n": 1}], number) == [1]
+        time.sleep(.2)
+    assert len(server.connected) == 2
 
 
 def test_no_other_address_hears_anything(server, monkeypatch):

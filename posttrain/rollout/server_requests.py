@@ -3,19 +3,23 @@
 # %% auto #0
 __all__ = ['RESUME', 'ServerRequests']
 
-# %% ../../nbs/rollout/02e_server_requests.ipynb #1792f859
+# %% ../../nbs/rollout/02e_server_requests.ipynb #a6c11587
 import asyncio
+import ssl
 import time
 import urllib.parse
+import weakref
 from collections.abc import Callable
 
 import httpx
 
-from .background import run
+from .background import run, start
 
-# %% ../../nbs/rollout/02e_server_requests.ipynb #3bbbd529
+# %% ../../nbs/rollout/02e_server_requests.ipynb #e707b5f4
 RESUME = ("Nothing is lost but this step: mend the server, then trainer.train(resume_from_checkpoint=True) "
           "goes on from the last checkpoint")
+_NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # addresses are http: no certificates are read
+_KEPT = httpx.Limits(keepalive_expiry=2.0)  # seconds that an idle connection stays open
 _FAILURES = (httpx.HTTPError, OSError, RuntimeError, ValueError, KeyError, TypeError, IndexError)
 
 
@@ -33,6 +37,8 @@ class ServerRequests:
             raise ValueError(f"base_url={url!r}: expected something like http://127.0.0.1:8000")
         self.url, self.timeout, self.requests = parts.geturl().rstrip("/"), timeout, requests
         self.host, self.port = parts.hostname.replace("0.0.0.0", "127.0.0.1"), parts.port or 80
+        self._transports = []  # of `ask_all`, kept between calls
+        weakref.finalize(self, _close, self._transports)
 
     def __repr__(self): return f"the vLLM server at {self.url}"
 
@@ -81,38 +87,45 @@ class ServerRequests:
             return TimeoutError(f"{self} gave no answer for {self.timeout:g} s when asked for {what}. {RESUME}")
         return RuntimeError(f"{self} {_what_happened(error)} when asked for {what}: {_told(error)}. {RESUME}")
 
-    def _client(self) -> httpx.AsyncClient:
-        "Without a limit of its own: who asks keeps the time."
+    async def _exchange(self, transport: httpx.AsyncHTTPTransport, method: str, path: str, body: dict | None):
         address = self.url.replace("//0.0.0.0", "//127.0.0.1")
-        return httpx.AsyncClient(base_url=address, timeout=None, trust_env=False, verify=False)
-
-    async def _exchange(self, client: httpx.AsyncClient, method: str, path: str, body: dict | None):
-        answer = await client.request(method, path, json=body)
+        answer = await transport.handle_async_request(httpx.Request(method, address + path, json=body))
+        await answer.aread()
         if answer.status_code != 200:
             raise RuntimeError(f"it answered {answer.status_code} {answer.reason_phrase}: {answer.text[:500]}")
         return answer.json() if answer.content.strip() else None
 
     async def _one(self, method: str, path: str, body: dict | None, timeout: float):
-        async with asyncio.timeout(timeout), self._client() as client:
-            return await self._exchange(client, method, path, body)
+        async with asyncio.timeout(timeout), _transport() as transport:
+            return await self._exchange(transport, method, path, body)
 
     async def _many(self, path: str, bodies: list[dict], read: Callable) -> list:
-        """Workers share the work. Each has a client with one connection: one client for all would look through all of
-        its connections at each request, which for 256 takes longer than the sampling."""
         now, answers, todo = asyncio.get_running_loop().time, [None] * len(bodies), iter(enumerate(bodies))
 
-        async def work(patience):
-            async with self._client() as client:
-                for i, body in todo:
-                    answers[i] = read(await self._exchange(client, "POST", path, body))
-                    patience.reschedule(now() + self.timeout)
+        async def work(transport, patience):
+            for i, body in todo:  # the workers share what is to be done
+                answers[i] = read(await self._exchange(transport, "POST", path, body))
+                patience.reschedule(now() + self.timeout)
 
+        n = min(len(bodies), self.requests)
+        self._transports += [_transport() for _ in range(n - len(self._transports))]
         async with asyncio.timeout(self.timeout) as patience:
-            workers = [asyncio.create_task(work(patience)) for _ in range(min(len(bodies), self.requests))]
+            workers = [asyncio.create_task(work(transport, patience)) for transport in self._transports[:n]]
             try: await asyncio.gather(*workers)
             finally:
                 for worker in workers: worker.cancel()
         return answers
+
+
+def _transport() -> httpx.AsyncHTTPTransport:
+    "Without a time limit of its own: who asks keeps the time."
+    return httpx.AsyncHTTPTransport(verify=_NO_TLS, trust_env=False, limits=_KEPT)
+
+
+def _close(transports: list[httpx.AsyncHTTPTransport]) -> None:
+    async def close():
+        for transport in transports: await transport.aclose()
+    start(close())
 
 
 def _told(error: Exception) -> str: return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
