@@ -18,8 +18,10 @@ from posttrain import pocket
 from posttrain.foundations.layouts import make_batch
 from posttrain.pocket.checkpoint import prompt_ids
 from posttrain.rollout.sampling import Sampling
-from posttrain.rollout.vllm import VLLMColocated, engine_weights, logprobs_mode_for, tells_logps
-from posttrain.rollout.vllm_server import VLLMServer, serve
+from posttrain.rollout.vllm import engine_weights, logprobs_mode_for, tells_logps
+from posttrain.rollout.vllm_colocated import VLLMColocated
+from posttrain.rollout.vllm_serve import serve
+from posttrain.rollout.vllm_server import VLLMServer
 from posttrain.training.heads import completion_logps
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None and not os.environ.get("CI"),
@@ -203,7 +205,7 @@ state = PartialState(cpu=True)
 from posttrain import pocket
 from posttrain.foundations.layouts import make_batch
 from posttrain.rollout.sampling import Sampling
-from posttrain.rollout.vllm import VLLMColocated
+from posttrain.rollout.vllm_colocated import VLLMColocated
 from posttrain.training.heads import completion_logps
 model = pocket.model()
 rank, trained = torch.distributed.get_rank(), torch.nn.parallel.DistributedDataParallel(model)
@@ -237,7 +239,8 @@ import torch, warnings
 warnings.simplefilter("error", UserWarning)
 from posttrain import pocket
 from posttrain.rollout.sampling import Sampling
-from posttrain.rollout.vllm import VLLMColocated, logprobs_mode_for
+from posttrain.rollout.vllm import logprobs_mode_for
+from posttrain.rollout.vllm_colocated import VLLMColocated
 from posttrain.foundations.layouts import make_batch
 from posttrain.training.heads import completion_logps
 s, tokenizer = Sampling(max_tokens=8, top_p=.8, top_k=20), pocket.tokenizer()
@@ -414,7 +417,7 @@ def test_a_server_ends_with_the_process_that_started_it(start, tmp_path):
     "Killed with -9, which leaves no time to clean up; while the server is still coming up."
     code = """
 import sys, time
-from posttrain.rollout import vllm_server as vllm
+from posttrain.rollout import vllm_serve as vllm
 vllm._well = lambda port: True
 with vllm.serve(sys.argv[1], max_model_len=64) as served:
     print(served.process.pid, flush=True)
