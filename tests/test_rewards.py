@@ -481,6 +481,34 @@ def test_a_judge_answers_probabilities(answer):
     assert "'win_rate_reward' raised ValueError" in message and "from 0 to 1" in message
 
 
+def grpo(config, reward, **settings):
+    "A trainer of two groups of four, for two steps."
+    from posttrain import GRPOConfig, GRPOTrainer
+    args = GRPOConfig(**config(num_generations=4, max_completion_length=8, per_device_train_batch_size=8, **settings))
+    data = pocket.dataset("reverse", "prompt_only", n=16)
+    return GRPOTrainer(pocket.model(), reward, args, train_dataset=data, processing_class=pocket.tokenizer())
+
+
+def test_a_judge_in_a_trainer(config):
+    trainer = grpo(config, win_rate_reward(prefers_short))
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "reward" in row]
+    # whatever one sibling wins, another loses
+    assert len(rows) == 2 and all(row["reward"] == pytest.approx(0.5) and row["reward_std"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("locate, calls", [(False, [8]), (True, [8, 1, 1, 1])])
+def test_a_trainer_locates_a_failing_reward_on_request(config, locate, calls):
+    asked = []
+    def fails(prompts, completions):
+        asked.append(len(completions))
+        if len(asked) in (1, 4): raise OSError("no answer")  # at the batch, and at its third row
+        return [0.0]
+    with pytest.raises(RuntimeError, match="'fails' raised OSError: no answer") as caught:
+        grpo(config, fails, locate_failing_reward=locate).train()
+    assert asked == calls and ("row 2: prompt" in str(caught.value)) == locate
+
+
 def test_win_rates_can_be_sent_to_a_process():
     made = win_rate_reward(prefers_short)
     assert pickle.loads(pickle.dumps(made)) == made

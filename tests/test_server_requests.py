@@ -14,7 +14,8 @@ class Slow(http.server.ThreadingHTTPServer):
     daemon_threads, request_queue_size = True, 256
 
     def __init__(self):
-        self.open, self.most, self.paths, self.headers = 0, 0, [], []
+        self.open, self.most = 0, 0
+        self.paths, self.headers = [], []
         self.connected, self.left = set(), threading.Semaphore(0)
         self.broken, self.lock = threading.Event(), threading.Lock()
         super().__init__(("127.0.0.1", 0), Handler)

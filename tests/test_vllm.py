@@ -451,9 +451,10 @@ def test_another_model_than_the_trainers(start, served):
 def test_zz_a_server_that_hangs_then_dies(start, served, prompts):
     "The last one that uses the server."
     server = VLLMServer(*start, base_url=served.url, timeout=20)
-    server.timeout = 2
     for how, kind in [(signal.SIGSTOP, TimeoutError), (signal.SIGKILL, RuntimeError)]:
+        server.timeout = 20  # however busy the machine is, it is well
         server.sample(prompts, list(range(24)), SAMPLING)
+        server.timeout = 2
         begin = time.monotonic()
         threading.Timer(.05, lambda: os.killpg(served.process.pid, how)).start()  # in the middle of it
         with pytest.raises(kind, match=f"{served.url}.*resume_from_checkpoint"):

@@ -32,7 +32,7 @@ from posttrain.rollout.reward_signatures import (
 )
 from .text_rewards import shortened, shown
 
-# %% ../../nbs/rollout/03i_score.ipynb #59bff0a8
+# %% ../../nbs/rollout/03i_score.ipynb #745e6ee9
 class RewardLog:
     "What reward functions want to have logged beside their rewards: columns of the completions table, and metrics."
 
@@ -40,7 +40,8 @@ class RewardLog:
         self,
         n: int,  # completions
     ):
-        self.n, self.columns, self.metrics = n, {}, {}
+        self.n = n
+        self.columns, self.metrics = {}, {}
 
     def extra(
         self,

@@ -15,7 +15,7 @@ import httpx
 
 from .background import run, start
 
-# %% ../../nbs/rollout/02e_server_requests.ipynb #e707b5f4
+# %% ../../nbs/rollout/02e_server_requests.ipynb #0ce9b27a
 RESUME = ("Nothing is lost but this step: mend the server, then trainer.train(resume_from_checkpoint=True) "
           "goes on from the last checkpoint")
 _NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # addresses are http: no certificates are read
@@ -35,7 +35,8 @@ class ServerRequests:
         parts = urllib.parse.urlsplit(url)
         if parts.scheme != "http" or not parts.hostname:
             raise ValueError(f"base_url={url!r}: expected something like http://127.0.0.1:8000")
-        self.url, self.timeout, self.requests = parts.geturl().rstrip("/"), timeout, requests
+        self.url = parts.geturl().rstrip("/")
+        self.timeout, self.requests = timeout, requests
         self.host, self.port = parts.hostname.replace("0.0.0.0", "127.0.0.1"), parts.port or 80
         self._transports = []  # of `ask_all`, kept between calls
         weakref.finalize(self, _close, self._transports)
@@ -100,7 +101,8 @@ class ServerRequests:
             return await self._exchange(transport, method, path, body)
 
     async def _many(self, path: str, bodies: list[dict], read: Callable) -> list:
-        now, answers, todo = asyncio.get_running_loop().time, [None] * len(bodies), iter(enumerate(bodies))
+        now = asyncio.get_running_loop().time
+        answers, todo = [None] * len(bodies), iter(enumerate(bodies))
 
         async def work(transport, patience):
             for i, body in todo:  # the workers share what is to be done

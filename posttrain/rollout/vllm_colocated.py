@@ -29,7 +29,7 @@ from posttrain.rollout.vllm import (
 )
 from ..training.heads import unwrapped
 
-# %% ../../nbs/rollout/02b_vllm_colocated.ipynb #530489d7
+# %% ../../nbs/rollout/02b_vllm_colocated.ipynb #07a2ece7
 @contextlib.contextmanager
 def _environment(**values: str):
     "Environment variables inside of the block; afterwards they are as they were."
@@ -56,7 +56,8 @@ def _random_numbers_kept():
 @contextlib.contextmanager
 def _torch_settings_kept():
     "Default dtype and threads are afterwards as they were."
-    dtype, threads, set_threads = torch.get_default_dtype(), torch.get_num_threads(), torch.set_num_threads
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
+    set_threads = torch.set_num_threads
     try: yield
     finally:
         torch.set_default_dtype(dtype)
