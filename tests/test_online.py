@@ -101,7 +101,7 @@ def run(**settings):
 if mode == "own": run()
 elif mode == "colocate": run(use_vllm=True)
 else:
-    from posttrain.rollout.vllm_server import serve
+    from posttrain.rollout.vllm_serve import serve
     with serve(pocket.start_path("reverse", steps=130), dtype="float32", max_model_len=64) as server:
         run(use_vllm=True, vllm_mode="server", vllm_server_base_url=server.url)
 """

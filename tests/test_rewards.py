@@ -15,6 +15,7 @@ import torch
 from transformers import Qwen3ForSequenceClassification
 
 from posttrain import pocket
+from posttrain.rollout.judges import win_rate_reward
 from posttrain.rollout.reward_models import ModelReward
 from posttrain.rollout.rewards import (
     accuracy_reward,
@@ -109,8 +110,8 @@ def test_accuracy_off_the_main_thread(caplog):
 
 
 def test_accuracy_comes_back_from_an_endless_expression(monkeypatch):
-    from posttrain.rollout import rewards
-    monkeypatch.setattr(rewards, "_COMPARING_LIMIT", 1)
+    from posttrain.rollout import math_rewards
+    monkeypatch.setattr(math_rewards, "_COMPARING_LIMIT", 1)
     start, table = time.perf_counter(), {}
     assert accuracy_reward([r"\boxed{9^{9^{9}}}", r"\boxed{72}"], ["72", "72"], log_extra=table.__setitem__) == [0, 1]
     assert time.perf_counter() - start < 8 and table["answer_parsed"] == ["9^{9^{9}}", "72"]
@@ -130,15 +131,14 @@ def test_lengths_and_repetition_equal_trl():
     rng = random.Random(0)
     ids = [[rng.randrange(k) for _ in range(n)] for n in range(0, 130) for k in (1, 2, 50)]
     for limit, cache in [(100, 20), (100, 0), (100, 100), (1, 1), (37, 12), (0, 0)]:
-        assert get_soft_overlong_punishment(limit,
-                                            cache)(ids) == trl.get_soft_overlong_punishment(limit, cache)(
-                                                completion_ids=ids)
+        theirs = trl.get_soft_overlong_punishment(limit, cache)(completion_ids=ids)
+        assert get_soft_overlong_punishment(limit, cache)(ids) == theirs
     for n, penalty in [(1, -1.0), (2, -0.5), (3, -1.0), (5, -3.0), (200, -1.0), (3, 0.0)]:
         ours = get_repetition_penalty_reward(n, penalty)(ids)
         theirs = trl.get_repetition_penalty_reward(n, penalty)(completion_ids=ids)
         assert ours == pytest.approx(theirs) and not any(math.copysign(1, r) < 0 for r in ours if r == 0)
-    completions, solution = [rf"\boxed{{{i % 3}}}"
-                             for i in range(len(ids))], [("1", "2", "words")[i % 7 % 3] for i in range(len(ids))]
+    completions = [rf"\boxed{{{i % 3}}}" for i in range(len(ids))]
+    solution = [("1", "2", "words")[i % 7 % 3] for i in range(len(ids))]
     for args in [(100,), (50, -2.0, -1.0, 0.0, 4.0), (1,)]:
         ours = get_cosine_scaled_reward(*args)(completions, solution, ids)
         theirs = trl.get_cosine_scaled_reward(*args)([said(c) for c in completions], solution, ids)
@@ -151,9 +151,8 @@ def test_made_rewards_have_trls_names_and_can_be_sent_to_a_process():
     args = {"get_soft_overlong_punishment": (9, 3), "get_repetition_penalty_reward": (2,),
             "get_cosine_scaled_reward": (9,)}
     for make in (get_soft_overlong_punishment, get_repetition_penalty_reward, get_cosine_scaled_reward):
-        made = make(*args[make.__name__])
-        assert Rewards(made).names == [getattr(trl, make.__name__)(*args[make.__name__]).__name__] and pickle.loads(
-            pickle.dumps(made)) == made
+        made, theirs = make(*args[make.__name__]), getattr(trl, make.__name__)(*args[make.__name__])
+        assert Rewards(made).names == [theirs.__name__] and pickle.loads(pickle.dumps(made)) == made
 
 
 @pytest.mark.parametrize("make, words", [
@@ -253,8 +252,8 @@ def test_functions_async_functions_and_models_together(judge, tokenizer):
     rewards = Rewards([numeric, first, judge, Second(), hidden], weights=[1, 2, 0, 0.5, 0],
                       processing_classes=[None, None, tokenizer, None, None])
     expected = torch.tensor([[2, 1, 0, 4, 4], [4, math.nan, 0, 5, 5], [math.nan, 3, 0, 6, 6]])
-    expected[:,
-             2] = torch.tensor([alone(judge, tokenizer, p + c) for p, c in zip(ROWS["prompts"], ROWS["completions"])])
+    texts = [p + c for p, c in zip(ROWS["prompts"], ROWS["completions"])]
+    expected[:, 2] = torch.tensor([alone(judge, tokenizer, text) for text in texts])
     def ask():
         meeting.clear()
         torch.testing.assert_close(rewards(**ROWS), expected, equal_nan=True, rtol=0, atol=1e-5)
@@ -320,19 +319,41 @@ def raised(error, functions, columns=None, rows=ROWS, **kw):
     return str(caught.value), caught.value
 
 
+def test_a_reward_that_raises_is_called_once():
+    calls = []
+    def parses(completions, **kwargs): calls.append(len(completions)); return [float(int(c)) for c in completions]
+    async def later(completions): calls.append(len(completions)); return [1 / (c != "4") for c in completions]
+    for function, kind in [(parses, ValueError), (later, ZeroDivisionError)]:
+        calls.clear()
+        message, error = raised(RuntimeError, [numeric, function])
+        for word in (f"reward '{function.__name__}' raised {kind.__name__}", "locate_failing_reward=True",
+                     "the batch begins with row 0: prompt 'add 1+1='"):
+            assert word in message
+        assert isinstance(error.__cause__, kind) and calls == [3]
+    message, _ = raised(RuntimeError, parses, rows={name: values[2:] for name, values in ROWS.items()})
+    assert "row 0: prompt 'add 2+2=', completion 'four'" in message  # there is no other row
+    assert "locate_failing_reward" not in message
+
+
+def test_a_function_that_stops_an_iteration_has_raised():
+    message, error = raised(RuntimeError, lambda completions: [next(iter([])) for _ in completions])
+    assert "raised StopIteration" in message and isinstance(error.__cause__, StopIteration)
+
+
 def test_a_reward_that_raises_names_the_row():
     calls = []
     def parses(completions, solution, **kwargs):
         calls.append(len(completions))
         return [float(int(c) == int(s)) for c, s in zip(completions, solution)]
-    message, error = raised(RuntimeError, [numeric, parses], {"solution": ["2", "3", "4"], "other": [7, 8, 9]})
+    message, error = raised(RuntimeError, [numeric, parses], {"solution": ["2", "3", "4"], "other": [7, 8, 9]},
+                            locate_failing_reward=True)
     for word in ("reward 'parses' raised ValueError", "invalid literal for int() with base 10: 'four'", "row 2",
                  "prompt 'add 2+2='", "completion 'four'", "solution '4'"):
         assert word in message
     assert "'add 1+1='" not in message and isinstance(error.__cause__, ValueError) and calls == [3, 1, 1, 1]
 
     async def later(completions): await asyncio.sleep(0); return [1 / (c != "4") for c in completions]
-    message, error = raised(RuntimeError, [later, numeric])
+    message, error = raised(RuntimeError, [later, numeric], locate_failing_reward=True)
     assert "'later' raised ZeroDivisionError" in message and "row 1: prompt 'add 2+1=', completion '4'" in message
     assert isinstance(error.__cause__, ZeroDivisionError)
 
@@ -341,16 +362,17 @@ def test_a_reward_that_raises_only_for_the_batch_or_by_its_state():
     def together(completions):
         if len(completions) > 1: raise OSError("too much")
         return [0.0]
-    message, _ = raised(RuntimeError, together)
+    message, _ = raised(RuntimeError, together, locate_failing_reward=True)
     assert "'together' raised OSError: too much" in message and "row 0: prompt 'add 1+1='" in message
     assert "scored one by one, no completion raised it again" in message
     def batches_only(completions): raise OSError("too much") if len(completions) > 1 else TypeError("not a batch")
-    message, _ = raised(RuntimeError, batches_only)
+    message, _ = raised(RuntimeError, batches_only, locate_failing_reward=True)
     # another error says nothing about the row
     assert "OSError: too much" in message and "no completion raised it again" in message
     logged = []
     def logs(completions, log_metric): log_metric("n", len(completions)); raise ValueError
-    with pytest.raises(RuntimeError): Rewards(logs)(**ROWS, log_metric=lambda name, value: logged.append(value))
+    rewards = Rewards(logs, locate_failing_reward=True)
+    with pytest.raises(RuntimeError): rewards(**ROWS, log_metric=lambda name, value: logged.append(value))
     assert logged == [3]  # while the row is searched nothing is logged a second time
 
 
@@ -362,8 +384,8 @@ def test_the_search_for_the_row_ends(monkeypatch):
         time.sleep(0.06)
         return [0.0]
     start = time.perf_counter()
-    raised(RuntimeError, slow, rows={k: v * 100 for k, v in ROWS.items()})
-    assert time.perf_counter() - start < 5
+    raised(RuntimeError, slow, rows={k: v * 100 for k, v in ROWS.items()}, locate_failing_reward=True)
+    assert 0.1 < time.perf_counter() - start < 5
 
 
 @pytest.mark.parametrize("returned, error, words", [
@@ -424,6 +446,72 @@ def test_inputs_of_different_lengths():
     (lambda: Rewards(eval("lambda completions, /: [0]")), TypeError, "completions by position only")])
 def test_what_rewards_do_not_take(make, error, words):
     with pytest.raises(error, match=words): make()
+
+
+# ---------------------------------------------------------------- judges
+def prefers_short(prompt, first, second): return 1 / (1 + math.exp(len(first) - len(second)))
+
+
+def test_a_judge_beside_other_rewards():
+    """Groups lie in any order, prompts may be messages, and an async judge gives the same rewards."""
+    async def later(*args): await asyncio.sleep(0.001); return prefers_short(*args)
+    rows = dict(prompts=[user("a"), "b", user("a"), "b", "b"], completions=["12", "1", "1", "123", "12"],
+                completion_ids=[[1]] * 5)
+    r = Rewards([win_rate_reward(prefers_short), win_rate_reward(later), lambda completions: [0.0] * 5])(**rows)
+    assert torch.equal(r[:, 0], r[:, 1])
+    lost, won = prefers_short("", "12", "1"), prefers_short("", "1", "12")
+    assert r[[0, 2], 0].tolist() == pytest.approx([lost, won])
+    far = prefers_short("", "1", "123")
+    assert r[[1, 3, 4], 0].tolist() == pytest.approx([(won + far) / 2, (lost + 1 - far) / 2, 0.5])
+
+
+def test_a_judge_is_asked_once_in_each_order_and_may_be_silent():
+    asked = []
+    def silent(prompt, first, second): asked.append((prompt, first, second)); return None if "d" in second else 0.25
+    reward = win_rate_reward(silent)
+    assert reward(["p", "p", "q", "p"], ["a", "b", "c", "d"]) == [0.625, 0.625, None, 0.25]
+    assert len(asked) == len(set(asked)) == 6 and {prompt for prompt, _, _ in asked} == {"p"}
+    assert reward([], []) == []
+
+
+@pytest.mark.parametrize("answer", [-0.1, 1.1, math.nan])
+def test_a_judge_answers_probabilities(answer):
+    message, error = raised(RuntimeError, win_rate_reward(lambda prompt, first, second: answer),
+                            rows={**ROWS, "prompts": ["p"] * 3})
+    assert "'win_rate_reward' raised ValueError" in message and "from 0 to 1" in message
+
+
+def grpo(config, reward, **settings):
+    "A trainer of two groups of four, for two steps."
+    from posttrain import GRPOConfig, GRPOTrainer
+    args = GRPOConfig(**config(num_generations=4, max_completion_length=8, per_device_train_batch_size=8, **settings))
+    data = pocket.dataset("reverse", "prompt_only", n=16)
+    return GRPOTrainer(pocket.model(), reward, args, train_dataset=data, processing_class=pocket.tokenizer())
+
+
+def test_a_judge_in_a_trainer(config):
+    trainer = grpo(config, win_rate_reward(prefers_short))
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "reward" in row]
+    # whatever one sibling wins, another loses
+    assert len(rows) == 2 and all(row["reward"] == pytest.approx(0.5) and row["reward_std"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("locate, calls", [(False, [8]), (True, [8, 1, 1, 1])])
+def test_a_trainer_locates_a_failing_reward_on_request(config, locate, calls):
+    asked = []
+    def fails(prompts, completions):
+        asked.append(len(completions))
+        if len(asked) in (1, 4): raise OSError("no answer")  # at the batch, and at its third row
+        return [0.0]
+    with pytest.raises(RuntimeError, match="'fails' raised OSError: no answer") as caught:
+        grpo(config, fails, locate_failing_reward=locate).train()
+    assert asked == calls and ("row 2: prompt" in str(caught.value)) == locate
+
+
+def test_win_rates_can_be_sent_to_a_process():
+    made = win_rate_reward(prefers_short)
+    assert pickle.loads(pickle.dumps(made)) == made
 
 
 def test_total():

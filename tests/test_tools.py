@@ -34,8 +34,9 @@ double(4)
 def project(tmp_path, monkeypatch):
     """An empty nbdev project in which the tool thinks it lives."""
     (tmp_path / "pyproject.toml").write_text(
-        '[project]\nname = "toy"\nversion = "0"\n[tool.nbdev]\nlib_path = "toy"\nnbs_path = '
-        '"nbs"\nupdate_pyproject = false\nput_version_in_init = false\nallowed_metadata_keys = ' '["posttrain"]\n')
+        '[project]\nname = "toy"\nversion = "0"\n[tool.nbdev]\nlib_path = "toy"\nnbs_path = "nbs"\n'
+        'update_pyproject = false\nput_version_in_init = false\nallowed_metadata_keys = ["posttrain"]\n'
+        'allowed_cell_metadata_keys = ["jupyter"]\n')
     for folder in ("nbs", "toy", "tutorials"): (tmp_path / folder).mkdir()
     (tmp_path / "toy" / "__init__.py").touch()
     for name, value in dict(ROOT=tmp_path, NBS=tmp_path / "nbs", PACKAGE=tmp_path / "toy").items():
@@ -75,6 +76,7 @@ DAMAGE = {"the first cell must be a markdown title": [code("1"), *GOOD],
           "holds a saved widget view": [*GOOD,
                                         code("slider",
                                              new_output("display_data", data={tools.WIDGET_VIEW: {"model_id": "1"}}))],
+          "is not folded": [*GOOD, code("#| hide\n1")],
           "is not clean (execution count)": [*GOOD, new_code_cell("1", execution_count=1)],
           "more than": [*GOOD, code("print(text)", new_output("stream", text="x" * 1024 * (tools.MAX_OUTPUT_KB + 1)))]}
 
@@ -83,6 +85,13 @@ DAMAGE = {"the first cell must be a markdown title": [code("1"), *GOOD],
 def test_damage_is_found(project, said):
     found = tools.check_notebook(save(project / "nbs/a.ipynb", *DAMAGE[said]))
     assert any(said in f for f in found), found
+
+
+def test_what_is_hidden_is_folded_when_it_is_written(project):
+    path = save(project / "nbs/a.ipynb", *GOOD, code("#| hide\n1"))
+    tools.write(tools.read(path), path)
+    assert tools.read(path).cells[-1].metadata == {"jupyter": {"source_hidden": True}}
+    assert not any("folded" in found for found in tools.check_notebook(path))
 
 
 def test_an_assert_that_is_never_run_is_no_check(project):

@@ -123,6 +123,8 @@ class OnlineConfig(TRLFields, VLLMFields, PostConfig):
         "rounds (verl's gen_batch_size).", low=1)
     # rewards
     reward_weights: list[float] | None = option(None, "One per reward function; None: 1 each.")
+    locate_failing_reward: bool = option(
+        False, "When a reward function raises, call it again row by row to name the row; that may cost money.")
     # what learns
     beta: float = option(0.0, "Price of a nat of KL to the reference; 0: no reference model is made.", low=0)
     mask_truncated_completions: bool = option(

@@ -51,7 +51,8 @@ class OnlineTrainer(Stages, WithReference, PostTrainer):
             raise TypeError(f"{type(self).__name__} needs reward_funcs: a function (prompts, completions, **columns) "
                             "-> list of numbers, a reward model, or a list of these")
         self.rewards = None if reward_funcs is None else Rewards(
-            reward_funcs, args.reward_weights, reward_processing_classes, args.chat_template_kwargs)
+            reward_funcs, args.reward_weights, reward_processing_classes, args.chat_template_kwargs,
+            locate_failing_reward=args.locate_failing_reward)
         self.rollout_func = rollout_func
         self.engine = self.stream = None
         self.generation = None  # the last one, for logs and callbacks
@@ -87,7 +88,8 @@ class OnlineTrainer(Stages, WithReference, PostTrainer):
             from posttrain.rollout.vllm_server import VLLMServer
             url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
             return VLLMServer(self.model, self.processing_class, base_url=url, timeout=args.vllm_server_timeout)
-        from posttrain.rollout.vllm import VLLMColocated, logprobs_mode_for
+        from posttrain.rollout.vllm import logprobs_mode_for
+        from posttrain.rollout.vllm_colocated import VLLMColocated
         return VLLMColocated(
             self.model, self.processing_class, max_model_len=args.vllm_max_model_length,
             gpu_memory_utilization=args.vllm_gpu_memory_utilization,
