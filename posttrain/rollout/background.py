@@ -11,7 +11,7 @@ import threading
 from collections.abc import Awaitable
 from concurrent.futures import Future
 
-# %% ../../nbs/rollout/02c_background.ipynb #32843934
+# %% ../../nbs/rollout/02c_background.ipynb #b5c67069
 _THREAD = "posttrain-background"
 
 
@@ -37,8 +37,9 @@ def run(
     """Wait for it. After an error or Ctrl-C in this thread it is cancelled. Raises RuntimeError within the loop itself,
     where it would wait for ever."""
     if threading.current_thread().name == _THREAD:
-        raise RuntimeError("an async function asked for something that waits for the loop that runs the function itself, "
-                           "such as an async reward that samples from a vLLM server: write it without `async`")
+        if asyncio.iscoroutine(awaitable): awaitable.close()
+        raise RuntimeError("an async function waits for the loop that runs it, as an async reward does that samples from "
+                           "a vLLM server: write it without `async`")
     future = start(awaitable)
     try: return future.result()
     finally: future.cancel()
