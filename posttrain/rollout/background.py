@@ -11,7 +11,7 @@ import threading
 from collections.abc import Awaitable
 from concurrent.futures import Future
 
-# %% ../../nbs/rollout/02c_background.ipynb #b5c67069
+# %% ../../nbs/rollout/02c_background.ipynb #f6faffa3
 _THREAD = "posttrain-background"
 
 
@@ -38,8 +38,8 @@ def run(
     where it would wait for ever."""
     if threading.current_thread().name == _THREAD:
         if asyncio.iscoroutine(awaitable): awaitable.close()
-        raise RuntimeError("an async function waits for the loop that runs it, as an async reward does that samples from "
-                           "a vLLM server: write it without `async`")
+        raise RuntimeError("an async function waits for the loop that runs it, as an async reward does that samples "
+                           "from a vLLM server: write it without `async`")
     future = start(awaitable)
     try: return future.result()
     finally: future.cancel()
