@@ -82,8 +82,8 @@ def test_loss_and_gradient_are_trls(batch, name):
     # TRL counts rows, not tokens, for sequence ratios; and its own for CISPO
     if "level" not in str(theirs) and name not in ("CISPO", "two-sided"):
         for key in ("low", "high", "region"):
-            assert stats[f"clip_ratio/{key}_mean"].item() == pytest.approx(metrics[f"clip_ratio/{key}_mean"][0],
-                                                                           abs=1e-6)
+            name_of_mean = f"clip_ratio/{key}_mean"
+            assert stats[name_of_mean].item() == pytest.approx(metrics[name_of_mean][0], abs=1e-6)
 
 
 @pytest.mark.parametrize("corrected", [False, True])

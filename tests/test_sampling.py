@@ -84,8 +84,8 @@ def by_generate(model, prompts, sampling):
 def difference(model, prompts, samples, temperature=1.0):
     logps = completion_logps(model, make_batch(prompts, samples.completion_ids),
                              temperature=temperature)["logps"].detach()
-    return max((torch.tensor(own) - row[:len(own)]).abs().max().item() for own,
-               row in zip(samples.sampled_logps, logps))
+    pairs = zip(samples.sampled_logps, logps)
+    return max((torch.tensor(own) - row[:len(own)]).abs().max().item() for own, row in pairs)
 
 
 @pytest.mark.parametrize("lora, penalty", [(False, 1.3), (True, 1.0)], ids=["plain, penalty", "lora"])
@@ -212,8 +212,8 @@ def test_one_large_group_among_small_ones():
     sampler = Sampler(shaken("llama"))
     prompts = groups((40, *[1] * 20), (6, *range(1, 21)))
     whole = sampler.sample(prompts, list(range(60)), Sampling(max_tokens=6))
-    assert [sampler.sample([p], [i], Sampling(max_tokens=6)).completion_ids[0] for i,
-            p in enumerate(prompts)] == whole.completion_ids
+    alone = [sampler.sample([p], [i], Sampling(max_tokens=6)).completion_ids[0] for i, p in enumerate(prompts)]
+    assert alone == whole.completion_ids
 
 
 def test_processors_are_those_of_transformers():

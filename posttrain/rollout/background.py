@@ -11,12 +11,15 @@ import threading
 from collections.abc import Awaitable
 from concurrent.futures import Future
 
-# %% ../../nbs/rollout/02c_background.ipynb #5a2762ad
+# %% ../../nbs/rollout/02c_background.ipynb #f6faffa3
+_THREAD = "posttrain-background"
+
+
 @functools.cache
 def _loop_of(pid: int) -> asyncio.AbstractEventLoop:
     "Threads do not survive a fork: a child process has another number, and makes its own loop."
     loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="posttrain-background", daemon=True).start()
+    threading.Thread(target=loop.run_forever, name=_THREAD, daemon=True).start()
     return loop
 
 
@@ -31,7 +34,12 @@ def start(
 def run(
     awaitable: Awaitable,  # a coroutine, or anything else that can be awaited
 ):  # what it returns
-    "Wait for it. After an error or Ctrl-C in this thread it is cancelled. Not to be called from the loop itself."
+    """Wait for it. After an error or Ctrl-C in this thread it is cancelled. Raises RuntimeError within the loop itself,
+    where it would wait for ever."""
+    if threading.current_thread().name == _THREAD:
+        if asyncio.iscoroutine(awaitable): awaitable.close()
+        raise RuntimeError("an async function waits for the loop that runs it, as an async reward does that samples "
+                           "from a vLLM server: write it without `async`")
     future = start(awaitable)
     try: return future.result()
     finally: future.cancel()
