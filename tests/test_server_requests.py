@@ -14,7 +14,7 @@ class Slow(http.server.ThreadingHTTPServer):
     daemon_threads, request_queue_size = True, 256
 
     def __init__(self):
-        self.open, self.most = 0, 0
+        self.open, self.most, self.has_cut = 0, 0, False
         self.paths, self.headers = [], []
         self.connected, self.left = set(), threading.Semaphore(0)
         self.broken, self.lock = threading.Event(), threading.Lock()
@@ -43,6 +43,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.paths.append(self.path)
         self.server.headers.append(dict(self.headers))
+        if body.get("cuts") and not self.server.has_cut:  # the connection, without an answer, once
+            self.server.has_cut = self.close_connection = True
+            return
         self.server.count(1)
         if body.get("waits"):  # until the client is gone
             self.server.count(-1)
@@ -117,6 +120,19 @@ def test_an_idle_connection_is_not_used_again(server, monkeypatch):
         assert asks.ask_all("numbers", "/n", [{"n": 1}], number) == [1]
         time.sleep(.2)
     assert len(server.connected) == 2
+
+
+def test_a_connection_that_was_idle_and_is_cut_off_is_made_anew(server):
+    "A new one that is cut off is an error: then the server is in trouble."
+    asks = ServerRequests(server.url, timeout=5)
+    with pytest.raises(RuntimeError, match="broke off when asked for numbers"):
+        asks.ask_all("numbers", "/n", [{"n": 1, "cuts": True}], number)
+    asks, server.has_cut = ServerRequests(server.url, timeout=5), False
+    assert asks.ask_all("numbers", "/n", [{"n": 1}, {"n": 2}], number) == [1, 2]
+    assert asks.ask_all("numbers", "/n", [{"n": 3, "cuts": True}, {"n": 4}], number) == [3, 4] and server.has_cut
+    server.has_cut = False
+    with pytest.raises(RuntimeError, match="broke off when asked for numbers"):  # this connection is in use
+        asks.ask_all("numbers", "/n", [{"n": 5}, {"n": 6, "cuts": True}], number)
 
 
 def test_no_other_address_hears_anything(server, monkeypatch):

@@ -15,11 +15,12 @@ import httpx
 
 from .background import run, start
 
-# %% ../../nbs/rollout/02e_server_requests.ipynb #0ce9b27a
+# %% ../../nbs/rollout/02e_server_requests.ipynb #a60a3231
 RESUME = ("Nothing is lost but this step: mend the server, then trainer.train(resume_from_checkpoint=True) "
           "goes on from the last checkpoint")
 _NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # addresses are http: no certificates are read
 _KEPT = httpx.Limits(keepalive_expiry=2.0)  # seconds that an idle connection stays open
+_CUT_OFF = (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError)
 _FAILURES = (httpx.HTTPError, OSError, RuntimeError, ValueError, KeyError, TypeError, IndexError)
 
 
@@ -104,15 +105,21 @@ class ServerRequests:
         now = asyncio.get_running_loop().time
         answers, todo = [None] * len(bodies), iter(enumerate(bodies))
 
-        async def work(transport, patience):
+        async def work(transport, patience, was_idle):
             for i, body in todo:  # the workers share what is to be done
-                answers[i] = read(await self._exchange(transport, "POST", path, body))
+                try: answer = await self._exchange(transport, "POST", path, body)
+                except _CUT_OFF:
+                    # a server closes a connection that was idle, sometimes just when it is used again
+                    if not was_idle: raise
+                    answer = await self._exchange(transport, "POST", path, body)
+                answers[i], was_idle = read(answer), False
                 patience.reschedule(now() + self.timeout)
 
-        n = min(len(bodies), self.requests)
-        self._transports += [_transport() for _ in range(n - len(self._transports))]
+        n, kept = min(len(bodies), self.requests), len(self._transports)
+        self._transports += [_transport() for _ in range(n - kept)]
         async with asyncio.timeout(self.timeout) as patience:
-            workers = [asyncio.create_task(work(transport, patience)) for transport in self._transports[:n]]
+            workers = [asyncio.create_task(work(transport, patience, number < kept))
+                       for number, transport in enumerate(self._transports[:n])]
             try: await asyncio.gather(*workers)
             finally:
                 for worker in workers: worker.cancel()
