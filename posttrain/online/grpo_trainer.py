@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['GRPOConfig', 'GRPOTrainer']
 
-# %% ../../nbs/online/09_grpo_trainer.ipynb #ad4f29d9
+# %% ../../nbs/online/09_grpo_trainer.ipynb #9c15c93d
 import math
 import warnings
 from dataclasses import dataclass
@@ -27,7 +27,6 @@ from posttrain.online.corrections import (
 from .grpo import grpo_loss
 from .policy_zoo import LOSS_TYPES
 from ..rollout.config import OnlineConfig
-from ..rollout.rewards import total
 from ..rollout.trainer import OnlineTrainer
 from ..training.config import ClipFields, ReferenceFields, option
 from ..training.heads import completion_logps, scoring
@@ -123,7 +122,7 @@ class GRPOConfig(ClipFields, ReferenceFields, OnlineConfig):
                     importance_sampling_level=self.importance_sampling_level,
                     use_bias_correction_kl=self.use_bias_correction_kl, max_length=self.max_completion_length)
 
-# %% ../../nbs/online/09_grpo_trainer.ipynb #e672f7d2
+# %% ../../nbs/online/09_grpo_trainer.ipynb #ca9898d7
 class GRPOTrainer(OnlineTrainer):
     """
     Group relative policy optimisation (https://arxiv.org/abs/2402.03300) and its family. Call it as TRL's.
@@ -137,10 +136,10 @@ class GRPOTrainer(OnlineTrainer):
 
     # ------------------------------------------------ what rewards mean
     def credit(self, generation, batches):
-        args, weights, G = self.args, self.rewards.weights, generation.num_generations
+        args, G = self.args, generation.num_generations
         if args.multi_objective_aggregation == "normalize_then_sum":
-            return {"advantages": gdpo_advantages(generation.rewards, weights, G)}
-        return {"advantages": group_advantages(total(generation.rewards, weights), G, scale=args.scale_rewards)}
+            return {"advantages": gdpo_advantages(generation.rewards, self.rewards.weights, G)}
+        return {"advantages": group_advantages(self.total_rewards(generation), G, scale=args.scale_rewards)}
 
     def keep(self, generation):
         """

@@ -5,10 +5,11 @@ __all__ = ['ESTIMATORS', 'token_returns', 'global_normalize', 'reinforce_plus_pl
            'reinforce_plus_plus_baseline_advantages', 'reinforce_plus_plus_loss', 'reinforce_plus_plus_baseline_loss',
            'Estimator']
 
-# %% ../../nbs/online/11_reinforce_plus_plus.ipynb #b6b6e2fe
+# %% ../../nbs/online/11_reinforce_plus_plus.ipynb #7a65cbc2
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..foundations.advantages import group_advantages
@@ -17,7 +18,7 @@ from ..foundations.masks import Totals, average, masked_mean
 from ..foundations.policy_gradient import policy_gradient_loss
 from .rloo import rloo_advantages, rloo_loss
 
-# %% ../../nbs/online/11_reinforce_plus_plus.ipynb #8756a96d
+# %% ../../nbs/online/11_reinforce_plus_plus.ipynb #91edd656
 def token_returns(
     rewards: Tensor,          # (B,) of whole completions
     logratio: Tensor | None,  # (B, T) old_logps - ref_logps of the sampled tokens; None: no reference
@@ -25,13 +26,24 @@ def token_returns(
     *,
     beta: float,              # price of a nat of KL
 ) -> Tensor:  # (B, T), 0 where the mask is 0
-    "The reward less the KL that is still to come, at each token: k1, summed from the token to the end (eq. 8 and 9)."
-    returns = rewards[:, None].expand(mask.shape)
+    """The reward less the KL that is still to come, at each token: k1, summed from the token to the end (eq. 8 and 9).
+
+    Raises ValueError unless there is one reward per completion."""
+    if rewards.shape != mask.shape[:1]:
+        raise ValueError(f"rewards of shape {tuple(rewards.shape)} for a mask of shape {tuple(mask.shape)}: expected "
+                         "one reward per completion, (B,)")
+    returns = rewards.detach()[:, None].expand(mask.shape)
     if logratio is not None:
-        # step 1: the sum from the token to the end
-        cost = (logratio * mask).masked_fill(mask == 0, 0)
+        # step 1: the sum from the token to the end, in float32 or better; padding may hold anything
+        cost = logratio.detach().to(torch.promote_types(logratio.dtype, torch.float32)).masked_fill(mask == 0, 0) * mask
         returns = returns - beta * cost.flip(1).cumsum(1).flip(1)
     return returns.masked_fill(mask == 0, 0)
+
+
+def _above_least(values: Tensor, mask: Tensor) -> Tensor:
+    "Values less the least counted one, 0 elsewhere. Beside a large common part small differences would be rounded."
+    if not mask.any(): return torch.zeros_like(values)
+    return (values - values.masked_fill(mask == 0, torch.inf).amin()).masked_fill(mask == 0, 0)
 
 
 def global_normalize(
@@ -41,8 +53,9 @@ def global_normalize(
     eps: float = 1e-8,   # the least variance; OpenRLHF's
 ) -> Tensor:  # (B, T), mean 0 and standard deviation 1 over the counted tokens; 0 where the mask is 0
     "Normalise over all tokens of the batch, a population's standard deviation (eq. 10)."
-    advantages = advantages.expand(mask.shape)
-    centred = (advantages - masked_mean(advantages, mask)).masked_fill(mask == 0, 0)
+    advantages = advantages.detach().to(torch.promote_types(advantages.dtype, torch.float32)).expand(mask.shape)
+    above = _above_least(advantages, mask)  # equal values then give exactly 0, which a rounded mean does not
+    centred = (above - masked_mean(above, mask)).masked_fill(mask == 0, 0)
     return centred * masked_mean(centred**2, mask).clamp(min=eps).rsqrt()
 
 
@@ -56,7 +69,9 @@ def reinforce_plus_plus_advantages(
 ) -> Tensor:  # (B, T) without gradient
     "REINFORCE++: the return of each token, normalised over all tokens of the batch (2501.03262, eq. 8 to 10)."
     scored = mask * ~rewards.isnan()[:, None]
-    return global_normalize(token_returns(rewards.nan_to_num(nan=0.0), logratio, scored, beta=beta), scored)
+    # what all rewards have in common is taken away before the KL of tokens, which is small, comes in
+    rewards = _above_least(rewards, ~rewards.isnan())
+    return global_normalize(token_returns(rewards, logratio, scored, beta=beta), scored)
 
 
 def reinforce_plus_plus_baseline_advantages(

@@ -3,14 +3,15 @@
 # %% auto #0
 __all__ = ['rloo_advantages', 'rloo_loss']
 
-# %% ../../nbs/online/10_rloo.ipynb #a85f2d5d
+# %% ../../nbs/online/10_rloo.ipynb #fb2c7ca9
+import torch
 from torch import Tensor
 
 from ..foundations.advantages import group_advantages, whiten
 from ..foundations.masks import Totals
 from ..foundations.policy_gradient import RECIPES, policy_gradient_loss
 
-# %% ../../nbs/online/10_rloo.ipynb #910df145
+# %% ../../nbs/online/10_rloo.ipynb #ffdd106e
 def rloo_advantages(
     rewards: Tensor,       # (B,) prompt-major; NaN where a completion could not be scored
     logratio: Tensor | None,  # (B, T) old_logps - ref_logps of the sampled tokens; None: no reference
@@ -25,7 +26,10 @@ def rloo_advantages(
 
     Raises ValueError for rewards that are no whole number of groups.
     """
-    returns = rewards if logratio is None else rewards - beta * (logratio * mask).sum(1)  # step 6
+    returns = rewards.detach()
+    if logratio is not None:  # step 6; padding may hold anything
+        cost = logratio.detach().to(torch.promote_types(logratio.dtype, torch.float32)).masked_fill(mask == 0, 0)
+        returns = returns - beta * (cost * mask).sum(1)
     # step 3
     advantages = group_advantages(returns, num_generations, baseline="leave_one_out", scale="none")
     if not normalize_advantages: return advantages

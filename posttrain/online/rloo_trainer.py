@@ -3,12 +3,11 @@
 # %% auto #0
 __all__ = ['RLOOConfig', 'RLOOTrainer']
 
-# %% ../../nbs/online/12_rloo_trainer.ipynb #21bb8e39
+# %% ../../nbs/online/12_rloo_trainer.ipynb #283a20c9
 from dataclasses import dataclass
 
 from .reinforce_plus_plus import ESTIMATORS
 from ..rollout.config import OnlineConfig
-from ..rollout.rewards import total
 from ..rollout.trainer import OnlineTrainer
 from ..training.config import ClipFields, ReferenceFields, option
 from ..training.heads import completion_logps
@@ -30,8 +29,19 @@ class RLOOConfig(ClipFields, ReferenceFields, OnlineConfig):
         if self.num_generations < 2 and self.advantage_estimator != "reinforce_plus_plus":
             raise ValueError(f"num_generations={self.num_generations}: {self.advantage_estimator!r} compares "
                              "completions of one prompt and needs at least 2")
-        if (limits := self.reward_clip_range) is not None and not (len(limits) == 2 and limits[0] < limits[1]):
-            raise ValueError(f"reward_clip_range={limits!r} must be the least and the greatest reward, e.g. (-10, 10)")
+        if self.reward_clip_range is not None and not _is_range(self.reward_clip_range):
+            raise ValueError(f"reward_clip_range={self.reward_clip_range!r} must be the least and the greatest reward, "
+                             "e.g. (-10, 10)")
+        if self.normalize_advantages and self.advantage_estimator != "rloo":
+            raise ValueError(f"normalize_advantages=True is RLOO's: {self.advantage_estimator!r} normalises over the "
+                             "whole generation by itself. Leave it False")
+
+
+def _is_range(limits) -> bool:
+    "Two numbers, the smaller one first?"
+    if not isinstance(limits, (list, tuple)) or len(limits) != 2: return False
+    numbers = [isinstance(limit, (int, float)) and not isinstance(limit, bool) for limit in limits]
+    return all(numbers) and limits[0] < limits[1]
 
 
 class RLOOTrainer(OnlineTrainer):
@@ -42,14 +52,17 @@ class RLOOTrainer(OnlineTrainer):
     config_class = RLOOConfig
     needs_old_logps = True  # the KL in the reward is that of the policy that sampled
 
+    def total_rewards(self, generation):
+        "Also what dynamic sampling looks at: rewards that differ beyond a limit only do not differ."
+        rewards, limits = super().total_rewards(generation), self.args.reward_clip_range
+        return rewards if limits is None else rewards.clamp(*limits)
+
     def credit(self, generation, batches):
-        rewards, limits = total(generation.rewards, self.rewards.weights), self.args.reward_clip_range
-        if limits is not None: rewards = rewards.clamp(*limits)
         mask, old_logps = (self.gathered(generation, batches, name) for name in ("mask", "old_logps"))
         logratio = None if self.reference is None else old_logps - self.gathered(generation, batches, "ref_logps")
-        advantages = ESTIMATORS[self.args.advantage_estimator].advantages
-        options = self.args.options_of(advantages)
-        return {"advantages": advantages(rewards, logratio, mask, generation.num_generations, **options)}
+        estimate, G = ESTIMATORS[self.args.advantage_estimator].advantages, generation.num_generations
+        options = self.args.options_of(estimate)
+        return {"advantages": estimate(self.total_rewards(generation), logratio, mask, G, **options)}
 
     def loss(self, model, batch, totals):
         estimator, mask, old_logps = ESTIMATORS[self.args.advantage_estimator], batch["mask"], batch["old_logps"]

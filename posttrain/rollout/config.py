@@ -79,7 +79,7 @@ class VLLMFields:
     vllm_server_timeout: float = option(
         240.0, "server: seconds without an answer after which training stops.", above=0)
 
-# %% ../../nbs/rollout/06_config.ipynb #8065e918
+# %% ../../nbs/rollout/06_config.ipynb #bbe19435
 _STOPS = ("stop", "stop_strings")  # vLLM's name and transformers'
 
 
@@ -153,6 +153,9 @@ class OnlineConfig(TRLFields, VLLMFields, PostConfig):
                                  "Temperature, top_p, top_k, min_p, repetition_penalty and max_completion_length are "
                                  f"fields of {type(self).__name__}")
         self.sampling()  # raises for stop strings that are none
+        if self.dynamic_sampling and self.num_generations < 2:
+            raise ValueError(f"dynamic_sampling=True with num_generations={self.num_generations}: it keeps groups "
+                             "whose rewards differ, and a group of one never does. Set num_generations to 2 or more")
         self._set_size_of_generation()
 
     def _set_size_of_generation(self):

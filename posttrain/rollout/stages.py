@@ -24,7 +24,7 @@ from .stream import Prompts, informative_groups
 from ..training.heads import completion_logps, scoring
 from ..training.metrics import Mean
 
-# %% ../../nbs/rollout/07b_stages.ipynb #3f512850
+# %% ../../nbs/rollout/07b_stages.ipynb #8f7b9eef
 class Stages:
     """One generation, from prompts to micro-batches. `OnlineTrainer` is these stages and a Trainer.
 
@@ -35,7 +35,7 @@ class Stages:
     def make_batches(self, prompts: Prompts) -> list[dict]:
         "From prompts to this process's micro-batches."
         generation = self.collect(prompts)
-        generation, batches = self.learnable(generation, self.local_parts())
+        generation, batches = self.learnable(generation, self.local_parts)
         # of all tokens, what falls to a micro-batch on average
         share = generation.token_count() / self.args.steps_per_generation / self.args.world_size
         batches = [{**batch, "token_share": torch.tensor(share, device=self.args.device)} for batch in batches]
@@ -94,9 +94,10 @@ class Stages:
                                generation.completion_ids, columns, self.state, log.extra, log.metric)
         return replace(generation, rewards=rewards, extra=generation.extra | log.columns, logged=log.metrics)
 
-    def learnable(self, generation: Generation, parts: list[range]) -> tuple[Generation, list[dict]]:
-        "The stages after scoring: the generation with its credit, and a micro-batch for each of the parts."
+    def learnable(self, generation: Generation, cut: Callable[[int], list[range]]) -> tuple[Generation, list[dict]]:
+        "The stages after scoring: the generation with its credit, and micro-batches. `cut(n)` says who is in which."
         generation = self.select(generation)
+        parts = cut(len(generation))
         batches = self.annotate(self.split(generation, parts))
         columns = self.credit(generation, batches)
         return replace(generation, columns=columns), with_columns(batches, columns, parts)
@@ -121,7 +122,11 @@ class Stages:
     # ------------------------------------------------ what the stages ask
     def keep(self, generation: Generation) -> Tensor:
         "Dynamic sampling: (P,) whether a group teaches something."
-        return informative(total(generation.rewards, self.rewards.weights), generation.num_generations)
+        return informative(self.total_rewards(generation), generation.num_generations)
+
+    def total_rewards(self, generation: Generation) -> Tensor:
+        "One number for each completion, (B,): the weighted sum of its rewards."
+        return total(generation.rewards, self.rewards.weights)
 
     def with_old_logps(self, batch: dict) -> dict:
         "With log-probs under the policy that sampled: the sampler's where they are exact, else of a forward pass."
@@ -164,13 +169,19 @@ class Stages:
 
     # ------------------------------------------------ several processes
     def local_share(self, n: int) -> slice:
-        "Which of n completions this process samples."
-        processes, number = self.args.world_size, self.args.process_index
-        return slice(number * n // processes, (number + 1) * n // processes)
+        "Which of n completions this process samples: whole groups, unless there are more processes than groups."
+        processes, number, G = self.args.world_size, self.args.process_index, self.args.num_generations
+        together = G if n >= G * processes else 1
+        first, last = (k * (n // together) // processes * together for k in (number, number + 1))
+        return slice(first, last)
 
-    def local_parts(self) -> list[range]:
-        "Which completions of a generation each micro-batch of this process holds."
-        args, size = self.args, self.args.per_device_train_batch_size
+    def local_parts(self, n: int) -> list[range]:
+        "Which of a generation's n completions each micro-batch of this process holds. Raises ValueError if one is cut."
+        args = self.args
+        size, left_over = divmod(n, args.steps_per_generation * args.world_size)
+        if left_over or not size:
+            raise ValueError(f"{n} completions learn, which are no whole number of the {args.steps_per_generation} "
+                             f"micro-batches of {args.world_size} processes: `select` must keep a multiple of them")
         starts = [(m * args.world_size + args.process_index) * size for m in range(args.steps_per_generation)]
         return [range(start, start + size) for start in starts]
 

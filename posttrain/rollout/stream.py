@@ -108,7 +108,7 @@ class Prompts:
             if empty: raise ValueError("the stream of prompts gives no rows")
             self._reader, begins = iter(self.dataset), True
 
-# %% ../../nbs/rollout/05_stream.ipynb #446d4ad3
+# %% ../../nbs/rollout/05_stream.ipynb #ffc7d5a5
 @dataclass
 class Rounds:
     "How dynamic sampling went."
@@ -129,7 +129,8 @@ def informative_groups(
     """Sample until there are enough groups that teach something (DAPO, 2503.14476). Groups keep the order they were
     asked in."""
     parts, alive, dead, rounds = [], [], [], Rounds()
-    while len(alive) < wanted and len(parts) < max_rounds:
+    # the step is filled at any rate: where rounds are small, with more of them than were asked for
+    while len(alive) < wanted and (len(parts) < max_rounds or len(alive) + len(dead) < wanted):
         expected = -(-(wanted - len(alive)) * state.asked // max(state.kept, 1))  # rounded up
         parts.append(sample(min(most or wanted, expected)))
         kept = is_informative(parts[-1]).tolist()
@@ -142,7 +143,7 @@ def informative_groups(
     G = whole.num_generations
     return whole.pick([g * G + i for g in (alive + dead)[:wanted] for i in range(G)]), rounds
 
-# %% ../../nbs/rollout/05_stream.ipynb #29dadb5b
+# %% ../../nbs/rollout/05_stream.ipynb #99979edc
 class RolloutStream(Dataset):
     """Micro-batches of completions, made when they are needed. Item i is the next one, whatever i is.
 
@@ -166,7 +167,8 @@ class RolloutStream(Dataset):
 
     def __getitem__(self, i) -> dict:
         state = self.state
-        if state.position == len(state.batches) * self.num_iterations:
+        # more than that, where a run goes on with fewer iterations than before
+        if state.position >= len(state.batches) * self.num_iterations:
             state.batches, state.position = self.make_batches(self.prompts), 0
         batch = state.batches[state.position % len(state.batches)]
         state.position += 1
@@ -180,7 +182,7 @@ class RolloutStream(Dataset):
     def state_dict(self) -> dict:
         "All that going on needs: numbers, and the micro-batches that are still to be used."
         state = {f.name: getattr(self.state, f.name) for f in fields(StreamState)}
-        if self.state.position == len(self.state.batches) * self.num_iterations:
+        if self.state.position >= len(self.state.batches) * self.num_iterations:
             return {**state, "position": 0, "batches": []}
         return {**state, "batches": [_on_cpu(batch) for batch in self.state.batches]}
 

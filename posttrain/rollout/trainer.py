@@ -24,7 +24,7 @@ from ..training.references import disable_dropout, has_dropout
 from ..training.trainer import PostTrainer
 from ..training.with_reference import WithReference
 
-# %% ../../nbs/rollout/08_trainer.ipynb #0fec5976
+# %% ../../nbs/rollout/08_trainer.ipynb #3625a9b0
 class OnlineTrainer(Stages, WithReference, PostTrainer):
     """A trainer of methods that sample. Call it as TRL's GRPOTrainer.
 
@@ -157,7 +157,7 @@ class OnlineTrainer(Stages, WithReference, PostTrainer):
         seeds = completion_seeds(args.seed, before * G, len(rows) * G)
         generation = self.generate([row for row in rows for _ in range(G)], seeds, G)
         self.metrics["eval"].add(weighted(self.metrics_of(generation), len(rows)))
-        _, (batch,) = self.learnable(generation, [range(len(generation))])
+        _, (batch,) = self.learnable(generation, lambda n: [range(n)])
         return batch
 
     def _get_eval_sampler(self, eval_dataset):
@@ -203,6 +203,8 @@ class OnlineTrainer(Stages, WithReference, PostTrainer):
                              f"generation; it goes on with {state['processes']}, not {self.args.world_size}. Or choose "
                              "save_steps that fall between generations")
         self.stream.load_state_dict(state["stream"])
-        self.stream.state.batches = [self._prepare_inputs(batch) for batch in self.stream.state.batches]
+        batches = [self._prepare_inputs(batch) for batch in self.stream.state.batches]
+        # a run that stopped without a reference may go on with one
+        self.stream.state.batches = [b if "ref_logps" in b else self.with_ref_logps(b) for b in batches]
 
 

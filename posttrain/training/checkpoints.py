@@ -32,7 +32,7 @@ def _is_complete(checkpoint: Path) -> bool:
     except (OSError, ValueError): return False
     return True
 
-# %% ../../nbs/training/03c_checkpoints.ipynb #afc1acfa
+# %% ../../nbs/training/03c_checkpoints.ipynb #81e5a488
 class Resumable:
     """For trainers on transformers' Trainer: name it before Trainer among the bases.
 
@@ -63,9 +63,10 @@ class Resumable:
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or not self.run_state(): return
+        if checkpoint is None: return
         own, first = (self._run_state_file(checkpoint, i) for i in (self.args.process_index, 0))
         if not first.exists():
+            if not self.run_state(): return
             raise FileNotFoundError(f"{first} is missing: without it this run would not go on where it stopped. Resume "
                                     f"from a checkpoint of {type(self).__name__} that was saved with "
                                     "save_only_model=False")

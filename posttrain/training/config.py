@@ -14,7 +14,7 @@ from typing import get_args
 import torch
 from transformers import TrainingArguments
 
-# %% ../../nbs/training/00_config.ipynb #5c14ad51
+# %% ../../nbs/training/00_config.ipynb #9030de45
 class Help(str):
     """The text of a field, which carries the field's range.
 
@@ -66,6 +66,8 @@ def check_option(
     choices = text.limits["choices"]
     if choices and value not in list(choices):  # a list: the value may be unhashable
         raise ValueError(f"{name}={value!r} is unknown to {owner}; choose one of {', '.join(map(repr, choices))}")
+    if option.type is bool and not isinstance(value, bool):
+        raise TypeError(f"{name} of {owner} must be True or False, got {value!r}")
     if not _range_of(text.limits): return
     is_whole = option.type in (int, int | None)
     if isinstance(value, bool) or not isinstance(value, int if is_whole else (int, float)):

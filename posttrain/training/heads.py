@@ -236,7 +236,7 @@ def _fault_of_sharing(lm: nn.Module, batch: dict, other_sibling: dict, other_pro
     if not _agree(shared.to(lm.dtype), padded): return "it scores a shared prompt differently"
     return ""
 
-# %% ../../nbs/training/02b_heads.ipynb #6ddee775
+# %% ../../nbs/training/02b_heads.ipynb #40648852
 class PolicyAndValue(nn.Module):
     """A policy and a critic on one body: one forward pass gives log-probs and values.
 
@@ -258,13 +258,22 @@ class PolicyAndValue(nn.Module):
     @property
     def config(self): return self.policy.config
 
+    def get_input_embeddings(self): return self.policy.get_input_embeddings()
+
     @property
     def device(self): return self.value.weight.device
 
     def forward(self, *args, read: Query | None = None, **kwargs):
         if read is None: return self.policy(*args, **kwargs)
         def with_values(states: States) -> dict[str, Tensor]:
-            return {**read.reader(states), "values": self.value(states.hidden.float()).squeeze(-1)}
+            return {**read.reader(states), "values": self._values_of(states.hidden)}
         return self.policy(*args, read=read._replace(reader=with_values), **kwargs)
+
+    def _values_of(self, hidden: Tensor) -> Tensor:
+        "(N, H) -> (N,) in float32 or better, under autocast too: bfloat16 rounds a value of 14 to the next eighth."
+        layer, dtype = self.value, torch.promote_types(self.value.weight.dtype, torch.float32)
+        with torch.autocast(hidden.device.type, enabled=False):
+            values = nn.functional.linear(hidden.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype))
+        return values.squeeze(-1)
 
     def generate(self, *args, **kwargs): return self.policy.generate(*args, **kwargs)

@@ -152,7 +152,7 @@ class States:
 
 Reader = Callable[[States], dict[str, Tensor]]  # the answers: (N,) per counted token, (N, K), or a scalar
 
-# %% ../../nbs/training/02_states.ipynb #a71f7a32
+# %% ../../nbs/training/02_states.ipynb #dfd6a593
 def logps(
     want: tuple = (),          # statistics beside the log-probs: any of foundations.logps.STATS
     temperature: float = 1.0,  # the temperature that the completions were sampled at
@@ -181,8 +181,9 @@ def token_loss(
 def scores(
     states: States,  # of a sequence- or token-classification model, read at tokens
 ) -> dict[str, Tensor]:  # "scores" (N, labels), or (N,) where there is one label
-    "A reader: what a classifier says at each counted token."
-    out = F.linear(states.hidden.to(states.weight.dtype), states.weight, states.bias).float()
+    "A reader: what a classifier says at each counted token, without the dropout that some put before their last layer."
+    out = F.linear(states.hidden.to(states.weight.dtype), states.weight, states.bias)
+    out = out.to(torch.promote_types(out.dtype, torch.float32))
     return {"scores": out.squeeze(-1) if out.shape[-1] == 1 else out}
 
 
