@@ -1,4 +1,4 @@
-"""The stages of a generation at their edges: rounds too small for a step, a selection, checkpoints of other settings."""
+"""The stages of a generation at their edges: small rounds, a selection, checkpoints of a run with other settings."""
 import pytest
 import torch
 
