@@ -81,22 +81,31 @@ def close_weights(a: list[float], b: list[float]) -> bool:
     return all(abs(x - y) <= 1e-6 * b[-1] for x, y in zip(a, b))
 
 
-def described(thing) -> str:
+def described(thing, within: tuple = ()) -> str:
     """Inputs as text: rows by their content, functions by their code without comments and line breaks, models by the
-    names and shapes of their weights."""
+    names and shapes of their weights. `within` holds the functions whose surroundings are being described."""
+    def inner(part): return described(part, within)
     if isinstance(thing, torch.nn.Module):
         return repr([(name, tuple(p.shape), str(p.dtype)) for name, p in thing.named_parameters()])
     if hasattr(thing, "column_names"):  # a dataset, or a stream
         return repr(list(thing))
     if isinstance(thing, dict):
-        return "{" + ", ".join(f"{key}: {described(value)}" for key, value in sorted(thing.items())) + "}"
+        return "{" + ", ".join(f"{key}: {inner(value)}" for key, value in sorted(thing.items())) + "}"
     if isinstance(thing, (list, tuple)):
-        return "[" + ", ".join(map(described, thing)) + "]"
+        return "[" + ", ".join(map(inner, thing)) + "]"
+    if isinstance(thing, (set, frozenset)):
+        return "{" + ", ".join(sorted(map(inner, thing))) + "}"
     if callable(thing):
-        return code_of(thing) + described(used_by(thing))
+        around = {name: value for name, value in used_by(thing).items() if not is_one_of(value, (*within, thing))}
+        return code_of(thing) + described(around, (*within, thing))
     if not isinstance(thing, (str, int, float, bool, type(None))):
         raise TypeError(f"inputs of an oracle cannot hold {type(thing).__name__}: say how it is described")
     return repr(thing)
+
+
+def is_one_of(value, things) -> bool:
+    """Whether a value is one of the things, not merely equal to it."""
+    return any(value is thing for thing in things)
 
 
 def names_in(code) -> set[str]:
@@ -105,16 +114,47 @@ def names_in(code) -> set[str]:
     return set(code.co_names).union(*inner)
 
 
-def used_by(function) -> dict:
-    """What a function takes from around it: values of an outer function, and functions and numbers of its module."""
-    if not inspect.isfunction(function):
-        return {}
-    around = {name: function.__globals__[name] for name in names_in(function.__code__) if name in function.__globals__}
-    def belongs(value):
-        here = getattr(value, "__module__", None) == function.__module__ and value is not function
-        return here or isinstance(value, (str, int, float))
-    nonlocals = inspect.getclosurevars(function).nonlocals
-    return {**nonlocals, **{name: value for name, value in around.items() if belongs(value)}}
+def functions_of(thing) -> list:
+    """The functions behind a callable: the methods of a class, and what a decorator such as functools.cache wraps."""
+    if inspect.isclass(thing):
+        parts = [getattr(part, "fget", part) for part in vars(thing).values()]
+        return [f for part in parts if not inspect.isclass(part) for f in functions_of(part)]
+    chain = [getattr(thing, "__func__", thing)]
+    while hasattr(chain[-1], "__wrapped__"):
+        chain.append(chain[-1].__wrapped__)
+    # Not what a dataclass makes, which no file holds, nor a library's part of a decorated function.
+    def is_own(f): return f.__code__.co_filename == getattr(sys.modules.get(f.__module__), "__file__", None)
+    return [f for f in chain if inspect.isfunction(f) and is_own(f)]
+
+
+def defaults_of(function) -> list:
+    """A function's default values, but for those that its code says."""
+    values = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0] if values else None
+    if not isinstance(tree, (ast.FunctionDef, ast.AsyncFunctionDef)):  # a lambda stands within its line
+        return values
+    written = [*tree.args.defaults, *(node for node in tree.args.kw_defaults if node)]
+    return [value for node, value in zip(written, values, strict=True) if not isinstance(node, ast.Constant)]
+
+
+PLAIN = (str, int, float, list, tuple, dict, set, frozenset)
+
+
+def used_by(thing) -> dict:
+    """What a callable takes from around it: values of an outer function, default values, and functions, numbers, lists
+    and dicts of its module; of a class also the classes of its module that it inherits from."""
+    found = {}
+    for function in functions_of(thing):
+        around = {n: function.__globals__[n] for n in names_in(function.__code__) if n in function.__globals__}
+        def belongs(value):
+            here = getattr(value, "__module__", None) == function.__module__ and value is not function
+            return here or isinstance(value, PLAIN)
+        defaults = defaults_of(function)
+        found |= {f"defaults of {function.__qualname__}": defaults} if defaults else {}
+        found |= inspect.getclosurevars(function).nonlocals
+        found |= {name: value for name, value in around.items() if belongs(value)}
+    bases = thing.__bases__ if inspect.isclass(thing) else ()
+    return found | {base.__name__: base for base in bases if base.__module__ == thing.__module__}
 
 
 @cache
@@ -175,11 +215,14 @@ def nine_digits(value):
 NOT_OF_THE_METHOD = ("time", "per_second", "profiling", "total_flos")
 
 
+def kept(row: dict | None) -> dict | None:
+    """What a record keeps of a row of a log: no times, numbers with nine digits."""
+    numbers = {k: v for k, v in (row or {}).items() if not any(word in k for word in NOT_OF_THE_METHOD)}
+    return nine_digits(numbers) or None
+
+
 def pack(answer: Answer) -> dict:
     """An answer as JSON. Numbers keep nine digits, projections the precision of float32; times are left out."""
-    def kept(row):
-        numbers = {k: v for k, v in (row or {}).items() if not any(word in k for word in NOT_OF_THE_METHOD)}
-        return nine_digits(numbers) or None
     gradients = [[base64.b64encode(sketch(g).float().numpy().tobytes()).decode(), nine_digits(g.double().norm().item())]
                  for g in answer.gradients]
     return {"gradients": gradients, "logs": [kept(row) for row in answer.logs], "eval": kept(answer.eval)}
@@ -191,6 +234,17 @@ def unpack(record: dict) -> Answer:
     return Answer([Sketch(read(text), norm) for text, norm in record["gradients"]], record["logs"], record["eval"])
 
 
+def close_values(a, b) -> bool:
+    """Whether two values of a log are one, numbers to five digits. NaN is close to nothing."""
+    if isinstance(b, dict):
+        return isinstance(a, dict) and a.keys() == b.keys() and all(close_values(a[key], b[key]) for key in b)
+    if isinstance(b, list):
+        return isinstance(a, list) and len(a) == len(b) and all(map(close_values, a, b))
+    if isinstance(a, float) and isinstance(b, float):
+        return abs(a - b) <= 1e-5 * max(1, abs(b))
+    return a == b
+
+
 def disagreement(answer: Answer, recorded: Answer) -> str:
     """Where a live answer is not the recorded one, or an empty text."""
     if (len(answer.gradients), len(answer.logs)) != (len(recorded.gradients), len(recorded.logs)):
@@ -199,12 +253,11 @@ def disagreement(answer: Answer, recorded: Answer) -> str:
         # Written so that NaN disagrees.
         if not (a - b).norm() <= 1e-5 * max(b.norm(), 1):
             return f"step {step}: gradients differ by {(a - b).norm():.1e} of {b.norm():.1e}"
-    rows = [*zip(answer.logs, recorded.logs), *([(answer.eval, recorded.eval)] if recorded.eval else [])]
-    for mine, their in rows:
-        for key, value in their.items():
-            numbers = not isinstance(value, (str, type(None)))
-            if not (abs(mine[key] - value) <= 1e-5 * max(1, abs(value)) if numbers else mine[key] == value):
-                return f"{key}: {mine[key]} live, {value} recorded"
+    for row, record in zip([*answer.logs, answer.eval], [*recorded.logs, recorded.eval]):
+        live, record = kept(row) or {}, kept(record) or {}
+        for key in sorted(live.keys() | record.keys()):
+            if key not in live or key not in record or not close_values(live[key], record[key]):
+                return f"{key}: {live.get(key, 'nothing')} live, {record.get(key, 'nothing')} recorded"
     return ""
 
 

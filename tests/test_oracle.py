@@ -1,9 +1,24 @@
 """Recorded oracles: they answer for the inputs that they were recorded with, and a stale one is found."""
+import functools
+from dataclasses import dataclass
+
 import pytest
 import torch
 
 import oracle as module
-from oracle import Answer, Sketch, close_weights, described, models_in, oracle, sketch, weights_of
+from oracle import (
+    Answer,
+    Sketch,
+    close_weights,
+    described,
+    disagreement,
+    models_in,
+    oracle,
+    pack,
+    sketch,
+    unpack,
+    weights_of,
+)
 
 
 @pytest.fixture
@@ -96,3 +111,65 @@ def test_inputs_are_told_by_their_content(monkeypatch):
     assert described(by(1)) == described(by(1)) != described(by(2)), "what a function takes from outside counts"
     assert "offset" in described(by(1)) and "Constant(value=1)" in described(by(1))
     with pytest.raises(TypeError, match="Tensor"): described(torch.ones(2))
+
+
+LACKS = {"a key": lambda record: record["logs"][0].pop("kl"), "all keys": lambda record: record["logs"][0].clear(),
+         "a row": lambda record: record.update(logs=[None]), "an evaluation": lambda record: record.update(eval=None),
+         "a key of the evaluation": lambda record: record["eval"].pop("eval_loss"),
+         "a part of a list": lambda record: record["logs"][0]["shares"].pop()}
+
+
+def test_what_one_side_lacks_is_found(gradient):
+    def answer(): return Answer([gradient], [{"loss": 1.0, "kl": .3, "shares": [1, 2], "step_time": 3.0}],
+                                {"eval_loss": 2.0, "eval_runtime": 1.0})
+    assert not disagreement(answer(), unpack(pack(answer())))
+    for what, take in LACKS.items():
+        record = pack(answer())
+        take(record)
+        assert disagreement(answer(), unpack(record)), what
+    less = answer()
+    del less.logs[0]["kl"]
+    assert "kl: nothing live, 0.3 recorded" in disagreement(less, unpack(pack(answer())))
+    less = answer()
+    less.eval = None
+    assert "eval_loss: nothing live" in disagreement(less, unpack(pack(answer())))
+    assert disagreement(answer(), unpack(pack(Answer([gradient], [{**answer().logs[0], "loss": float("nan")}]))))
+
+
+WEIGHTS, SCALES = {"right": 1.0}, [1.0]
+
+
+def by_table(completions): return [WEIGHTS["right"] * SCALES[0] for _ in completions]
+def by_default(completions, *, scales=SCALES): return [scales[0] for _ in completions]
+@functools.cache
+def cached(): return offset()
+class Scorer:
+    def __call__(self, completions): return [offset() for _ in completions]
+    @property
+    def scale(self): return SCALES[0]
+class Heir(Scorer): pass
+@dataclass
+class Settings:
+    scale: float = 1.0
+    def scaled(self): return self.scale * offset()
+def again(n): return 0 if n == 0 else other(n - 1)
+def other(n): return again(n) + offset()
+
+
+@pytest.mark.parametrize("thing", [by, by_table, by_default, cached, Scorer, Heir, Settings, again])
+def test_what_is_used_at_any_depth_is_described(thing):
+    "Tables, default values, and helpers of classes, of cached functions and of those that call one another."
+    before, reads_scales = described(thing), thing in (by_table, by_default, Scorer, Heir)
+    def is_changed_by(table, key, value):
+        old, table[key] = table[key], value
+        changed, table[key] = described(thing) != before, old
+        return changed
+    def offset(): return 2
+    assert is_changed_by(SCALES, 0, 2.0) == reads_scales
+    assert is_changed_by(WEIGHTS, "right", 2.0) == (thing is by_table)
+    assert is_changed_by(globals(), "offset", offset) == (thing not in (by_table, by_default))
+
+
+def test_constants_of_a_signature_are_in_the_code_alone():
+    def plain(completions, scale=1.0, *, shift=None): return [scale for _ in completions]
+    assert described(plain).endswith("{}")

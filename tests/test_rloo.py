@@ -1,6 +1,7 @@
 """RLOOTrainer: against TRL 1.16 on the same completions, REINFORCE++ against formulas written out, cuts, resuming, bad
 input."""
 import copy
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,15 @@ import torch
 from transformers import TrainerCallback
 
 from posttrain import RLOOConfig, RLOOTrainer, pocket
+from posttrain.foundations.masks import Totals
+from posttrain.online.reinforce_plus_plus import (
+    reinforce_plus_plus_advantages,
+    reinforce_plus_plus_baseline_advantages,
+    reinforce_plus_plus_baseline_loss,
+    reinforce_plus_plus_loss,
+)
 from posttrain.rollout.rewards import exact_match_reward
+from posttrain.training.heads import completion_logps
 from test_grpo import assert_two_processes_are_one, logs, noisy, rows, weights
 from test_grpo_parity import (
     LONGEST,
@@ -150,6 +159,66 @@ def test_advantages_are_the_formula(name, cut, config):
         torch.testing.assert_close(row.float(), torch.tensor(numbers), atol=2e-5, rtol=1e-4)
 
 
+PLUS_PLUS = {"reinforce_plus_plus": reinforce_plus_plus_loss,
+             "reinforce_plus_plus_baseline": lambda *args, **options: reinforce_plus_plus_baseline_loss(
+                 *args, beta=0.0, **options)}
+
+
+@pytest.mark.parametrize("name", PLUS_PLUS)
+def test_the_upper_limit_is_a_field_of_its_own(name):
+    "Limits .9 and 1.5: the ratio 1.3 is within them, 1.6 and .7 are not, and the last token is padding."
+    logps = torch.tensor([[1.3, 1.6], [.7, 9.0]]).log().requires_grad_()
+    advantages, mask = torch.tensor([[2.0, 2.0], [-1.0, 5.0]]), torch.tensor([[1, 1], [1, 0]])
+    loss, stats = PLUS_PLUS[name](logps, torch.zeros(2, 2), advantages, mask, epsilon=.1, epsilon_high=.5)
+    loss.backward()
+    torch.testing.assert_close(loss.item(), -(1.3 * 2 + 1.5 * 2 - .9) / 3, atol=1e-6, rtol=0)
+    torch.testing.assert_close(logps.grad, torch.tensor([[-1.3 * 2 / 3, 0], [0, 0]]))
+    assert abs(stats["clip_ratio/high_mean"].item() - 1 / 3) < 1e-6
+    symmetric, _ = PLUS_PLUS[name](logps, torch.zeros(2, 2), advantages, mask, epsilon=.1)
+    torch.testing.assert_close(symmetric.item(), -(1.1 * 2 + 1.1 * 2 - .9) / 3, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", PLUS_PLUS)
+@pytest.mark.parametrize("epsilon_high, limit", [(.5, 1.3), (.2, 1.2), (None, 1.1)])
+def test_the_trainer_uses_the_upper_limit(name, epsilon_high, limit, config):
+    "Each token has the ratio 1.3 and the advantage 2."
+    trainer = make(config, advantage_estimator=name, epsilon=.1, epsilon_high=epsilon_high, beta=0.0)
+    batch = trainer.make_batches(trainer.stream.prompts)[0]
+    now = completion_logps(trainer.model, batch)["logps"].detach()
+    batch |= {"old_logps": now - math.log(1.3), "advantages": torch.full_like(now, 2.0)}
+    loss, _ = trainer.loss(trainer.model, batch, Totals.of(batch["mask"]))
+    assert abs(loss.item() + 2 * limit) < 1e-4
+    loss.backward()
+    moves = any(p.grad is not None and p.grad.abs().max() > 1e-6 for p in trainer.model.parameters())
+    assert moves == (limit == 1.3), "a clipped ratio has no gradient"
+
+
+def test_the_kl_of_the_baseline_is_k2():
+    "Half a square, with the slope of the log-ratio, over the tokens of the whole step; advantages are 0 here."
+    logps, mask = torch.tensor([[-1.0, -2.0, -3.0]], requires_grad=True), torch.tensor([[1, 1, 0]])
+    options = dict(ref_logps=torch.tensor([[-1.5, -1.0, torch.nan]]), beta=.3)
+    for totals, count in ((None, 2), (Totals(8, 4), 8)):
+        logps.grad = None
+        loss, stats = reinforce_plus_plus_baseline_loss(logps, None, torch.zeros(1, 3), mask, totals=totals, **options)
+        loss.backward()
+        torch.testing.assert_close(loss.item(), .3 * (.5**2 / 2 + 1 / 2) / count, atol=1e-7, rtol=0)
+        torch.testing.assert_close(logps.grad, .3 * torch.tensor([[.5, -1.0, 0]]) / count)
+        assert abs(stats["kl"].item() - (.5**2 / 2 + 1 / 2) / 2) < 1e-6
+
+
+@pytest.mark.parametrize("advantages", [
+    lambda rewards, mask: reinforce_plus_plus_advantages(rewards, None, mask, 2),
+    lambda rewards, mask: reinforce_plus_plus_baseline_advantages(rewards, None, mask, 2)], ids=["plain", "baseline"])
+def test_who_could_not_be_scored_is_not_counted(advantages):
+    "The mean and the deviation are those of the other completions, whose rewards lie around no zero."
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 1, 1]])
+    all_scored, some = torch.tensor([5.0, 7, 6, 9]), torch.tensor([5.0, 7, 6, 9, torch.nan, torch.nan])
+    longer = torch.cat([mask, torch.ones(2, 3, dtype=mask.dtype)])
+    found = advantages(some, longer)
+    torch.testing.assert_close(found[:4], advantages(all_scored, mask))
+    assert (found[4:] == 0).all() and found[:4].abs().max() > .5
+
+
 CUTS = {"rloo": dict(normalize_advantages=True, reward_clip_range=[.2, .9]),
         "reinforce_plus_plus": dict(num_iterations=2, max_steps=2),
         "reinforce_plus_plus_baseline": dict(beta=.2, max_steps=2)}
@@ -187,11 +256,38 @@ def test_resumed_in_the_middle_of_a_generation(name, config, tmp_path):
     assert torch.equal(weights(whole), weights(resumed)) and whole.stream.state.sampled == resumed.stream.state.sampled
 
 
+@torch.no_grad()
+def logps_by_hand(model, prompt, completion, temperature):
+    "Log-probs of one completion's tokens from all logits."
+    logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1:-1].float() / temperature
+    return logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
+
+
+def test_each_batch_of_evaluation_has_its_seeds(config):
+    "Of one question asked eight times no two batches get the same answers."
+    trainer = make(config, num_generations_eval=2, per_device_eval_batch_size=4)
+    generate, seen = trainer.generate, []
+    trainer.generate = lambda *args: seen.append(generate(*args)) or seen[-1]
+    trainer.evaluate(rows(8).select([0] * 8))
+    first, second = (generation.completion_ids for generation in seen)
+    assert first != second and seen[0].prompt_ids == seen[1].prompt_ids
+
+
 def test_evaluation_goes_through_the_same_stages(config):
     trainer = make(config, advantage_estimator="reinforce_plus_plus", num_generations_eval=2,
-                   per_device_eval_batch_size=4)
-    first, second = trainer.evaluate(), trainer.evaluate()
-    assert first["eval_reward"] == second["eval_reward"] and abs(first["eval_kl"]) < 1e-5
+                   per_device_eval_batch_size=4, temperature=.7)
+    with torch.no_grad():
+        for p in trainer.model.parameters(): p += .02 * torch.randn_like(p)
+    generate, seen = trainer.generate, []
+    trainer.generate = lambda *args: seen.append(generate(*args)) or seen[-1]
+    first = trainer.evaluate()
+    samples = [(prompt, completion) for generation in seen
+               for prompt, completion in zip(generation.prompt_ids, generation.completion_ids)]
+    def spoken(model): return torch.cat([logps_by_hand(model, *sample, .7) for sample in samples])
+    kl = (spoken(trainer.model) - spoken(trainer.ref_model)).mean().item()
+    assert len(samples) == 16 and abs(kl) > 1e-2 and abs(first["eval_kl"] - kl) < 1e-4 * abs(kl) + 1e-5
+    second = trainer.evaluate()
+    assert first["eval_reward"] == second["eval_reward"] and first["eval_kl"] == second["eval_kl"]
     assert trainer.evaluate(rows(4))["eval_completions/mean_length"] > 0
 
 

@@ -335,6 +335,7 @@ def test_model_and_random_state_are_left_alone(engine):
     sampler = engine(model)
     sampler.sync(model)
     first = sampler.sample([[5, 6]] * 3, [1, 2, 3], Sampling(max_tokens=9))
+    assert torch.equal(torch.get_rng_state(), state), "sampling draws from generators of its own"
     torch.rand(7)
     # no global state goes in either, and no dropout
     assert sampler.sample([[5, 6]] * 3, [1, 2, 3], Sampling(max_tokens=9)) == first

@@ -5,7 +5,10 @@ import torch
 from peft import LoraConfig
 
 from posttrain import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, pocket
+from posttrain.rollout.generation import Generation
 from posttrain.rollout.rewards import exact_match_reward
+from posttrain.rollout.stream import StreamState, informative_groups
+from posttrain.training.metrics import policy_metrics
 from test_grpo import logs, noisy, rows, weights
 
 
@@ -85,3 +88,38 @@ def test_a_process_may_write_its_state_before_the_folder_is_there(config, tmp_pa
     trainer.create_optimizer_and_scheduler(2)
     trainer._save_optimizer_and_scheduler(str(tmp_path / "checkpoint-1"))
     assert (tmp_path / "checkpoint-1" / "run-state-0.pt").exists()
+
+
+def test_rounds_of_dynamic_sampling_count_by_their_size(config):
+    "Twelve completions with reward 1 and four with reward 0."
+    args = {**config(), "num_generations": 4, "max_completion_length": 8}
+    args.pop("train_sampling_strategy")
+    values = iter([1.0, 0.0])
+    def by_round(completions, **columns): return [next(values)] * len(completions)
+    trainer = GRPOTrainer(pocket.start("reverse")[0], by_round, GRPOConfig(**args), rows(), None, pocket.tokenizer())
+    trainer.engine.sync(trainer.model)
+    for number in (3, 1): trainer.one_round(*trainer.stream.prompts.draw(number))
+    assert trainer.metrics["train"].close()["reward"] == .75
+
+
+@pytest.mark.parametrize("wanted, state, good, asked", [
+    (4, StreamState(), [1, 3], [4, 12]), (2, StreamState(asked=4, kept=1), [2], [8]),
+    (3, StreamState(asked=5, kept=2), [3], [8])], ids=["second round", "a step later", "rounded up"])
+def test_dynamic_sampling_asks_for_as_many_as_it_expects_to_need(wanted, state, good, asked):
+    good = iter(good)
+    def sample(n): return Generation([{}] * n, [[1]] * n, [[2]] * n, None, [True] * n, ["2"] * n, 1)
+    def is_informative(generation):
+        number = next(good)
+        return torch.arange(len(generation)) < number
+    generation, rounds = informative_groups(sample, is_informative, wanted, state, most=100)
+    assert rounds.asked == asked and rounds.missing == 0 and len(generation) == wanted
+    assert (state.asked, state.kept) == (sum(asked), wanted)
+
+
+def test_a_ratio_of_whole_completions_counts_each_once():
+    mask = torch.tensor([[1, 0, 0], [1, 1, 1], [0, 0, 0]])
+    stats = {"ratio/mean": torch.tensor(1.5), "clip_ratio/high_mean": torch.tensor(.5), "approx_kl": torch.tensor(2.0)}
+    for of_completions, count in ((True, 2), (False, 4)):
+        metrics = policy_metrics(stats, mask, of_completions=of_completions)
+        assert metrics["ratio/mean"] == (1.5 * count, count) and metrics["clip_ratio/high_mean"] == (.5 * count, count)
+        assert metrics["approx_kl"] == (8, 4), "the KL is of tokens"

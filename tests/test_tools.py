@@ -339,6 +339,24 @@ def test_who_reads_sources_depends_on_their_text(package):
     assert not tools.is_as_run(nb)
 
 
+SHOWS = {"comments": "inspect.getcomments(four)", "a file": "open(inspect.sys.modules[four.__module__].__file__)",
+         "line numbers": "four.__code__.co_firstlineno", "help": "four??", "help, put first": "??four",
+         "a magic": "%psource four"}
+
+
+@pytest.mark.parametrize("what", SHOWS)
+def test_what_else_shows_sources(package, what):
+    reads = code(f"import inspect\nfrom toy.high import four\n{SHOWS[what]}")
+    path = save(package / "nbs/a.ipynb", md("# Reads"), reads)
+    assert changes(path, package / "toy/high.py", "# a comment\n")
+    assert not changes(path, package / "toy/other.py", "THIRD = 1 / 3\n")
+
+
+def test_a_semicolon_that_hides_the_output_counts():
+    shown, hidden, other = (stamps.code_stamp([cell]) for cell in ("f(x)  # a;", "f(x);  # a", "f(x) ;\n# b\n"))
+    assert shown != hidden == other and shown == stamps.code_stamp(["f(x)"])
+
+
 def test_a_module_that_reads_sources_depends_on_their_text(package):
     reads = "import inspect\nfrom . import low\nTEXT = inspect.getsource(low)\n"
     (package / "toy/reads.py").write_text(reads)
@@ -353,6 +371,11 @@ EVERYTHING = {
     "a name that is put together": "from importlib import import_module\nimport_module('toy.' + name)",
     "the package handed on": "import toy\ngetattr(toy, name)",
     "all public names": "import toy\ntoy.__all__",
+    "a star": "from toy import *\nHalf",
+    "code as text": "exec('from toy.other import half')",
+    "a module that it runs": "import runpy\nrunpy.run_module(name)",
+    "a command": "import os\nos.system('python -m toy.other')",
+    "processes of its own": "from multiprocessing import Process\nProcess(target=f).start()",
 }
 
 
@@ -377,6 +400,31 @@ def test_which_module_is_imported(package, how):
     path = save(package / "nbs/a.ipynb", md("# One"), code(ONE_MODULE[how]))
     assert changes(path, package / "toy/low.py", "TWO = 2\n")
     assert not changes(path, package / "toy/other.py", "THIRD = 1 / 3\n")
+
+
+ROOM = {
+    "a room": "from toy import room\nroom.deep.X",
+    "by another name": "import toy.room as r\nr.deep.X",
+    "from the package": "import toy.room\nr = toy.room\nr.deep.X",
+    "a name in text": "from toy import room\ngetattr(room, 'deep')",
+    "a star": "from toy.room import *\ndeep.X",
+    "in a module": "from toy.side import Y",
+}
+
+
+@pytest.mark.parametrize("how", ROOM)
+def test_who_holds_a_room_depends_on_its_modules(package, how):
+    (package / "toy/room").mkdir()
+    files = {"room/__init__": "", "room/deep": "X = 1\n", "side": "from . import room\nY = room.deep.X\n"}
+    for name, text in files.items():
+        (package / f"toy/{name}.py").write_text(text)
+    path = save(package / "nbs/a.ipynb", md("# Room"), code(ROOM[how]))
+    assert changes(path, package / "toy/room/deep.py", "Z = 1\n")
+    assert not changes(path, package / "toy/other.py", "THIRD = 1 / 3\n")
+    one_module = code("from toy.room.deep import X\nimport toy.room.deep\ntoy.room.deep.X")
+    one = save(package / "nbs/b.ipynb", md("# One"), one_module)
+    (package / "toy/room/more.py").write_text("")
+    assert not changes(one, package / "toy/room/more.py", "Z = 1\n"), "a module of a room is not the room"
 
 
 def test_a_new_public_name_concerns_only_those_who_use_it(package):

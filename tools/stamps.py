@@ -7,10 +7,12 @@ version. Comments and line breaks do not count, unless the notebook or the modul
 """
 import ast
 import hashlib
+import io
 import json
 import re
 import subprocess
 import sys
+import tokenize
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import date
@@ -19,10 +21,15 @@ from pathlib import Path
 
 # Cells of IPython that are not Python, or not only.
 MAGIC = re.compile(r"^\s*[%!]", re.M)
+HELP = re.compile(r"^\s*\?{1,2}|\?{1,2}[ \t]*$", re.M)
 DIRECTIVE = re.compile(r"^#\|.*$", re.M)
 # A line of the shell that starts a program with the package in it. `pip install` in a lesson's first cell does not.
 STARTS_A_PROGRAM = re.compile(r"^\s*(?:!|%%(?:bash|sh|script)|%sx)(?!.*pip install).*", re.M)
-READS_SOURCES = re.compile(r"\b(getsource|getsourcelines|getsourcefile|show_source)\b")
+# Code that starts programs, or runs text as code.
+RUNS_CODE = re.compile(r"\b(subprocess|multiprocessing|runpy)\b|\bos\.(system|popen|spawn|exec|posix_spawn)"
+                       r"|(?<![.\w])(exec|eval)\s*\(|^\s*%run\b", re.M)
+READS_SOURCES = re.compile(r"\b(getsource|getsourcelines|getsourcefile|show_source|getcomments|findsource|linecache|"
+                           r"__file__|co_firstlineno)\b|\?\?[ \t]*$|^\s*\?\?|^\s*%(psource|pycat|pfile)\b", re.M)
 # Fields of a syntax tree that say nothing that the rest does not say.
 NOT_CODE = {"ctx", "kind", "type_ignores", "type_comment"}
 # The tables of the package's __init__.py: a public name counts for those who use it, not for everybody.
@@ -51,12 +58,21 @@ def parsed(source: str) -> ast.Module | None:
         return None
 
 
+def is_quiet(cell: str) -> bool:
+    """Whether IPython shows no output of a cell: its last token, before any comment, is a semicolon."""
+    if ";" not in cell:
+        return False
+    nothing = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.DEDENT, tokenize.ENDMARKER)
+    tokens = [t.string for t in tokenize.generate_tokens(io.StringIO(cell).readline) if t.type not in nothing]
+    return tokens[-1:] == [";"]
+
+
 def normalised(cell: str) -> str:
     """A cell's code as its syntax tree, beside its directives; a cell with magics as it stands."""
     tree = None if MAGIC.search(cell) else parsed(cell)
     if tree is None:
         return cell
-    quiet = ";" if cell.rstrip().endswith(";") else ""  # IPython then shows no output
+    quiet = ";" if is_quiet(cell) else ""
     return "\n".join([*DIRECTIVE.findall(cell), tree_text(tree), quiet])
 
 
@@ -79,7 +95,8 @@ def dotted(node: ast.Attribute) -> str | None:
 @dataclass
 class Imports:
     """What of the package a piece of code may import."""
-    names: set[str] = field(default_factory=set)  # dotted, of modules or of what stands in them
+    # Dotted, of modules or of what stands in them; with ".*" where a room is held, whose modules are then attributes.
+    names: set[str] = field(default_factory=set)
     anything: bool = False                        # which modules cannot be told from the code
 
     def update(self, other: "Imports") -> None:
@@ -88,12 +105,12 @@ class Imports:
 
 
 def from_import(node: ast.ImportFrom, package: str) -> list[str]:
-    """The dotted names of `from module import names`, relative ones seen from `package`."""
+    """The dotted names of `from module import names`, relative ones seen from `package`. Each name may be a room."""
     base = node.module or ""
     if node.level:
         above = package.split(".")[:len(package.split(".")) - node.level + 1]
         base = ".".join([*above, base] if base else above)
-    return [base, *(f"{base}.{alias.name}" for alias in node.names)]
+    return [base, *(f"{base}.{alias.name}".removesuffix(".*") + ".*" for alias in node.names)]
 
 
 def imports_by_name(function: ast.expr) -> bool:
@@ -107,12 +124,12 @@ def imports_of(tree: ast.Module, top: str, package: str) -> Imports:
     inside_attribute = {id(n.value) for n in nodes if isinstance(n, ast.Attribute)}
     for node in nodes:
         if isinstance(node, ast.Import):
-            found.names |= {alias.name for alias in node.names}
+            found.names |= {alias.name + (".*" if alias.asname else "") for alias in node.names}
             found.anything |= any(alias.name == top and alias.asname for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             found.names |= set(from_import(node, package))
         elif isinstance(node, ast.Attribute) and (name := dotted(node)):
-            found.names.add(name)
+            found.names.add(name if id(node) in inside_attribute else f"{name}.*")
         elif isinstance(node, ast.Name) and node.id == top:
             # The package itself is handed on, as in getattr(package, name).
             found.anything |= id(node) not in inside_attribute
@@ -123,7 +140,8 @@ def imports_of(tree: ast.Module, top: str, package: str) -> Imports:
             else:
                 found.anything = True
     found.names = {name for name in found.names if name.split(".")[0] == top}
-    found.anything |= any(name.removeprefix(f"{top}.") in TABLES for name in found.names)
+    found.anything |= any(name.split(".")[1:2] == ["*"] or name.split(".")[1] in TABLES
+                          for name in found.names if "." in name)
     return found
 
 
@@ -131,12 +149,13 @@ def imports_of_cells(cells: list[str], top: str) -> Imports:
     """What a notebook's code may import. One that starts programs may import anything."""
     found = Imports()
     for cell in cells:
-        tree = parsed(MAGIC.sub("#", cell) if MAGIC.search(cell) else cell)
+        text = MAGIC.sub("#", cell) if MAGIC.search(cell) else cell
+        tree = parsed(text) or parsed(HELP.sub("", text))
         if tree is None:
             return Imports(anything=True)
         found.update(imports_of(tree, top, top))
         exported = re.search(r"^#\|\s*export", cell, re.M)
-        starts = (STARTS_A_PROGRAM.search(cell) and top in cell) or ("subprocess" in cell and not exported)
+        starts = (STARTS_A_PROGRAM.search(cell) and top in cell) or (RUNS_CODE.search(cell) and not exported)
         found.anything |= bool(starts)
     return found
 
@@ -200,12 +219,16 @@ class Dependencies:
         return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
     def modules_of(self, name: str) -> set[str]:
-        """The modules that are loaded for a dotted name: those on its way, and the home of a public name."""
+        """The modules that are loaded for a dotted name: those on its way, and the home of a public name; for a room
+        that is held (`room.*`) all of its modules."""
+        name, held = name.removesuffix(".*"), name.endswith(".*")
         parts = name.split(".")
         found = {".".join(parts[:n]) for n in range(1, len(parts) + 1)} & set(self.modules)
         top = self.modules.get(self.top)
         if top and len(parts) > 1 and (home := top.tables.get("_HOMES", {}).get(parts[1])):
             found |= self.modules_of(f"{self.top}.{home}")
+        if held and name != self.top:
+            found |= {module for module in self.modules if module.startswith(f"{name}.")}
         return found
 
     def closure(self, imports: Imports, own: str | None = None) -> set[str]:
