@@ -218,6 +218,46 @@ def test_logging_reaches_the_trainer_and_may_be_absent():
     assert Rewards(talks)(**ROWS).tolist() == [[0], [0], [0]]
 
 
+def test_functions_get_copies_of_all_that_can_change():
+    class Note:
+        def __init__(self): self.words = []
+    columns = {"array": [np.zeros(2) for _ in range(3)], "pair": [([], "a") for _ in range(3)],
+               "note": [Note() for _ in range(3)], "many": [{1} for _ in range(3)], "lock": [threading.Lock()] * 3}
+    def writes(array, pair, note, many, lock):
+        for row in range(3):
+            array[row][:] = 9
+            pair[row][0].append("spoilt")
+            note[row].words.append("spoilt")
+            many[row].clear()
+        return [0.0] * 3
+    seen = []
+    def reads(array, pair, note, many, lock):
+        seen.extend(zip([a.tolist() for a in array], pair, [n.words for n in note], many, lock))
+        return [0.0] * 3
+    Rewards([writes, reads])(**ROWS, columns=columns)
+    expected = ([0.0, 0.0], ([], "a"), [], {1}, columns["lock"][0])  # a lock refuses to be copied
+    assert seen == [expected] * 3
+    assert [a.tolist() for a in columns["array"]] == [[0.0, 0.0]] * 3 and columns["pair"] == [([], "a")] * 3
+
+
+@pytest.mark.parametrize("buffer", [lambda: [0.0] * 3, lambda: torch.zeros(3), lambda: np.zeros(3)],
+                         ids=["list", "tensor", "array"])
+def test_functions_may_return_one_buffer(buffer):
+    shared = buffer()
+    def fill(value):
+        for row in range(3): shared[row] = value
+        return shared
+    def one(completions): return fill(1.0)
+    def two(completions): return fill(2.0)
+    async def three(completions):
+        await asyncio.sleep(.02)
+        return fill(3.0)
+    async def four(completions):
+        await asyncio.sleep(.2)
+        return fill(4.0)
+    assert Rewards([one, two, three, four])(**ROWS).tolist() == [[1, 2, 3, 4]] * 3
+
+
 def numeric(completions, **kwargs): return [float(c) if c.isdigit() else None for c in completions]
 
 

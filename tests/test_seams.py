@@ -1,15 +1,21 @@
 """What all trainers promise at their seams: a reference computes as the policy does, reward functions get copies, a
 checkpoint folder may not be there yet."""
+import random
+
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import IterableDataset
 from peft import LoraConfig
+from transformers import TrainerCallback
 
 from posttrain import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, pocket
 from posttrain.rollout.generation import Generation
 from posttrain.rollout.rewards import exact_match_reward
 from posttrain.rollout.stream import StreamState, informative_groups
 from posttrain.training.metrics import policy_metrics
-from test_grpo import logs, noisy, rows, weights
+from test_grpo import logs, make, noisy, rows, train, weights
 
 
 def adapter(): return LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"])
@@ -123,3 +129,168 @@ def test_a_ratio_of_whole_completions_counts_each_once():
         metrics = policy_metrics(stats, mask, of_completions=of_completions)
         assert metrics["ratio/mean"] == (1.5 * count, count) and metrics["clip_ratio/high_mean"] == (.5 * count, count)
         assert metrics["approx_kl"] == (8, 4), "the KL is of tokens"
+
+
+def test_a_reward_function_cannot_reach_arrays_of_the_dataset(config):
+    def writes(completions, array, **columns):
+        for values in array: values[:] = 7
+        return [0.0] * len(completions)
+    seen = []
+    def reads(completions, array, **columns):
+        seen.extend(values.tolist() for values in array)
+        return noisy(completions)
+    data = rows(20).map(lambda row: {"array": [1.0, 2.0]})
+    data = data.with_format("numpy", columns=["array"], output_all_columns=True)
+    trainer = train(config, [writes, reads], data)
+    assert seen == [[1.0, 2.0]] * 16
+    assert all(isinstance(row["array"], np.ndarray) for row in trainer.generation.rows)
+    assert all(row["array"].tolist() == [1.0, 2.0] for row in trainer.generation.rows)
+
+
+def answers(n, seed=0):
+    "What a rollout_func may return for n prompts."
+    source = random.Random(seed)
+    ids = [[source.randrange(4, 10) for _ in range(source.randrange(1, 8))] for _ in range(n)]
+    return {"prompt_ids": [[5, 6]] * n, "completion_ids": ids, "logprobs": None}
+
+
+def test_a_rollout_func_gets_messages_of_its_own(config):
+    "One list for all completions of a prompt would grow with each of them."
+    lengths = {"asked": [], "scored": []}
+    def rollouts(prompts, trainer):
+        for messages in prompts:
+            lengths["asked"].append(len(messages))
+            messages.append({"role": "assistant", "content": "1"})
+            messages[0]["content"] = "spoilt"
+        return answers(len(prompts))
+    def judge(prompts, completions, **columns):
+        lengths["scored"].extend(map(len, prompts))
+        assert "spoilt" not in str(prompts)
+        return [float(i % 3) for i in range(len(prompts))]
+    data = rows(20).map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]})
+    trainer = train(config, judge, data, rollout_func=rollouts)
+    assert lengths == {"asked": [1] * 16, "scored": [1] * 16} and "spoilt" not in str(trainer.generation.rows)
+
+
+WRONG_TOKENS = {
+    "half a mark": (dict(env_mask=.5), "returned 0.5 in env_mask of completion 1: expected 1 for"),
+    "two as a mark": (dict(env_mask=2), "returned 2 in env_mask of completion 1: expected 1 for"),
+    "no mark": (dict(env_mask=None), "returned None in env_mask of completion 1: expected 1 for"),
+    "no id": (dict(completion_ids=None), "returned None in completion_ids of completion 1: expected a token id"),
+    "negative id": (dict(completion_ids=-1), "returned -1 in completion_ids of completion 1: expected a token id"),
+    "id of a prompt": (dict(prompt_ids=1.5), "returned 1.5 in prompt_ids of completion 1: expected a token id"),
+    "text": (dict(completion_ids="5"), "returned '5' in completion_ids of completion 1: expected a token id"),
+    "text as a log-prob": (dict(logprobs="a"), "returned 'a' in logprobs of completion 1: expected a log-prob"),
+}
+
+
+@pytest.mark.parametrize("wrong, words", WRONG_TOKENS.values(), ids=WRONG_TOKENS)
+def test_wrong_tokens_of_a_rollout_func(wrong, words, config):
+    def rollouts(prompts, trainer):
+        out = answers(len(prompts))
+        for name, value in wrong.items():
+            right = out["completion_ids"] if name != "prompt_ids" else out["prompt_ids"]
+            of_tokens = out[name] if name.endswith("ids") else [[1] * len(ids) for ids in right]
+            out[name] = [of_tokens[0], [value] * len(right[1]), *of_tokens[2:]]
+        return out
+    with pytest.raises(ValueError, match=words): train(config, rollout_func=rollouts)
+
+
+WRONG_LISTS = {
+    "masks": (lambda n: dict(env_mask=[None] * n), "returned None as env_mask of completion 0: expected a list"),
+    "log-probs": (lambda n: dict(logprobs=[None] * n), "returned None as logprobs of completion 0: expected a list"),
+    "completions": (lambda n: dict(completion_ids=None), "returned None as completion_ids: expected a list"),
+    "empty prompt": (lambda n: dict(prompt_ids=[[5]] * (n - 1) + [[]]), "empty prompt_ids for completion 15"),
+    "taken name": (lambda n: dict(prompts=["x"] * n), "column 'prompts'.*return it by another one.*'my_prompts'"),
+}
+
+
+@pytest.mark.parametrize("wrong, words", WRONG_LISTS.values(), ids=WRONG_LISTS)
+def test_wrong_lists_of_a_rollout_func(wrong, words, config):
+    def rollouts(prompts, trainer): return answers(len(prompts)) | wrong(len(prompts))
+    with pytest.raises(ValueError, match=words): train(config, rollout_func=rollouts)
+
+
+def test_marks_and_tokens_of_any_whole_number_type(config):
+    "What was accepted before still is: marks as bools or floats, ids as numbers of NumPy."
+    ends = []
+    for mark, token in ((int, int), (bool, np.int64), (float, torch.tensor)):
+        def rollouts(prompts, trainer):
+            out = answers(len(prompts))
+            masks = [[mark(i % 2 == 0) for i in range(len(ids))] for ids in out["completion_ids"]]
+            return out | {"env_mask": masks, "completion_ids": [[token(x) for x in ids] for ids in
+                                                                out["completion_ids"]]}
+        def judge(completion_ids, **columns): return [float(len(ids)) for ids in completion_ids]
+        ends.append(weights(train(config, judge, rollout_func=rollouts)))
+    assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0], ends[2])
+
+
+def test_a_rollout_func_is_a_function(config):
+    with pytest.raises(TypeError, match="rollout_func is 5: expected a function"):
+        make(config, model="no such model", rollout_func=5)
+
+
+def test_rows_of_a_stream_that_lack_a_column(config):
+    whole = [{"prompt": row["prompt"], "level": i} for i, row in enumerate(rows(8))]
+    del whole[2]["level"]
+    def judge(completions, level, **columns): return [0.0] * len(completions)
+    data = IterableDataset.from_generator(lambda: iter(whole))
+    with pytest.raises(ValueError, match="row 8 of those asked now has no column 'level'.*the same columns in every"):
+        train(config, judge, data)
+
+
+class Vandal(TrainerCallback):
+    "Writes into every tensor and list of numbers of a generation."
+
+    def on_generation(self, trainer, generation):
+        for values in generation.columns.values(): values.zero_()
+        generation.rewards.zero_()
+        for ids in generation.completion_ids: ids[:] = [5]
+        for logps in generation.sampled_logps: logps[:] = [0.0]
+
+
+def test_a_callback_cannot_change_what_is_learned(config):
+    plain, watched = (train(config, callbacks=callbacks, max_steps=2, learning_rate=.1, num_iterations=2)
+                      for callbacks in ([], [Vandal()]))
+    assert not watched.generation.rewards.any() and torch.equal(weights(plain), weights(watched))
+
+
+def kept(folder):
+    "The tables of completions, by the names of their files."
+    return {path.name: pq.read_table(path).to_pydict() for path in sorted((folder / "completions").iterdir())}
+
+
+def test_every_generation_of_a_step_is_kept(config, tmp_path):
+    train(config, log_completions=True, num_completions_to_print=0, max_steps=2, per_device_train_batch_size=4,
+          gradient_accumulation_steps=4, steps_per_generation=1, learning_rate=.1)
+    tables = kept(tmp_path)
+    assert list(tables) == [f"completions_{step:05d}{suffix}.parquet" for step in (1, 2)
+                            for suffix in ("", "_2", "_3", "_4")]
+    assert [len(table["step"]) for table in tables.values()] == [4] * 8
+    assert [table["step"][0] for table in tables.values()] == [1] * 4 + [2] * 4
+    assert len({table["prompt"][0] for table in tables.values()}) == 8, "each has prompts of its own"
+
+
+def test_a_run_that_goes_on_writes_the_same_files(config, tmp_path):
+    options = dict(log_completions=True, num_completions_to_print=0, max_steps=3, per_device_train_batch_size=4,
+                   gradient_accumulation_steps=2, steps_per_generation=1, save_strategy="steps", save_steps=1)
+    trainer = train(config, **options)
+    first = kept(tmp_path)
+    for path in (tmp_path / "completions").iterdir():
+        if "00001" not in path.name: path.unlink()
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert len(first) == 6 and kept(tmp_path) == first
+
+
+def test_an_extra_column_replaces_none_of_the_tables(config, tmp_path):
+    names = ("step", "prompt", "completion", "judge", "advantage", "mine")
+    def judge(completions, log_extra, **columns):
+        for name in names: log_extra(name, ["x"] * len(completions))
+        log_extra("large", [2**70] * len(completions))
+        return noisy(completions)
+    train(config, judge, log_completions=True, num_completions_to_print=0)
+    table, = kept(tmp_path).values()
+    assert list(table) == ["step", "prompt", "completion", "extra/step", "extra/prompt", "extra/completion",
+                           "extra/judge", "extra/advantage", "mine", "large", "judge", "advantage"]
+    assert table["step"] == [1] * 16 and table["extra/step"] == ["x"] * 16 == table["mine"]
+    assert table["judge"] == torch.tensor(noisy(table["completion"])).tolist() and table["large"] == [str(2**70)] * 16

@@ -3,8 +3,9 @@
 # %% auto #0
 __all__ = ['Generation', 'from_rollout', 'overlong_filter']
 
-# %% ../../nbs/rollout/04_generation.ipynb #4f3374a7
+# %% ../../nbs/rollout/04_generation.ipynb #61556ff8
 import math
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..foundations.layouts import make_batch
+from .reward_signatures import GIVEN, SERVICES, listed
 
 # %% ../../nbs/rollout/04_generation.ipynb #628dda97
 @dataclass
@@ -110,7 +112,7 @@ def _padded(rows: list[list[float]], shape: tuple) -> Tensor:
     for place, row in zip(out, rows): place[:len(row)] = torch.tensor(row)
     return out
 
-# %% ../../nbs/rollout/04_generation.ipynb #6ca6cc32
+# %% ../../nbs/rollout/04_generation.ipynb #2710e80c
 _OF_TOKENS = ("prompt_ids", "completion_ids", "logprobs", "env_mask")  # what a rollout_func says of tokens
 
 
@@ -128,20 +130,69 @@ def from_rollout(
     if missing := {"prompt_ids", "completion_ids", "logprobs"} - set(out):
         raise ValueError("rollout_func must return prompt_ids, completion_ids and logprobs; missing: "
                          f"{', '.join(sorted(missing))}")
-    tokens = {name: _listed(out.get(name)) for name in _OF_TOKENS}
+    tokens = {name: _listed(name, out.get(name)) for name in _OF_TOKENS}
     extra = {name: _one_each(value, len(rows)) for name, value in out.items() if name not in _OF_TOKENS}
+    _check_names(extra)
     _check_counts({**tokens, **extra}, len(rows))
-    ids, logprobs = tokens["completion_ids"], tokens["logprobs"]
+    ids, masks, logprobs = tokens["completion_ids"], tokens["env_mask"], tokens["logprobs"]
     for name in ("logprobs", "env_mask"): _check_tokens(name, tokens[name] or [], ids)
-    if logprobs is not None:  # None is vLLM's way to say that it does not know
-        logprobs = [[math.nan if x is None else x for x in row] for row in logprobs]
-    return Generation(rows=rows, prompt_ids=tokens["prompt_ids"], completion_ids=ids, sampled_logps=logprobs,
+    prompt_ids, ids = _each("prompt_ids", tokens["prompt_ids"], _token), _each("completion_ids", ids, _token)
+    if [] in prompt_ids:
+        raise ValueError(f"rollout_func returned an empty prompt_ids for completion {prompt_ids.index([])}: expected "
+                         "at least one token, which the completion goes on from")
+    return Generation(rows=rows, prompt_ids=prompt_ids, completion_ids=ids,
+                      sampled_logps=logprobs and _each("logprobs", logprobs, _logp),
                       finished=[bool(x) and x[-1] in ends for x in ids], completions=decode(ids),
-                      masks=tokens["env_mask"], num_generations=num_generations, extra=extra)
+                      masks=masks and _each("env_mask", masks, _mark), num_generations=num_generations, extra=extra)
 
 
-def _listed(rows) -> list | None:
-    return None if rows is None else [x.tolist() if hasattr(x, "tolist") else list(x) for x in rows]
+def _listed(name: str, rows) -> list | None:
+    "What was returned of each completion's tokens, as lists."
+    if rows is None and name in ("logprobs", "env_mask"): return None
+    if not hasattr(rows, "__len__"):
+        raise ValueError(f"rollout_func returned {rows!r} as {name}: expected a list of numbers for each completion")
+    lists = [x.tolist() if hasattr(x, "tolist") else x for x in rows]
+    for i, x in enumerate(lists):
+        if not hasattr(x, "__len__"):
+            raise ValueError(f"rollout_func returned {x!r} as {name} of completion {i}: expected a list with a number "
+                             "for each token")
+    return [list(x) for x in lists]
+
+
+def _token(x) -> int:
+    if (number := operator.index(x)) < 0: raise ValueError
+    return number
+
+
+def _mark(x) -> int:
+    if x not in (0, 1): raise ValueError
+    return int(x)
+
+
+# None is vLLM's way to say that it does not know
+def _logp(x) -> float: return math.nan if x is None else float(x)
+
+
+_EXPECTED = {_token: "a token id, which is a whole number from 0 on", _logp: "a log-prob, or None where it is unknown",
+             _mark: "1 for a token that the model wrote, and 0 for one that something else wrote"}
+
+
+def _each(name: str, lists: list, read: Callable) -> list[list]:
+    "Every value as `read` reads it. Raises ValueError that names the completion and the first value that is wrong."
+    def value(i, x):
+        try: return read(x)
+        except (TypeError, ValueError):
+            raise ValueError(f"rollout_func returned {x!r} in {name} of completion {i}: expected {_EXPECTED[read]}"
+                             ) from None
+    return [[value(i, x) for x in row] for i, row in enumerate(lists)]
+
+
+def _check_names(columns: dict) -> None:
+    for name in columns:
+        if name in (*GIVEN, *SERVICES):
+            raise ValueError(f"rollout_func returned a column {name!r}: rewards get something else by that name; "
+                             f"return it by another one, such as 'my_{name}'. These names are taken: "
+                             f"{listed((*GIVEN, *SERVICES))}")
 
 
 def _one_each(value, n: int):

@@ -3,7 +3,8 @@
 # %% auto #0
 __all__ = ['log_nothing', 'copied', 'RewardBatch', 'reward_values']
 
-# %% ../../nbs/rollout/03h_reward_batch.ipynb #3b79253a
+# %% ../../nbs/rollout/03h_reward_batch.ipynb #44597939
+import copy
 import math
 import numbers
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import Tensor
 from .reward_signatures import GIVEN, Signature
 from .text_rewards import shown
 
-# %% ../../nbs/rollout/03h_reward_batch.ipynb #8a7fd6f9
+# %% ../../nbs/rollout/03h_reward_batch.ipynb #83924a45
 def log_nothing(
     name: str,  # of a column or a metric
     value,      # not used
@@ -23,15 +24,22 @@ def log_nothing(
     "In place of `log_extra` and `log_metric` where nothing is logged."
 
 
+_UNCHANGEABLE = (int, float, str, bytes, type(None), np.number, np.bool_)
+
+
 def copied(
     value,  # of a row or a column
-):  # the same, in lists, dicts and tensors of its own
-    "Lists and dicts are copied down to the leaves; of the leaves, tensors."
+):  # the same, with nothing in it that is shared and can change
+    "Lists, tuples and dicts are copied down to the leaves. An object that refuses to be copied is shared."
+    if isinstance(value, _UNCHANGEABLE): return value
     if isinstance(value, dict): return {k: copied(v) for k, v in value.items()}
     if isinstance(value, Tensor): return value.clone()
-    if not isinstance(value, list): return value
-    is_flat = all(isinstance(v, (int, float, str)) for v in value)
-    return list(value) if is_flat else [copied(v) for v in value]
+    if type(value) is tuple: return tuple(map(copied, value))
+    if isinstance(value, list):
+        is_flat = all(isinstance(v, (int, float, str)) for v in value)
+        return list(value) if is_flat else [copied(v) for v in value]
+    try: return copy.deepcopy(value)
+    except Exception: return value  # a lock or an open file, for example
 
 
 @dataclass

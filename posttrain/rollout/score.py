@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['RewardLog', 'Rewards']
 
-# %% ../../nbs/rollout/03i_score.ipynb #d3a85fce
+# %% ../../nbs/rollout/03i_score.ipynb #7b8807ac
 import functools
 import inspect
 import math
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .background import start
-from .reward_batch import RewardBatch, log_nothing, reward_values
+from .reward_batch import RewardBatch, copied, log_nothing, reward_values
 from .reward_models import ModelReward
 from posttrain.rollout.reward_signatures import (
     REPLACED,
@@ -32,7 +32,7 @@ from posttrain.rollout.reward_signatures import (
 )
 from .text_rewards import shortened, shown
 
-# %% ../../nbs/rollout/03i_score.ipynb #745e6ee9
+# %% ../../nbs/rollout/03i_score.ipynb #f5400267
 class RewardLog:
     "What reward functions want to have logged beside their rewards: columns of the completions table, and metrics."
 
@@ -48,8 +48,10 @@ class RewardLog:
         name: str,  # of a column
         values,     # one per completion
     ) -> None:
-        "Add a column to the table of completions. Raises ValueError unless there is a value for each of them."
-        self.columns[name] = values.tolist() if hasattr(values, "tolist") else list(values)
+        """Add a column to the table of completions. Raises ValueError unless there is a value for each of them.
+
+        A name that the table has already, such as `prompt` or `advantage`, becomes `extra/<name>` there."""
+        self.columns[name] = values.tolist() if hasattr(values, "tolist") else copied(list(values))
         if len(self.columns[name]) != self.n:
             raise ValueError(f"log_extra({name!r}, ...) was given {len(self.columns[name])} values for {self.n} "
                              "completions: expected one each")
@@ -63,13 +65,15 @@ class RewardLog:
         value = float(value)
         if not math.isnan(value): self.metrics.setdefault(name, []).append(value)
 
-# %% ../../nbs/rollout/03i_score.ipynb #4f337e74
+# %% ../../nbs/rollout/03i_score.ipynb #90b83b3d
 _SEARCH_SECONDS = 30.0  # for finding the row at which a function raises
 
 
 def _started(result):
-    "What a function returned, or, where that can be awaited, a future of it."
-    return start(result) if inspect.isawaitable(result) else result
+    """A copy of what a function returned, or, where that can be awaited, a future of it. It is copied at once, because
+    functions may write into one buffer."""
+    async def awaited(): return copied(await result)
+    return start(awaited()) if inspect.isawaitable(result) else copied(result)
 
 
 def _finished(result): return result.result() if isinstance(result, Future) else result

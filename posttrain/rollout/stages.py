@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['Stages', 'once_for_neighbours', 'as_seen_by_rewards', 'weighted', 'with_columns']
 
-# %% ../../nbs/rollout/07b_stages.ipynb #6175ed30
+# %% ../../nbs/rollout/07b_stages.ipynb #21a31d0f
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +17,7 @@ from ..data.tokens import encode_prompts
 from ..foundations.advantages import informative
 from .completions import completion_metrics, reward_metrics
 from .generation import Generation, from_rollout, overlong_filter
+from .reward_batch import copied
 from .rewards import total
 from .sampling import eos_ids
 from .score import RewardLog
@@ -75,7 +76,8 @@ class Stages:
         G, decode = num_generations or self.args.num_generations, as_seen_by_rewards(rows, self.processing_class)
         if self.rollout_func:
             ends = {*eos_ids(self.model, self.processing_class), self.processing_class.pad_token_id}
-            answer = self.rollout_func([row["prompt"] for row in rows], self)
+            # it may write into the messages that it gets: each completion has its own
+            answer = self.rollout_func([copied(row["prompt"]) for row in rows], self)
             return from_rollout(answer, rows, ends, G, decode)
         prompt_ids = once_for_neighbours(self.encode, rows)
         samples = self.engine.sample(prompt_ids, seeds, self.args.sampling())
@@ -88,6 +90,11 @@ class Stages:
         if not self.rewards: return replace(generation, rewards=torch.zeros(n, 0))
         if not n: return replace(generation, rewards=torch.zeros(0, len(self.rewards.names)))
         names = [name for name in generation.rows[0] if name != "prompt"]
+        for i, row in enumerate(generation.rows):
+            if missing := [name for name in names if name not in row]:
+                raise ValueError(f"row {i} of those asked now has no column {missing[0]!r}, which the first of them "
+                                 "has: expected the same columns in every row of the dataset, with None where "
+                                 "there is no value")
         columns = {name: [row[name] for row in generation.rows] for name in names} | generation.extra
         log = RewardLog(n)
         rewards = self.rewards([row["prompt"] for row in generation.rows], generation.completions,
@@ -201,7 +208,7 @@ class Stages:
         numbered = gather_object([(self.args.process_index, value)])
         return [part for _, part in sorted(numbered, key=lambda pair: pair[0])]
 
-# %% ../../nbs/rollout/07b_stages.ipynb #8e6d5536
+# %% ../../nbs/rollout/07b_stages.ipynb #5c578771
 def once_for_neighbours(
     encode: Callable[[list[dict]], list],  # rows -> one value each
     rows: list[dict],  # the rows of a group are one object, beside each other
@@ -239,9 +246,9 @@ def with_columns(
     columns: dict[str, Tensor],  # name -> (B,) or (B, T) of the whole generation
     parts: list[range],          # which completions each micro-batch holds
 ) -> list[dict]:
-    "Each micro-batch with its part of the columns."
+    "Each micro-batch with its part of the columns, copied: callbacks get the generation, and may write into it."
     def of(values, batch, part):
-        rows = values[part.start:part.stop].to(batch["mask"].device)
+        rows = values[part.start:part.stop].to(batch["mask"].device, copy=True)
         return rows if rows.dim() == 1 else rows[:, :batch["mask"].shape[1]]
     return [{**batch, **{name: of(values, batch, part) for name, values in columns.items()}}
             for batch, part in zip(batches, parts)]

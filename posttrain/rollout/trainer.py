@@ -46,6 +46,8 @@ class OnlineTrainer(Stages, WithReference, PostTrainer):
             if value:
                 raise ValueError(f"{name} is not supported here: write the conversation with the tool in a "
                                  "rollout_func, and mark what the tool wrote with 0 in its env_mask")
+        if rollout_func is not None and not callable(rollout_func):
+            raise TypeError(f"rollout_func is {rollout_func!r}: expected a function (prompts, trainer) -> dict")
         args = self.config_class.adopt(args)
         if reward_funcs is None and self.needs_rewards:
             raise TypeError(f"{type(self).__name__} needs reward_funcs: a function (prompts, completions, **columns) "
