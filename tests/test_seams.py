@@ -178,6 +178,7 @@ WRONG_TOKENS = {
     "no mark": (dict(env_mask=None), "returned None in env_mask of completion 1: expected 1 for"),
     "no id": (dict(completion_ids=None), "returned None in completion_ids of completion 1: expected a token id"),
     "negative id": (dict(completion_ids=-1), "returned -1 in completion_ids of completion 1: expected a token id"),
+    "id beyond the vocabulary": (dict(completion_ids=99999), "returned 99999 in completion_ids of completion 1.*0 to"),
     "id of a prompt": (dict(prompt_ids=1.5), "returned 1.5 in prompt_ids of completion 1: expected a token id"),
     "text": (dict(completion_ids="5"), "returned '5' in completion_ids of completion 1: expected a token id"),
     "text as a log-prob": (dict(logprobs="a"), "returned 'a' in logprobs of completion 1: expected a log-prob"),

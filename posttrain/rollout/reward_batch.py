@@ -16,7 +16,7 @@ from torch import Tensor
 from .reward_signatures import GIVEN, Signature
 from .text_rewards import shown
 
-# %% ../../nbs/rollout/03h_reward_batch.ipynb #83924a45
+# %% ../../nbs/rollout/03h_reward_batch.ipynb #8be8c12f
 def log_nothing(
     name: str,  # of a column or a metric
     value,      # not used
@@ -24,7 +24,8 @@ def log_nothing(
     "In place of `log_extra` and `log_metric` where nothing is logged."
 
 
-_UNCHANGEABLE = (int, float, str, bytes, type(None), np.number, np.bool_)
+_PLAIN = {int, float, str, bool, type(None)}
+_UNCHANGEABLE = (*_PLAIN, bytes, np.number, np.bool_)
 
 
 def copied(
@@ -35,9 +36,7 @@ def copied(
     if isinstance(value, dict): return {k: copied(v) for k, v in value.items()}
     if isinstance(value, Tensor): return value.clone()
     if type(value) is tuple: return tuple(map(copied, value))
-    if isinstance(value, list):
-        is_flat = all(isinstance(v, (int, float, str)) for v in value)
-        return list(value) if is_flat else [copied(v) for v in value]
+    if isinstance(value, list): return list(value) if _PLAIN.issuperset(map(type, value)) else [*map(copied, value)]
     try: return copy.deepcopy(value)
     except Exception: return value  # a lock or an open file, for example
 

@@ -3,7 +3,8 @@
 # %% auto #0
 __all__ = ['Stages', 'once_for_neighbours', 'as_seen_by_rewards', 'weighted', 'with_columns']
 
-# %% ../../nbs/rollout/07b_stages.ipynb #21a31d0f
+# %% ../../nbs/rollout/07b_stages.ipynb #d5d36c5e
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,7 +23,7 @@ from .rewards import total
 from .sampling import eos_ids
 from .score import RewardLog
 from .stream import Prompts, informative_groups
-from ..training.heads import completion_logps, scoring
+from ..training.heads import completion_logps, scoring, unwrapped
 from ..training.metrics import Mean
 
 # %% ../../nbs/rollout/07b_stages.ipynb #8f7b9eef
@@ -78,7 +79,8 @@ class Stages:
             ends = {*eos_ids(self.model, self.processing_class), self.processing_class.pad_token_id}
             # it may write into the messages that it gets: each completion has its own
             answer = self.rollout_func([copied(row["prompt"]) for row in rows], self)
-            return from_rollout(answer, rows, ends, G, decode)
+            vocab_size = getattr(unwrapped(self.model).get_input_embeddings(), "num_embeddings", math.inf)
+            return from_rollout(answer, rows, ends, G, decode, vocab_size)
         prompt_ids = once_for_neighbours(self.encode, rows)
         samples = self.engine.sample(prompt_ids, seeds, self.args.sampling())
         return Generation(rows, prompt_ids, samples.completion_ids, samples.sampled_logps, samples.finished,
