@@ -220,9 +220,9 @@ def records_file() -> Path:
 
 def run(path: Path, keep: bool = True) -> Result:
     """Execute a notebook; with `keep`, its outputs go into the file. The error is reported, not raised."""
-    nb, start, error = read(path), time.time(), ""
-    stamp = stamps.Dependencies(ROOT, PACKAGE).stamp(path, code_cells(nb))
+    nb, start, stamp, error = read(path), time.time(), "", ""
     try:
+        stamp = stamps.Dependencies(ROOT, PACKAGE).stamp(path, code_cells(nb))
         execute(nb, path.parent)
         if keep:
             tidy_outputs(nb)

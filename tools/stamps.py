@@ -12,6 +12,7 @@ import json
 import re
 import subprocess
 import sys
+import threading
 import tokenize
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -50,10 +51,19 @@ def tree_text(node) -> str:
     return f"[{','.join(map(tree_text, node))}]" if isinstance(node, list) else repr(node)
 
 
+PARSING = threading.Lock()
+
+
+def parse(source: str) -> ast.Module:
+    """As ast.parse, one thread at a time: Python 3.11 counts the depth of all trees in one number (gh-106905)."""
+    with PARSING:
+        return ast.parse(source)
+
+
 @cache
 def parsed(source: str) -> ast.Module | None:
     try:
-        return ast.parse(source)
+        return parse(source)
     except SyntaxError:
         return None
 
@@ -174,7 +184,7 @@ class Module:
 
     @cached_property
     def tree(self) -> ast.Module:
-        return ast.parse(self.source)
+        return parse(self.source)
 
     @cached_property
     def imports(self) -> Imports:
