@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .masks import masked_mean, masked_var
+from .masks import masked_mean, masked_min, masked_var
 
 # %% ../../nbs/foundations/05_advantages.ipynb #905f01c7
 GROUP, BATCH = (1,), (0, 1)  # over which axes of the (P, G) rewards
@@ -147,7 +147,7 @@ def whiten(
 ) -> Tensor:  # as x, float32 or better, 0 where the mask is 0
     "Divide by the standard deviation over the marked cells (Bessel), around zero or around the mean it had (step 18)."
     mask = torch.ones_like(x, dtype=torch.long) if mask is None else mask
-    low = x.masked_fill(mask == 0, torch.inf).amin()  # step 10 once more: equal values must give exactly 0
+    low = masked_min(x, mask)  # step 10 once more: equal values must give exactly 0
     above = x.to(torch.promote_types(x.dtype, torch.float32)) - low
     mean = masked_mean(above, mask)
     white = (above - mean) / (masked_var(above, mask).sqrt() + eps)

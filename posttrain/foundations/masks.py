@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['AVERAGES', 'length_mask', 'completion_mask', 'Totals', 'token_weights', 'average', 'masked_sum', 'masked_mean',
-           'masked_var']
+           'masked_min', 'masked_var']
 
 # %% ../../nbs/foundations/03_masks.ipynb #99111a6b
 from collections.abc import Callable, Iterable
@@ -147,6 +147,15 @@ def masked_mean(
     if dim is None:
         return x.sum() / _at_least_1(mask.sum())
     return x.sum(dim, keepdim=keepdim) / _at_least_1(mask.sum(dim, keepdim=keepdim))
+
+
+def masked_min(
+    x: Tensor,  # (B, T), any values where the mask is 0
+    mask: Tensor,  # (B, T) of 0/1
+) -> Tensor:  # (), 0 where none is marked
+    "The least of the marked cells."
+    mask = mask != 0
+    return x.masked_fill(~mask, torch.inf).amin() if mask.any() else x.new_zeros(())
 
 
 def masked_var(

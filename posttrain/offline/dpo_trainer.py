@@ -26,9 +26,9 @@ from posttrain.offline.preference_zoo import (
     verbosity_weights,
 )
 from ..training.config import LengthFields, PostConfig, ReferenceFields, option
-from ..training.heads import completion_logps
+from ..training.heads import completion_logps, unwrapped
 from ..training.pairs import PairTrainer, make_pairs
-from ..training.precompute import fingerprint, precompute_ref_logps
+from ..training.precompute import batches_of_first_pass, fingerprint, in_order, precompute_ref_logps
 from ..training.references import ModelReference, PrecomputedReference, disable_dropout
 from ..training.with_reference import WithReference
 
@@ -56,7 +56,7 @@ class DPOConfig(LengthFields, ReferenceFields, PostConfig):
     precompute_ref_log_probs: bool = option(
         False, "Ask the reference once before training, keep its answers (cached on disk), and let it go.")
     precompute_ref_batch_size: int | None = option(
-        None, "Pairs at a time while precomputing; None: the training batch size.", low=1)
+        None, "Pairs at a time while precomputing, in their order; None: in the batches of the first pass.", low=1)
     padding_free: bool = option(
         False, "Accepted for TRL's configs: rows are laid out without padding wherever the model can.")
     pad_to_multiple_of: int | str | None = option(
@@ -147,13 +147,21 @@ class DPOTrainer(WithReference, PairTrainer):
         if source is None:
             raise ValueError("with precompute_ref_log_probs=True the reference is gone after the constructor: pass the "
                              f"{name} dataset there, as eval_dataset")
-        of_phase = args.per_device_train_batch_size if name == "train" else args.per_device_eval_batch_size
-        key = f"{fingerprint(source.weights(), dataset, source.settings())}-{self.accelerator.mixed_precision}"
+        batches, precision = self._batches_to_ask(dataset, name), self.accelerator.mixed_precision
+        settings = source.settings()
+        # in half precision the shape of a batch shows in the numbers
+        if precision != "no" or unwrapped(self.model).dtype != torch.float32: settings += repr(batches)
+        key = f"{fingerprint(source.weights(), dataset, settings)}-{precision}"
         with self.compute_loss_context_manager():
             return precompute_ref_logps(
-                dataset, source.logps, self.data_collator, columns, key=key, device=args.device, name=name,
-                batch_size=args.precompute_ref_batch_size or of_phase,
-                share=(args.process_index, args.world_size), gather=gather_object)
+                dataset, source.logps, self.data_collator, columns, batches=batches, process=args.process_index,
+                key=key, device=args.device, name=name, gather=gather_object)
+
+    def _batches_to_ask(self, dataset, name):
+        "For each process the rows of its batches: as training or an evaluation reads them first."
+        args, size = self.args, self.args.precompute_ref_batch_size
+        if name == "train" and size is None: return batches_of_first_pass(self)
+        return in_order(range(len(dataset)), size or args.per_device_eval_batch_size, args.world_size)
 
     # ------------------------------------------------ one step
     def before_step(self, batches, totals):

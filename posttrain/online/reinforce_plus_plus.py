@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..foundations.advantages import group_advantages
 from ..foundations.divergences import k2
-from ..foundations.masks import Totals, average, masked_mean
+from ..foundations.masks import Totals, average, masked_mean, masked_min
 from ..foundations.policy_gradient import policy_gradient_loss
 from .rloo import rloo_advantages, rloo_loss
 
@@ -40,12 +40,6 @@ def token_returns(
     return returns.masked_fill(mask == 0, 0)
 
 
-def _above_least(values: Tensor, mask: Tensor) -> Tensor:
-    "Values less the least counted one, 0 elsewhere. Beside a large common part small differences would be rounded."
-    if not mask.any(): return torch.zeros_like(values)
-    return (values - values.masked_fill(mask == 0, torch.inf).amin()).masked_fill(mask == 0, 0)
-
-
 def global_normalize(
     advantages: Tensor,  # (B, T), or (B, 1) to be repeated over tokens
     mask: Tensor,        # (B, T) of 0/1; tokens of all completions of the step, on all processes
@@ -54,7 +48,7 @@ def global_normalize(
 ) -> Tensor:  # (B, T), mean 0 and standard deviation 1 over the counted tokens; 0 where the mask is 0
     "Normalise over all tokens of the batch, a population's standard deviation (eq. 10)."
     advantages = advantages.detach().to(torch.promote_types(advantages.dtype, torch.float32)).expand(mask.shape)
-    above = _above_least(advantages, mask)  # equal values then give exactly 0, which a rounded mean does not
+    above = advantages - masked_min(advantages, mask)  # equal values then give exactly 0, which a rounded mean does not
     centred = (above - masked_mean(above, mask)).masked_fill(mask == 0, 0)
     return centred * masked_mean(centred**2, mask).clamp(min=eps).rsqrt()
 
@@ -69,8 +63,8 @@ def reinforce_plus_plus_advantages(
 ) -> Tensor:  # (B, T) without gradient
     "REINFORCE++: the return of each token, normalised over all tokens of the batch (2501.03262, eq. 8 to 10)."
     scored = mask * ~rewards.isnan()[:, None]
-    # what all rewards have in common is taken away before the KL of tokens, which is small, comes in
-    rewards = _above_least(rewards, ~rewards.isnan())
+    # what all rewards have in common is taken away before the KL of tokens comes in, which would be rounded beside it
+    rewards = rewards - masked_min(rewards, ~rewards.isnan())
     return global_normalize(token_returns(rewards, logratio, scored, beta=beta), scored)
 
 

@@ -114,6 +114,8 @@ def _padded(rows: list[list[float]], shape: tuple) -> Tensor:
 
 # %% ../../nbs/rollout/04_generation.ipynb #4a27e4fd
 _OF_TOKENS = ("prompt_ids", "completion_ids", "logprobs", "env_mask")  # what a rollout_func says of tokens
+_A_LOGP = "a log-prob, or None where it is unknown"
+_A_MARK = "1 for a token that the model wrote, and 0 for one that something else wrote"
 
 
 def from_rollout(
@@ -137,15 +139,15 @@ def from_rollout(
     _check_counts({**tokens, **extra}, len(rows))
     ids, masks, logprobs = tokens["completion_ids"], tokens["env_mask"], tokens["logprobs"]
     for name in ("logprobs", "env_mask"): _check_tokens(name, tokens[name] or [], ids)
-    token = _Token(vocab_size)
-    prompt_ids, ids = _each("prompt_ids", tokens["prompt_ids"], token), _each("completion_ids", ids, token)
+    prompt_ids, ids = (_each(name, tokens[name], *_token(vocab_size)) for name in ("prompt_ids", "completion_ids"))
     if [] in prompt_ids:
         raise ValueError(f"rollout_func returned an empty prompt_ids for completion {prompt_ids.index([])}: expected "
                          "at least one token, which the completion goes on from")
-    return Generation(rows=rows, prompt_ids=prompt_ids, completion_ids=ids,
-                      sampled_logps=logprobs and _each("logprobs", logprobs, _Logp()),
-                      finished=[bool(x) and x[-1] in ends for x in ids], completions=decode(ids),
-                      masks=masks and _each("env_mask", masks, _Mark()), num_generations=num_generations, extra=extra)
+    sampled_logps = logprobs and _each("logprobs", logprobs, _logp, _A_LOGP)
+    masks = masks and _each("env_mask", masks, _mark, _A_MARK)
+    finished = [bool(x) and x[-1] in ends for x in ids]
+    return Generation(rows, prompt_ids, ids, sampled_logps, finished, decode(ids), num_generations,
+                      masks=masks, extra=extra)
 
 
 def _listed(name: str, rows) -> list | None:
@@ -161,39 +163,31 @@ def _listed(name: str, rows) -> list | None:
     return [list(x) for x in lists]
 
 
-class _Token:
-    def __init__(self, vocab_size: float):
-        self.vocab_size = vocab_size
-        end = "on" if vocab_size == math.inf else f"to {vocab_size - 1}, the last one of the model's vocabulary"
-        self.expected = f"a token id, which is a whole number from 0 {end}"
-
-    def __call__(self, x) -> int:
+def _token(vocab_size: float) -> tuple[Callable, str]:
+    "How a token id is read, and what is expected."
+    def read(x) -> int:
         number = operator.index(x)
-        if not 0 <= number < self.vocab_size: raise ValueError
+        if not 0 <= number < vocab_size: raise ValueError
         return number
+    end = "on" if vocab_size == math.inf else f"to {vocab_size - 1}, the last one of the model's vocabulary"
+    return read, f"a token id, which is a whole number from 0 {end}"
 
 
-class _Mark:
-    expected = "1 for a token that the model wrote, and 0 for one that something else wrote"
-
-    def __call__(self, x) -> int:
-        if x not in (0, 1): raise ValueError
-        return int(x)
+def _mark(x) -> int:
+    if x not in (0, 1): raise ValueError
+    return int(x)
 
 
-class _Logp:
-    expected = "a log-prob, or None where it is unknown"
-
-    # None is vLLM's way to say that it does not know
-    def __call__(self, x) -> float: return math.nan if x is None else float(x)
+# None is vLLM's way to say that it does not know
+def _logp(x) -> float: return math.nan if x is None else float(x)
 
 
-def _each(name: str, lists: list, read: _Token | _Mark | _Logp) -> list[list]:
+def _each(name: str, lists: list, read: Callable, expected: str) -> list[list]:
     "Every value as `read` reads it. Raises ValueError that names the completion and the first value that is wrong."
     def value(i, x):
         try: return read(x)
         except (TypeError, ValueError):
-            message = f"rollout_func returned {x!r} in {name} of completion {i}: expected {read.expected}"
+            message = f"rollout_func returned {x!r} in {name} of completion {i}: expected {expected}"
             raise ValueError(message) from None
     return [[value(i, x) for x in row] for i, row in enumerate(lists)]
 

@@ -23,6 +23,7 @@ from posttrain.rollout.vllm import (
     Completion,
     VLLMEngine,
     engine_weights,
+    processes,
     request,
     unties_embeddings,
     widen_heads,
@@ -85,9 +86,6 @@ def _guest():
         yield
 
 
-def _in_process_group() -> bool: return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
 @contextlib.contextmanager
 def _process_group_kept():
     "vLLM would end the trainer's process group with its own; inside of the block only single groups can be ended."
@@ -127,7 +125,7 @@ class VLLMColocated(VLLMEngine):
         self.tokenizer, self.eos = tokenizer, eos_ids(model, tokenizer)
         self.dtype, self.mode = dtype or unwrapped(model).dtype, logprobs_mode
         self.max_model_len = max_model_len or config.get_text_config().max_position_embeddings
-        self.asleep, self.joined_process_group = False, _in_process_group()
+        self.asleep, self.joined_process_group = False, processes() > 0
         self._folder = tempfile.TemporaryDirectory(prefix="posttrain-vllm-")  # goes with this object
         self._save_configuration(model)
         with _guest():
@@ -164,7 +162,7 @@ class VLLMColocated(VLLMEngine):
         if self.cpu: defaults["enforce_eager"] = True  # what it would compile takes minutes on a CPU
         if self.cpu and "VLLM_CPU_KVCACHE_SPACE" not in os.environ: defaults["kv_cache_memory_bytes"] = 2 ** 30
         # each process has its own engine, on the device that its LOCAL_RANK names
-        if self.joined_process_group and torch.distributed.get_world_size() > 1:
+        if processes() > 1:
             defaults["distributed_executor_backend"] = "external_launcher"
         return defaults
 

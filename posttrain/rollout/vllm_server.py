@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .sampling import Sampling, eos_ids
 from .server_requests import ServerRequests
-from .vllm import Completion, VLLMEngine, engine_weights, request, unties_embeddings
+from .vllm import Completion, VLLMEngine, engine_weights, processes, request, unties_embeddings
 from ..training.heads import unwrapped
 
 # %% ../../nbs/rollout/02f_vllm_server.ipynb #9df935e5
@@ -106,7 +106,7 @@ class VLLMServer(VLLMEngine):
         read with the old ones. The first time, log-probs are compared with the trainer's: RuntimeError if they differ.
 
         In distributed training every process calls it; the first one talks to the server."""
-        together = _several_processes()
+        together = processes() > 1
         is_first = not together or torch.distributed.get_rank() == 0
         # every process takes part: gathering shards needs all of them
         state = {name: self._to_send(tensor) for name, tensor in engine_weights(model) if is_first}
@@ -160,11 +160,6 @@ def _config_on_this_machine(info: dict) -> dict:
     from transformers import AutoConfig
     try: return AutoConfig.from_pretrained(info["model"], local_files_only=True).get_text_config().to_dict()
     except (OSError, ValueError, KeyError): return {}
-
-
-def _several_processes() -> bool:
-    distributed = torch.distributed
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def _memory_for(size: int) -> Path | None:
