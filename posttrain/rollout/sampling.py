@@ -87,8 +87,8 @@ def eos_ids(
     return sorted({int(i) for i in ids if i is not None})
 
 
-def _check(prompts: list, seeds: list, longest: int | None, max_tokens: int) -> None:
-    "Raises ValueError for what no engine can sample; `longest`: the model has so many positions."
+def _check(prompts: list, seeds: list, longest: int | None, max_tokens: int, why: str | None = None) -> None:
+    "Raises ValueError for what no engine can sample; `longest`: there are so many positions, and `why` not more."
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts need as many seeds, one per completion, got {len(seeds)}")
     for i, prompt in enumerate(prompts):
@@ -97,8 +97,8 @@ def _check(prompts: list, seeds: list, longest: int | None, max_tokens: int) -> 
                              "tokenizer's BOS")
         # the last token is never read
         if longest and len(prompt) + max_tokens > longest + 1:
-            raise ValueError(f"prompt {i} has {len(prompt)} tokens and max_tokens={max_tokens}, but the model has "
-                             f"{longest} positions: shorten the prompt or lower max_tokens")
+            raise ValueError(f"prompt {i} has {len(prompt)} tokens and max_tokens={max_tokens}, but "
+                             f"{why or f'the model has {longest} positions'}: shorten the prompt or lower max_tokens")
 
 
 def _stops(tokenizer, stop: tuple) -> Callable:

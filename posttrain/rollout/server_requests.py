@@ -36,6 +36,8 @@ class ServerRequests:
         parts = urllib.parse.urlsplit(url)
         if parts.scheme != "http" or not parts.hostname:
             raise ValueError(f"base_url={url!r}: expected something like http://127.0.0.1:8000")
+        if parts.path.rstrip("/").endswith("/v1"):
+            raise ValueError(f"base_url={url!r}: leave /v1 out, the server is asked at other paths too")
         self.url = parts.geturl().rstrip("/")
         self.timeout, self.requests = timeout, requests
         self.host, self.port = parts.hostname.replace("0.0.0.0", "127.0.0.1"), parts.port or 80

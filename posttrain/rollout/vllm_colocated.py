@@ -10,8 +10,10 @@ import importlib.util
 import logging
 import os
 import random
+import sys
 import tempfile
 import warnings
+import weakref
 
 import numpy
 import torch
@@ -23,6 +25,7 @@ from posttrain.rollout.vllm import (
     Completion,
     VLLMEngine,
     engine_weights,
+    positions,
     processes,
     request,
     unties_embeddings,
@@ -95,11 +98,17 @@ def _process_group_kept():
     finally: torch.distributed.destroy_process_group = destroy
 
 # %% ../../nbs/rollout/02b_vllm_colocated.ipynb #a98f7c34
+_LIVE = weakref.WeakSet()  # engines that are not closed: they share vLLM's process groups
+
+
 class VLLMColocated(VLLMEngine):
     """vLLM in the trainer's process and on its device. It has a copy of the weights: call `sync(model)` after each
     optimizer step.
 
-    Raises ImportError if vLLM is not installed, ValueError for what one process cannot do (tensor parallelism)."""
+    Raises ImportError if vLLM is not installed, ValueError for what one process cannot do (tensor parallelism, models
+    that vLLM runs with transformers' classes)."""
+
+    llm = None  # vLLM's engine; None again once it is closed
 
     def __init__(
         self,
@@ -121,21 +130,33 @@ class VLLMColocated(VLLMEngine):
         if tensor_parallel_size != 1:
             raise ValueError(f"tensor_parallel_size={tensor_parallel_size}: inside one process vLLM has one GPU; "
                              f"start `vllm serve --tensor-parallel-size {tensor_parallel_size}` and use the server")
+        self._refuse_what_is_not_vllms(model)
         config = unwrapped(model).config
         self.tokenizer, self.eos = tokenizer, eos_ids(model, tokenizer)
         self.dtype, self.mode = dtype or unwrapped(model).dtype, logprobs_mode
-        self.max_model_len = max_model_len or config.get_text_config().max_position_embeddings
+        self.max_model_len = max_model_len or positions(config)
         self.asleep, self.joined_process_group = False, processes() > 0
         self._folder = tempfile.TemporaryDirectory(prefix="posttrain-vllm-")  # goes with this object
         self._save_configuration(model)
         with _guest():
             self._start(enable_sleep_mode, gpu_memory_utilization=gpu_memory_utilization, seed=seed, **engine)
+        _LIVE.add(self)
         if enable_sleep_mode and not self.sleeps:
             warnings.warn(f"vLLM has no sleep mode on {self.device_name}: its memory stays taken during training",
                           stacklevel=2)
         self.sync(model)
 
     def __repr__(self): return "the vLLM engine in this process"
+
+    def _refuse_what_is_not_vllms(self, model: nn.Module) -> None:
+        """vLLM runs some models with transformers' own classes, which it changes for the whole process: the model that
+        is trained would be broken."""
+        from vllm.model_executor.models.registry import _TRANSFORMERS_SUPPORTED_MODELS, ModelRegistry
+        name = type(unwrapped(model)).__name__
+        if name in _TRANSFORMERS_SUPPORTED_MODELS or name not in ModelRegistry.get_supported_archs():
+            raise ValueError(f"vLLM has no implementation of its own of {name}: inside this process it would change "
+                             "the class of the model that is trained. Use a server (vllm_mode='server'), or "
+                             "use_vllm=False")
 
     def _save_configuration(self, model: nn.Module) -> None:
         "What vLLM needs to know before it has weights."
@@ -160,6 +181,8 @@ class VLLMColocated(VLLMEngine):
         "Settings of `vllm.LLM` that depend on the platform and on the number of processes."
         defaults = {}
         if self.cpu: defaults["enforce_eager"] = True  # what it would compile takes minutes on a CPU
+        # a prompt that is read in parts needs a random stream that can be set back, which a CPU's cannot
+        if self.cpu: defaults["enable_chunked_prefill"] = False
         if self.cpu and "VLLM_CPU_KVCACHE_SPACE" not in os.environ: defaults["kv_cache_memory_bytes"] = 2 ** 30
         # each process has its own engine, on the device that its LOCAL_RANK names
         if processes() > 1:
@@ -172,6 +195,7 @@ class VLLMColocated(VLLMEngine):
     ) -> None:
         """Take over the weights as they are now, and forget the prompts that were read with the old ones. The first
         time, log-probs are compared with the trainer's: RuntimeError if they differ."""
+        self._must_be_open()
         self.wake()
         with _silent():
             self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=engine_weights(model)))
@@ -187,14 +211,28 @@ class VLLMColocated(VLLMEngine):
     ) -> list[Completion]:
         "One completion per prompt, as vLLM gives it."
         from vllm import SamplingParams
+        self._must_be_open()
         self.wake()
         inputs = [dict(prompt_token_ids=list(prompt)) for prompt in prompts]
         # text is made only where stop strings are looked for
         how = [SamplingParams(**request(sampling, seed, self.eos), detokenize=bool(sampling.stop)) for seed in seeds]
         # vLLM draws from torch's stream even where seeds are given
         with torch.random.fork_rng(range(torch.cuda.device_count())), self._eager():
-            outputs = self.llm.generate(inputs, how, use_tqdm=False)
+            try: outputs = self.llm.generate(inputs, how, use_tqdm=False)
+            except BaseException:  # an interrupt too: what is left would come back with the next answer
+                self._abort()
+                raise
+        if len(outputs) != len(prompts):
+            raise RuntimeError(f"{self} gave {len(outputs)} completions for {len(prompts)} prompts")
         return [_completion(output.outputs[0]) for output in outputs]
+
+    def _abort(self) -> None:
+        "Let go of all that was asked for."
+        engine = self.llm.llm_engine
+        engine.abort_request(list(engine.output_processor.request_states), internal=True)
+
+    def _must_be_open(self) -> None:
+        if self.llm is None: raise RuntimeError(f"{self} was closed: make a new one, or a new trainer")
 
     def _eager(self):
         "A small function of vLLM's would be compiled at its first call on a CPU, for 2 to 20 s."
@@ -203,7 +241,7 @@ class VLLMColocated(VLLMEngine):
     def sleep(self) -> None:
         """Give memory back until the next use: the weights move to the CPU, the cache is dropped. Without sleep mode
         nothing happens."""
-        if not self.sleeps or self.asleep: return
+        if self.llm is None or not self.sleeps or self.asleep: return
         self.llm.reset_prefix_cache()
         self.llm.sleep(level=1)
         self.asleep = True
@@ -215,16 +253,24 @@ class VLLMColocated(VLLMEngine):
         self.asleep = False
 
     def close(self) -> None:
-        "Shut the engine down and free its memory."
+        "Shut the engine down and free its memory. A second call does nothing."
         if self.llm is None: return
-        from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
-        with _process_group_kept() if self.joined_process_group else contextlib.nullcontext():
+        _LIVE.discard(self)
+        with _process_group_kept() if self.joined_process_group or _LIVE else contextlib.nullcontext():
             self.llm.llm_engine.engine_core.shutdown()
-            destroy_model_parallel()
-            destroy_distributed_environment()
+            if not _LIVE: _end_vllms_groups()
         self.llm = None
         self._folder.cleanup()
         torch.cuda.empty_cache()
+
+    def __del__(self):
+        if not sys.is_finalizing(): self.close()  # a gigabyte would stay behind
+
+
+def _end_vllms_groups() -> None:
+    from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
+    destroy_model_parallel()
+    destroy_distributed_environment()
 
 
 def _completion(output) -> Completion:

@@ -56,7 +56,7 @@ def serve(
     Raises ImportError without vLLM, RuntimeError with its log if it ends, TimeoutError with its log if it is not well
     in time."""
     if importlib.util.find_spec("vllm") is None: raise ImportError(MISSING)
-    port = port or _free_port()
+    port = _free_port(port)
     options = ["--host", "127.0.0.1", "--port", str(port), "--dtype", dtype, "--logprobs-mode", logprobs_mode]
     if max_model_len: options += ["--max-model-len", str(max_model_len)]
     command = [*_command(path), *options, *arguments]
@@ -70,16 +70,22 @@ def serve(
         finally: _end(process)
 
 
-def _free_port() -> int:
+def _free_port(wanted: int) -> int:
+    "This port, or any for 0. Raises RuntimeError if somebody listens there: it would be taken for our server."
     with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as a server does: a port that was just left is free
+        try: s.bind(("127.0.0.1", wanted))
+        except OSError as error:
+            raise RuntimeError(f"port {wanted} is taken ({error.strerror}): end what listens there, or use port=0, "
+                               "which finds a free one") from error
         return s.getsockname()[1]
 
 
 def _command(path) -> list[str]:
     serve = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(path), "--generation-config", "vllm"]
     # what it would compile takes minutes on a CPU
-    return serve if torch.cuda.is_available() else [*serve, "--enforce-eager"]
+    # and a prompt that is read in parts needs a random stream that can be set back, which a CPU's cannot
+    return serve if torch.cuda.is_available() else [*serve, "--enforce-eager", "--no-enable-chunked-prefill"]
 
 
 def _started(command: list[str], log: Path) -> subprocess.Popen:
