@@ -97,6 +97,16 @@ def _process_group_kept():
     try: yield
     finally: torch.distributed.destroy_process_group = destroy
 
+
+@contextlib.contextmanager
+def _vllms_groups_kept():
+    "An engine that ends would take vLLM's process groups from the other engines; inside of the block they stay."
+    from vllm.v1.engine import core
+    cleanup = core.cleanup_dist_env_and_memory
+    core.cleanup_dist_env_and_memory = lambda *args, **kwargs: None
+    try: yield
+    finally: core.cleanup_dist_env_and_memory = cleanup
+
 # %% ../../nbs/rollout/02b_vllm_colocated.ipynb #a98f7c34
 _LIVE = weakref.WeakSet()  # engines that are not closed: they share vLLM's process groups
 
@@ -144,15 +154,23 @@ class VLLMColocated(VLLMEngine):
         if enable_sleep_mode and not self.sleeps:
             warnings.warn(f"vLLM has no sleep mode on {self.device_name}: its memory stays taken during training",
                           stacklevel=2)
-        self.sync(model)
+        try: self.sync(model)
+        except BaseException:
+            self.close()
+            raise
 
     def __repr__(self): return "the vLLM engine in this process"
 
     def _refuse_what_is_not_vllms(self, model: nn.Module) -> None:
         """vLLM runs some models with transformers' own classes, which it changes for the whole process: the model that
-        is trained would be broken."""
+        is trained would be broken. And its CPU build keeps a packed copy of experts, which an update does not reach."""
         from vllm.model_executor.models.registry import _TRANSFORMERS_SUPPORTED_MODELS, ModelRegistry
-        name = type(unwrapped(model)).__name__
+        from vllm.platforms import current_platform
+        lm = unwrapped(model)
+        name, has_experts = type(lm).__name__, any(part.endswith(".experts") for part, _ in lm.named_modules())
+        if has_experts and current_platform.is_cpu():
+            raise ValueError(f"vLLM's CPU build does not take new weights of the experts of {name}: set "
+                             "use_vllm=False, posttrain's own sampler serves it")
         if name in _TRANSFORMERS_SUPPORTED_MODELS or name not in ModelRegistry.get_supported_archs():
             raise ValueError(f"vLLM has no implementation of its own of {name}: inside this process it would change "
                              "the class of the model that is trained. Use a server (vllm_mode='server'), or "
@@ -256,21 +274,16 @@ class VLLMColocated(VLLMEngine):
         "Shut the engine down and free its memory. A second call does nothing."
         if self.llm is None: return
         _LIVE.discard(self)
-        with _process_group_kept() if self.joined_process_group or _LIVE else contextlib.nullcontext():
+        with contextlib.ExitStack() as kept:
+            if self.joined_process_group: kept.enter_context(_process_group_kept())
+            if _LIVE: kept.enter_context(_vllms_groups_kept())
             self.llm.llm_engine.engine_core.shutdown()
-            if not _LIVE: _end_vllms_groups()
         self.llm = None
         self._folder.cleanup()
         torch.cuda.empty_cache()
 
     def __del__(self):
-        if not sys.is_finalizing(): self.close()  # a gigabyte would stay behind
-
-
-def _end_vllms_groups() -> None:
-    from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
-    destroy_model_parallel()
-    destroy_distributed_environment()
+        if self.llm is not None and not sys.is_finalizing(): self.close()  # a gigabyte would stay behind
 
 
 def _completion(output) -> Completion:

@@ -38,6 +38,7 @@ def _merged(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _walk(module: nn.Module, prefix: str, seen: set) -> Iterator[tuple[str, Tensor]]:
     "The weights of a module and of what is in it; `seen` holds the ids of those that have come already."
+    module = getattr(module, "token_adapter", module)  # PEFT trains some rows of an embedding
     if hasattr(module, "base_layer"):  # a PEFT layer
         for name, p in _merged(module): yield prefix + name, p
         return
