@@ -90,7 +90,7 @@ def test_damage_is_found(project, said):
 def test_what_is_hidden_is_folded_when_it_is_written(project):
     path = save(project / "nbs/a.ipynb", *GOOD, code("#| hide\n1"))
     tools.write(tools.read(path), path)
-    assert tools.read(path).cells[-1].metadata == {"jupyter": {"source_hidden": True}}
+    assert tools.read(path).cells[-1].metadata == {"cellView": "form", "jupyter": {"source_hidden": True}}
     assert not any("folded" in found for found in tools.check_notebook(path))
 
 

@@ -30,6 +30,7 @@ from pathlib import Path
 
 import nbformat
 
+import cells
 import stamps
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,15 +58,8 @@ def read(path: Path):
     return nbformat.read(path, as_version=4)
 
 
-def is_unfolded(cell) -> bool:
-    """What the page of a notebook hides is folded in the notebook: setup, solutions, what only checks or draws."""
-    hidden = cell.cell_type == "code" and bool(re.match(r"#\|\s*hide\b", cell.source))
-    return hidden and not cell.metadata.get("jupyter", {}).get("source_hidden", False)
-
-
 def write(nb, path: Path) -> None:
-    for cell in filter(is_unfolded, nb.cells):
-        cell.metadata["jupyter"] = {"source_hidden": True}
+    for cell in filter(cells.is_unfolded, nb.cells): cells.fold(cell)
     nbformat.write(nb, path)
     # nbdev's own cleaner, so that its git hooks agree with what is committed.
     subprocess.run([tool("nbdev-clean"), "--fname", str(path)], check=True, cwd=ROOT)
@@ -367,8 +361,7 @@ def check_notebook(path: Path) -> list[str]:
     exports = NBS in path.parents and any(is_export(c) for c in code)
     if exports and not any("assert" in c.source for c in code if not is_export(c)):
         bad.append("exports code but asserts nothing")
-    if any(map(is_unfolded, nb.cells)):
-        bad.append("a cell with #| hide is not folded: `python tools/notebooks.py run` folds it")
+    bad += cells.wrong_cells(code)
     if not is_as_run(nb):
         bad.append("edited after its last run: `python tools/notebooks.py run` it")
     bad += bad_cells(code)
