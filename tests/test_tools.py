@@ -77,6 +77,8 @@ DAMAGE = {"the first cell must be a markdown title": [code("1"), *GOOD],
                                         code("slider",
                                              new_output("display_data", data={tools.WIDGET_VIEW: {"model_id": "1"}}))],
           "is not folded": [*GOOD, code("#| hide\n1")],
+          "the cell for Colab is not that of this version": [*GOOD, code("![ -e /content ] && pip install posttrain")],
+          "does something on any machine": [*GOOD, code("#| eval: false\ntrainer.train()")],
           "is not clean (execution count)": [*GOOD, new_code_cell("1", execution_count=1)],
           "more than": [*GOOD, code("print(text)", new_output("stream", text="x" * 1024 * (tools.MAX_OUTPUT_KB + 1)))]}
 
