@@ -36,7 +36,7 @@ def project(tmp_path, monkeypatch):
     (tmp_path / "pyproject.toml").write_text(
         '[project]\nname = "toy"\nversion = "0"\n[tool.nbdev]\nlib_path = "toy"\nnbs_path = "nbs"\n'
         'update_pyproject = false\nput_version_in_init = false\nallowed_metadata_keys = ["posttrain"]\n'
-        'allowed_cell_metadata_keys = ["jupyter"]\n')
+        'allowed_cell_metadata_keys = ["jupyter", "cellView"]\n')
     for folder in ("nbs", "toy", "tutorials"): (tmp_path / folder).mkdir()
     (tmp_path / "toy" / "__init__.py").touch()
     for name, value in dict(ROOT=tmp_path, NBS=tmp_path / "nbs", PACKAGE=tmp_path / "toy").items():
