@@ -219,8 +219,17 @@ def _verify_padded(lm: nn.Module, batch: dict) -> None:
     padded = _answers(lm, batch, "padded").flatten(0, 1)[places]
     if len(own) < len(padded): padded = padded.view(len(own), -1, *padded.shape[1:])[:, -1]  # of a sequence
     if not _agree(padded.to(lm.dtype), own):
+        _must_be_finite(lm)
         raise TypeError(f"{type(lm).__name__} does more between its last state and its logits than scale and soft cap; "
                         f"what the fused head says would be wrong (difference {(padded - own).abs().max():.3g})")
+
+
+def _must_be_finite(lm: nn.Module) -> None:
+    "Raise ValueError for weights that are no numbers, of which nothing can be said."
+    broken = [name for name, p in lm.named_parameters() if p.is_floating_point() and not p.isfinite().all()]
+    if broken:
+        raise ValueError(f"{type(lm).__name__} holds NaN or infinite weights, in {len(broken)} of its parameters, "
+                         f"first in {broken[0]}: load them from a checkpoint that is whole")
 
 
 def _fault_of_sharing(lm: nn.Module, batch: dict, other_sibling: dict, other_prompt: dict) -> str:
