@@ -177,7 +177,7 @@ class DPOTrainer(WithReference, PairTrainer):
     def before_step(self, batches, totals):
         "Losses that sort compare across the whole step: ask it once beforehand, unless it is one batch on one process."
         sorting = [name for name in self.args.loss_type if name in RANKED_SAMPLES]
-        if not sorting or len(batches) * self.args.world_size == 1: return batches
+        if not sorting or self.evaluating or len(batches) * self.args.world_size == 1: return batches
         with torch.no_grad(), self.compute_loss_context_manager():
             batches = [self._prepare_inputs(batch) for batch in batches]
             parts = [self.pairs(batch, completion_logps(self.model, batch)["logps"], self.reference.logps(batch),

@@ -165,7 +165,7 @@ class GRPOTrainer(OnlineTrainer):
         if self.args.top_entropy_quantile < 1: return self._with_top_entropy(batches)
         if not self.entropy.enabled: return batches
         local = sum(batch["mask"].sum() for batch in batches).to(self.args.device)
-        tokens = self.accelerator.gather(local[None]).sum()
+        tokens = local if self.evaluating else self.accelerator.gather(local[None]).sum()
         return [{**batch, "bonus_tokens": tokens} for batch in batches]
 
     def _with_top_entropy(self, batches):
@@ -175,7 +175,9 @@ class GRPOTrainer(OnlineTrainer):
         with scoring(self.model), self.compute_loss_context_manager():
             entropies = [completion_logps(self.model, batch, **options)["entropy"] for batch in batches]
         local = torch.cat([entropy[batch["mask"] != 0] for entropy, batch in zip(entropies, batches)]).float()
-        gathered = self.accelerator.gather(self.accelerator.pad_across_processes(local, pad_index=-1))
+        gathered = local
+        if not self.evaluating:
+            gathered = self.accelerator.gather(self.accelerator.pad_across_processes(local, pad_index=-1))
         threshold = entropy_threshold(gathered[gathered >= 0], self.args.top_entropy_quantile)
         kept = top_entropy_mask(gathered, gathered >= 0, threshold).sum()
         # kept as masks: asked again, a token at the threshold might fall below it

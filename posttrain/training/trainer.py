@@ -32,6 +32,7 @@ class PostTrainer(Resumable, WithCallbacks, Trainer):
     config_class = PostConfig
     auto_class = AutoModelForCausalLM  # what a path is loaded as
     averages_over = "tokens"      # which of Totals the loss divides by: "tokens" or "sequences"
+    evaluating = False            # is `before_step` asked about a batch of an evaluation?
     loss_is_scaled_for_ga = True  # transformers >= 5.19: our losses are shares of the whole step, do not divide again
 
     # ------------------------------------------------ what a method says
@@ -53,7 +54,7 @@ class PostTrainer(Resumable, WithCallbacks, Trainer):
     def before_step(self, batches: list[dict], totals: Totals) -> list[dict]:
         """The micro-batches of a step, with what `loss` needs to know of the whole step (a sort, a mean of the batch).
 
-        An evaluation's batch is a step of its own."""
+        An evaluation's batch is a step of its own, on its process alone: `self.evaluating` says so."""
         return batches
 
     def loss(self, model: nn.Module, batch: dict, totals: Totals) -> tuple[Tensor, dict]:
@@ -222,7 +223,9 @@ class PostTrainer(Resumable, WithCallbacks, Trainer):
 
     def _evaluation_loss(self, model, batch) -> tuple[Tensor, dict]:
         totals = self.totals_of(batch)
-        batch, = self.before_step([batch], totals)
+        self.evaluating = True
+        try: batch, = self.before_step([batch], totals)
+        finally: self.evaluating = False
         loss, stats = self._loss(model, batch, totals)
         weight = getattr(totals, self.averages_over)
         return loss, {"loss": Mean(loss.detach() * weight, weight), **stats}
