@@ -105,7 +105,7 @@ class Stopped(BaseException):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_stopped_at_each_file_of_a_checkpoint(name, config, tmp_path, monkeypatch):
+def test_stopped_at_each_file_of_a_checkpoint(name, config, tmp_path, tmp_path_factory, monkeypatch):
     "A folder that holds a checkpoint of this number is written anew, and the run is stopped at its k-th file."
     whole = RUNS[name](config)
     whole.train()
@@ -120,7 +120,7 @@ def test_stopped_at_each_file_of_a_checkpoint(name, config, tmp_path, monkeypatc
     class Arm(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs): left[0] = k if state.global_step == 4 else 0
     for k in range(1, 12):
-        shutil.copytree(tmp_path, target := tmp_path.parent / f"stopped-{k}")
+        shutil.copytree(tmp_path, target := tmp_path_factory.mktemp("stopped") / "run")
         monkeypatch.setattr(torch, "save", counted(saved[torch]))
         monkeypatch.setattr(safetensors.torch, "save_file", counted(saved[safetensors.torch]))
         trainer = RUNS[name](config, output_dir=str(target))
