@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
@@ -256,6 +257,31 @@ def test_adapters_are_loaded_once(config, tmp_path, monkeypatch):
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert loaded == ["default", "ref"] and torch.equal(weights(whole), weights(again))
     assert [n for n, p in again.model.named_parameters() if p.requires_grad and ".ref." in n] == []
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_a_stream_goes_on_beyond_its_first_pass(shuffled, accumulate, config, tmp_path):
+    "Six rows, and steps of one or two: three passes."
+    def run(resume=None):
+        data = Dataset.from_list([{"text": letter * 5} for letter in "abcdef"]).to_iterable_dataset()
+        seen = []
+        class Spy(SFTTrainer):
+            def training_step(self, model, inputs, *args, **kwargs):
+                seen.append(self.processing_class.decode(inputs["completion_ids"][0].tolist())[0])
+                return super().training_step(model, inputs, *args, **kwargs)
+        args = config(**{**SAVED, "max_steps": 16 // accumulate, "save_steps": 1, "per_device_train_batch_size": 1})
+        trainer = Spy(pocket.model(0), SFTConfig(**args, gradient_accumulation_steps=accumulate),
+                      train_dataset=data.shuffle(seed=1, buffer_size=6) if shuffled else data,
+                      processing_class=pocket.tokenizer())
+        trainer.train(resume_from_checkpoint=resume)
+        return "".join(seen), trainer
+    whole, one = run()
+    assert len(whole) == 16 and (shuffled or whole == "abcdefabcdefabcd")
+    for step in (2, 3, 6, 7):  # within a pass, and at its end
+        rest, other = run(str(tmp_path / f"checkpoint-{step}"))
+        assert rest == whole[step * accumulate:] and torch.equal(weights(one), weights(other)), step
+        assert one.state.epoch == other.state.epoch
 
 
 class Interrupted(TrainerCallback):

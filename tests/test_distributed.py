@@ -39,10 +39,10 @@ def train(out, method, size, accumulate, stream=False, n=64, **options):
         use_cpu=True, ddp_backend=backend, optim="sgd", lr_scheduler_type="constant", max_grad_norm=1e9, max_steps=2,
         per_device_train_batch_size=size, gradient_accumulation_steps=accumulate, logging_steps=1, save_strategy="no",
         report_to="none", disable_tqdm=True, train_sampling_strategy="sequential", learning_rate=1.0), **options})
-    model = pocket.model(seed=0)
+    model, test = pocket.model(seed=0), data(method, n=13, seed=2, split="test")
     trainer = getattr(posttrain, method + "Trainer")(
         model, args=args, train_dataset=rows.to_iterable_dataset() if stream else rows,
-        eval_dataset=data(method, n=13, seed=2, split="test"), processing_class=pocket.tokenizer())
+        eval_dataset=test.to_iterable_dataset() if stream else test, processing_class=pocket.tokenizer())
     trainer.train()
     metrics = trainer.evaluate()
     if trainer.accelerator.is_main_process:
@@ -112,9 +112,10 @@ ALONE = [*(dict(options, method="SFT", out=name, **WHOLE) for name, options in S
          *(dict(options, method="DPO", out=name, learning_rate=.1, **WHOLE) for name, options in DPO.items())]
 TOGETHER = [*(dict(job, size=2, accumulate=2) for job in ALONE), dict(ALONE[0], out="nll, whole", size=4)]
 # The last step of a pass is not full: the second process has one row less, or none.
-CASES = (("SFT", 11, {}), ("SFT", 9, {}), ("SFT", 17, dict(packing=True, max_length=64)), ("DPO", 9, {}),
-         ("DPO", 11, dict(loss_type=["sigmoid", "aot", "aot_unpaired"])), ("DPO", 9, dict(loss_type=["aot"])))
-PARTIAL = [dict(method=method, out=f"{method}, {n} rows, {len(more)}", n=n, size=4, accumulate=1, max_steps=5,
+CASES = (("SFT", 11, {}), ("SFT", 9, {}), ("SFT", 11, dict(stream=True)), ("DPO", 9, dict(stream=True)),
+         ("SFT", 17, dict(packing=True, max_length=64)), ("DPO", 9, {}), ("DPO", 9, dict(loss_type=["aot"])),
+         ("DPO", 11, dict(loss_type=["sigmoid", "aot", "aot_unpaired"])))
+PARTIAL = [dict(method=method, out=f"{method}, {n} rows, {' '.join(more)}", n=n, size=4, accumulate=1, max_steps=5,
                 learning_rate=.1, **more) for method, n, more in CASES]
 
 

@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Trainer, set_seed
+from transformers.trainer_utils import has_length
 
 from ..data.templates import adopt_chat_template, resize_embeddings_to_tokenizer
 from ..foundations.layouts import lay_out
@@ -33,6 +34,8 @@ class PostTrainer(Resumable, WithCallbacks, Trainer):
     auto_class = AutoModelForCausalLM  # what a path is loaded as
     averages_over = "tokens"      # which of Totals the loss divides by: "tokens" or "sequences"
     evaluating = False            # is `before_step` asked about a batch of an evaluation?
+    _pass = _drawn = 0            # the pass over the training data, and the micro-batches drawn in it
+    _go_on_at = None              # where a stream goes on after a stop: these two
     loss_is_scaled_for_ga = True  # transformers >= 5.19: our losses are shares of the whole step, do not divide again
 
     # ------------------------------------------------ what a method says
@@ -174,16 +177,41 @@ class PostTrainer(Resumable, WithCallbacks, Trainer):
                                  "token that is, or add it with tokenizer.add_tokens and resize the model's embeddings")
             setattr(tokenizer, name, token)
 
-    # ------------------------------------------------ one step
+    # ------------------------------------------------ stopping and going on
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         "Train, from the start or from a checkpoint (`Resumable`)."
         self.metrics["train"] = MetricAccumulator()  # an interrupted run may have left some
+        self._go_on_at = None
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def run_state(self):
+        "Of a stream: which pass this is, and how many micro-batches of it were drawn."
+        if not isinstance(self.train_dataset, IterableDataset): return {}
+        return {"pass": self._pass, "drawn": self._drawn}
+
+    def load_run_state(self, state): self._go_on_at = state["pass"], state["drawn"]
+
+    def needed_parts(self):
+        "A stream can go on without knowing its place, as transformers does: rightly in its first pass."
+        return {} if self.run_state().keys() <= {"pass", "drawn"} else super().needed_parts()
+
+    def _run_epoch(self, **kwargs):
+        "A pass. transformers knows the steps of a run, but not how long a stream is: it would begin a new pass."
+        if self._go_on_at is not None and not self.args.ignore_data_skip:
+            number, drawn = self._go_on_at
+            if kwargs["epoch"] < number: return
+            kwargs |= {"epochs_trained": number, "steps_trained_in_current_epoch": drawn}
+        goes_on = kwargs["epoch"] == kwargs["epochs_trained"]
+        self._pass, self._drawn = kwargs["epoch"], kwargs["steps_trained_in_current_epoch"] if goes_on else 0
+        super()._run_epoch(**kwargs)
+
+    # ------------------------------------------------ one step
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         "Draw the micro-batches of a step and count what it averages over, on all processes (step 1 of the rule)."
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches: _must_be_a_batch(batches[0])
+        self._drawn += len(batches)
         batches = self._without_repeated_rows(batches, self.train_dataset, self._train_batch_size)
         if 0 < len(batches) < num_batches:
             # a stream has ended in the middle of a step; transformers would carry its gradient into the next one
@@ -266,12 +294,21 @@ class PostTrainer(Resumable, WithCallbacks, Trainer):
                               f"max_length={limit} or less")
 
     # ------------------------------------------------ several processes
+    def _get_dataloader(self, dataset, description, batch_size, *args, **kwargs):
+        "transformers' loader; of a stream that accelerate deals out row by row, with its end marked."
+        processes, workers = self.args.world_size, self.args.dataloader_num_workers
+        dealt_out = processes > 1 and isinstance(dataset, IterableDataset) and dataset.num_shards < processes
+        # logits are gathered from all processes, which then need as many rows
+        only_loss = description == "Training" or description == "Evaluation" and self.compute_metrics is None
+        if dealt_out and only_loss and not workers: dataset = _MarkedEnd(dataset, batch_size, self.args)
+        return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
+
     def own_rows(self, dataset, batch_size: int) -> int:
         """How many rows of this process's last batch are its own.
 
         accelerate gives every process as many rows: it fills the last batches up with rows that were there before."""
         args = self.args
-        n, processes = len(dataset) if hasattr(dataset, "__len__") else 0, args.world_size
+        n, processes = len(dataset) if has_length(dataset) else 0, args.world_size
         if args.accelerator_config.split_batches: batch_size //= processes
         left = n % (batch_size * processes)
         is_filled_up = left and self.accelerator.even_batches and not args.dataloader_drop_last
@@ -363,14 +400,41 @@ def _map_named(dataset, function):
     return mapped if isinstance(dataset, dict) else mapped.get("eval")
 
 
+_OWN_ROWS = "rows of the last batch that are this process's own"
+
+
+class _MarkedEnd(torch.utils.data.IterableDataset):
+    """A stream whose end is known to the collator.
+
+    At its end accelerate fills the last batches up with the very first rows, the same objects. They get a mark then."""
+
+    def __init__(self, stream, batch_size: int, args):
+        self.stream, self.batch_size, self.args = stream, batch_size, args
+
+    def set_epoch(self, epoch): self.stream.set_epoch(epoch)
+
+    def __iter__(self):
+        size, processes, first, n = self.batch_size, self.args.world_size, [], 0
+        for n, row in enumerate(self.stream, 1):
+            if n <= size * processes: first.append(row)
+            yield row
+        if not (left := n % (size * processes)): return
+        for row in first: row[_OWN_ROWS] = min(max(left - self.args.process_index * size, 0), size)
+
+
 class _SizedRows:
-    "A collator that also says how many prompts each row gave, as `row_sizes`: several, where documents are packed."
+    """A collator that also says how many prompts each row gave, as `row_sizes`: several, where documents are packed.
+
+    At the end of a stream it leaves out the rows that were there before."""
 
     def __init__(self, collate): self.collate = collate
 
     def __call__(self, rows):
+        own = min([row[_OWN_ROWS] for row in rows if _OWN_ROWS in row], default=len(rows))
+        rows = [{k: v for k, v in row.items() if k != _OWN_ROWS} for row in rows[:max(own, 1)]]
         batch = self.collate(rows)
         if not isinstance(batch, dict) or "prompt_ids" not in batch: return batch
+        if own == 0: batch = {**batch, "repeated": True}
         sizes = [len(row.get("seq_lengths") or [0]) for row in rows]
         return {**batch, "row_sizes": torch.tensor(sizes)} if sum(sizes) == len(batch["prompt_ids"]) else batch
 
