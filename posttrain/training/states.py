@@ -168,6 +168,7 @@ def logps(
     def reader(states: States) -> dict[str, Tensor]:
         return linear_logps(states.hidden, states.weight, states.targets, temperature=temperature, want=tuple(want),
                             **states.head)
+    reader.joins = True
     return reader
 
 
@@ -182,6 +183,7 @@ def token_loss(
         total, stats = linear_token_loss(states.hidden, states.weight, states.targets, states.pick(token_weights),
                                          loss, temperature=temperature, want=tuple(want), **states.head)
         return {"loss": total, **stats}
+    reader.joins = True
     return reader
 
 
