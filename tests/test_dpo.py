@@ -237,8 +237,29 @@ def test_the_cache_knows_the_weights_and_the_rows(config, tmp_path, monkeypatch)
 
 def test_raw_evaluation_after_the_reference_is_gone(config):
     trainer = make(config, precompute_ref_log_probs=True)
+    # until the policy moves it is the reference
+    for each in (trainer, make(config)): assert each.evaluate(rows(4))["eval_rewards/margins"] == 0
+    trainer.train()
     with pytest.raises(ValueError, match="reference is gone.*eval_dataset"): trainer.evaluate(rows(4))
-    assert make(config).evaluate(rows(4))["eval_rewards/margins"] == 0
+
+
+@pytest.mark.parametrize("given", ["path", "model", "adapter"])
+def test_raw_evaluation_where_the_reference_can_be_asked_again(given, config, tmp_path):
+    other = pocket.model(seed=5)
+    other.save_pretrained(tmp_path / "reference")
+    options = {"path": dict(ref_model=str(tmp_path / "reference")), "model": dict(ref_model=other),
+               "adapter": dict(peft_config=adapter())}[given]
+    ends = []
+    for more in ({}, dict(precompute_ref_log_probs=True)):
+        torch.manual_seed(0)
+        trainer = train(config, learning_rate=1e-2, **options, **more)
+        ends.append(trainer.evaluate(rows(4))["eval_rewards/margins"])
+    assert abs(ends[0]) > 1e-4 and ends[0] == pytest.approx(ends[1], abs=1e-5)
+
+
+def test_a_reference_that_nobody_has_any_more(config):
+    trainer = make(config, precompute_ref_log_probs=True, ref_model=pocket.model(seed=5))
+    with pytest.raises(ValueError, match="reference is gone.*ref_model as a path"): trainer.evaluate(rows(4))
 
 
 def test_columns_computed_elsewhere_are_used(config):

@@ -73,7 +73,6 @@ CUTS = {"dapo": {}, "grpo, KL": dict(loss_type="grpo", beta=.1), "dr_grpo": dict
         "adaptive": dict(use_adaptive_entropy=True, entropy_target=5.0, max_steps=2, learning_rate=.05),
         "twice": dict(num_iterations=2, max_steps=2, learning_rate=.05, beta=.1),
         "dynamic": dict(dynamic_sampling=True, rewards=exact_match_reward),}
-EXTREMES = ("clip_ratio/low_min", "clip_ratio/high_max", "ratio/min", "ratio/max", "step", "epoch")  # of a micro-batch
 
 
 @pytest.mark.parametrize("case", CUTS)
@@ -86,18 +85,20 @@ def test_one_gradient_for_every_cut(case, config):
         cut = train(config, **CUTS[case], per_device_train_batch_size=size, gradient_accumulation_steps=accumulated)
         assert (weights(cut) - weights(whole)).norm() <= 2e-5 * moved.norm(), (size, accumulated)
         for a, b in zip(logs(whole), logs(cut), strict=True):
-            for key in set(a) - set(EXTREMES):
+            for key in set(a) - {"step", "epoch"}:
                 if not key.startswith("time"):
                     assert abs(a[key] - b[key]) <= 2e-5 * max(1, abs(a[key])), (key, a[key], b[key])
 
 
-def test_tokens_that_tie_learn_together():
-    """Completions of a prompt begin alike: the same entropy, but for rounding, which differs with the cut."""
+def test_the_entropy_threshold_is_a_quantile():
+    """As TRL has it: nothing below learns, however near. Tokens of equal entropy learn together."""
     from posttrain.online.corrections import entropy_threshold, top_entropy_mask
     mask = torch.ones(1, 6, dtype=torch.long)
     for noise in ((0, 0, 0), (0, 1e-6, -1e-6), (-1e-6, 1e-6, 0)):
         entropies = torch.tensor([[2.0, 1.0 + noise[0], 1.0 + noise[1], 1.0 + noise[2], .5, .1]])
-        assert top_entropy_mask(entropies, mask, entropy_threshold(entropies[0], .5)).tolist() == [[1, 1, 1, 1, 0, 0]]
+        chosen = top_entropy_mask(entropies, mask, entropy_threshold(entropies[0], .5))
+        assert torch.equal(chosen == 1, entropies >= torch.quantile(entropies, .5))
+        assert chosen.sum() == (4 if not any(noise) else 3)
 
 
 # ---------------------------------------------------------------- the sampler's log-probs are the trainer's
@@ -517,7 +518,7 @@ def run(folder, method, size, accumulated, options):
                   per_device_eval_batch_size=4, logging_steps=1, save_strategy="no", report_to="none",
                   disable_tqdm=True, **{"learning_rate": .1, **options})
     model = pocket.start("reverse")[0]
-    trainer = trainer(model, noisy, args, train_dataset=rows, eval_dataset=rows.select(range(8)),
+    trainer = trainer(model, noisy, args, train_dataset=rows, eval_dataset=rows.select(range(11)),
                       processing_class=pocket.tokenizer(), callbacks=[Progress(stream=io.StringIO())])
     trainer.train()
     return {"weights": torch.cat([p.detach().flatten() for p in model.parameters()]),
@@ -548,15 +549,13 @@ leave(dist.barrier)
             apart = (alone["weights"] - other["weights"]).abs().max()
             assert other["processes"] == 2 and apart <= 1e-5, (options, apart)
             for a, b in zip(alone["log"], other["log"], strict=True):
-                for key in set(a) - set(EXTREMES) - {"mine"}:
+                for key in set(a) - {"mine", "step", "epoch"}:
                     if not key.startswith("time"):
                         assert abs(a[key] - b[key]) <= 1e-4 * max(1, abs(a[key])), (options, key, a[key], b[key])
-            # The processes share the rows evenly, so that each row has the seeds that it has with one.
+            # Rows that a process repeats count nothing: the last batch of the evaluation is not full.
             assert alone["eval"].keys() == other["eval"].keys() >= {"eval_reward", "eval_completions/mean_length"}
             for key, value in alone["eval"].items():
-                # The threshold of entropy is that of all processes' tokens, which are those of two batches here.
-                of_two_batches = key.endswith("loss") and "top_entropy_quantile" in options
-                if of_two_batches or any(word in key for word in ("time", "per_second")): continue
+                if any(word in key for word in ("time", "per_second")): continue
                 found = other["eval"][key]
                 assert abs(value - found) <= 1e-4 * max(1, abs(value)), (options, key, value, found)
 

@@ -1,5 +1,6 @@
 """The embedded default beyond what its notebooks show: the cache under stress, rows that never change, a start that
 any loader reads."""
+import shutil
 import subprocess
 import sys
 
@@ -58,6 +59,24 @@ def test_a_failed_training_leaves_nothing_behind(cache, monkeypatch):
     with pytest.raises(RuntimeError, match="out of memory"):
         pocket.start("sort", steps=2)
     assert list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "missing", "garbled", "no folder"])
+def test_a_damaged_start_is_made_again(damage, cache):
+    path = pocket.start_path("sort", steps=2)
+    whole = {file.name: file.read_bytes() for file in path.iterdir()}
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        content = whole[name]
+        if damage == "missing": (path / name).unlink()
+        elif damage == "no folder":
+            shutil.rmtree(path)
+            path.write_text("")
+        else:
+            wrong = {"truncated": content[:-5], "empty": b"", "garbled": content[:-5] + b"12345"}[damage]
+            (path / name).write_bytes(wrong)
+        assert pocket.start_path("sort", steps=2) == path
+        assert {file.name: file.read_bytes() for file in path.iterdir()} == whole
+        assert [each.name for each in cache.iterdir()] == [path.name]
 
 
 def test_a_start_is_a_checkpoint_like_any_other(cache):

@@ -1,19 +1,41 @@
 """What all trainers promise at their seams: a reference computes as the policy does, reward functions get copies, a
 checkpoint folder may not be there yet."""
 import random
+import warnings
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from peft import LoraConfig
-from transformers import TrainerCallback
+from peft import (
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftModel,
+    TrainableTokensConfig,
+    get_peft_model,
+)
+from transformers import Qwen3ForCausalLM, TrainerCallback
 
-from posttrain import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, pocket
+from posttrain import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+    SFTConfig,
+    SFTTrainer,
+    pocket,
+)
+from posttrain.foundations import layouts
+from posttrain.foundations.layouts import make_batch
 from posttrain.rollout.generation import Generation
 from posttrain.rollout.rewards import exact_match_reward
 from posttrain.rollout.stream import StreamState, informative_groups
+from posttrain.training.heads import attach_head, completion_logps, completion_loss
 from posttrain.training.metrics import policy_metrics
 from test_grpo import logs, make, noisy, rows, train, weights
 
@@ -315,3 +337,130 @@ def test_an_extra_column_replaces_none_of_the_tables(config, tmp_path):
                            "extra/judge", "extra/advantage", "mine", "large", "judge", "advantage"]
     assert table["step"] == [1] * 16 and table["extra/step"] == ["x"] * 16 == table["mine"]
     assert table["judge"] == torch.tensor(noisy(table["completion"])).tolist() and table["large"] == [str(2**70)] * 16
+
+
+@pytest.mark.parametrize("cells", [20000, 1500, 1])
+def test_a_batch_in_parts_is_the_batch(cells, monkeypatch):
+    "Where one mask would be too large a batch is read in parts: the same answers and gradients."
+    model = attach_head(pocket.model(0)).train()
+    draw = random.Random(0)
+    def ids(n): return [draw.randrange(5, 60) for _ in range(n)]
+    batch = make_batch([ids(4), [], ids(30), ids(7), ids(3)], [ids(n) for n in (5, 90, 3, 60, 40, 2, 2, 8)],
+                       [0, 1, 2, 2, 2, 3, 3, 4])
+    batch["mask"][4, :7] = 0
+    def answers():
+        model.zero_grad()
+        out = completion_logps(model, batch, want=("entropy", "is_top1"))
+        loss, stats = completion_loss(model, batch, torch.neg, batch["mask"] / 77, want=("entropy",))
+        (out["logps"].sum() / 77 + loss).backward()
+        return [*out.values(), loss, *stats.values(), torch.cat([p.grad.flatten() for p in model.parameters()])]
+    whole = answers()
+    monkeypatch.setattr(layouts, "MASK_CELLS", cells)
+    assert len(layouts.lay_out_parts(batch, "auto", 64)) > 1
+    for a, b in zip(whole, answers(), strict=True): assert torch.allclose(a.float(), b.float(), atol=1e-5)
+
+
+def qwen(**options):
+    torch.manual_seed(0)
+    return Qwen3ForCausalLM(pocket.config(tie_word_embeddings=False, **options))
+
+
+def test_lora_with_a_bias_on_the_output_layer(config):
+    "The bias counts and learns: the log-probs are those of the model's own logits."
+    args = SFTConfig(**config(learning_rate=1e-2, max_steps=3))
+    trainer = SFTTrainer(qwen(), args, train_dataset=pocket.dataset("reverse", "prompt_completion", n=8),
+                         processing_class=pocket.tokenizer(),
+                         peft_config=LoraConfig(target_modules=["q_proj", "lm_head"], lora_bias=True))
+    trainer.train()
+    model, ids = trainer.model.eval(), torch.tensor([[9, 10, 11, 12]])
+    bias = model.base_model.model.lm_head.lora_B["default"].bias
+    assert bias.abs().max() > 0
+    with torch.no_grad():
+        bias.normal_()
+        own = model(input_ids=ids).logits[0].log_softmax(-1)[[1, 2], ids[0, 2:]]
+        ours = completion_logps(model, make_batch([[9, 10]], [[11, 12]]))["logps"][0]
+    assert torch.allclose(ours, own, atol=1e-5)
+
+
+@pytest.mark.parametrize("adapter", [
+    IA3Config(target_modules=["q_proj", "lm_head"], feedforward_modules=[]), LoHaConfig(target_modules=["lm_head"]),
+    OFTConfig(target_modules=["lm_head"], r=0, oft_block_size=8), LoraConfig(target_modules=["lm_head"], use_dora=True),
+    TrainableTokensConfig(target_modules=["lm_head"], token_indices=[5])], ids=lambda config: type(config).__name__)
+def test_other_adapters_on_the_output_layer(adapter, config):
+    with pytest.raises(TypeError, match="lm_head"):
+        SFTTrainer(qwen(), SFTConfig(**config()), train_dataset=pocket.dataset("reverse", "prompt_completion", n=8),
+                   processing_class=pocket.tokenizer(), peft_config=adapter)
+
+
+def frozen_adapter(folder):
+    get_peft_model(pocket.model(0), LoraConfig(target_modules=["q_proj"])).save_pretrained(folder)
+    return PeftModel.from_pretrained(pocket.model(0), folder)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "all frozen"])
+def test_nothing_to_train(kind, config, tmp_path):
+    model = frozen_adapter(tmp_path) if kind == "adapter" else pocket.model(0).requires_grad_(False)
+    words = pytest.raises(ValueError, match="no weight that learns.*is_trainable=True")
+    with words:
+        SFTTrainer(model, SFTConfig(**config()), train_dataset=pocket.dataset("reverse", "prompt_completion", n=8),
+                   processing_class=pocket.tokenizer())
+    with words:
+        DPOTrainer(model, args=DPOConfig(**config()), processing_class=pocket.tokenizer(),
+                   train_dataset=pocket.dataset("sort", "preference", n=8))
+    with words: make(config, model=model)
+    # it can be evaluated
+    test = pocket.dataset("reverse", "prompt_completion", n=8)
+    evaluated = SFTTrainer(model, SFTConfig(**config()), eval_dataset=test, processing_class=pocket.tokenizer())
+    assert evaluated.evaluate()["eval_loss"] > 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers(value, config):
+    model = pocket.model(0)
+    with torch.no_grad(): model.model.layers[1].mlp.up_proj.weight[3, 4] = value
+    with pytest.raises(ValueError, match="NaN or infinite weights, in 1 of .*model.layers.1.mlp.up_proj.weight"):
+        make(config, model=model)
+
+
+def test_several_active_adapters_are_no_reference(config):
+    model = get_peft_model(pocket.model(0), adapter())
+    model.add_adapter("other", adapter())
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match="several active adapters, default, other"):
+        DPOTrainer(model, args=DPOConfig(**config()), train_dataset=pocket.dataset("sort", "preference", n=8),
+                   processing_class=pocket.tokenizer())
+
+
+@pytest.mark.parametrize("size", [1e-20, 1, 1e20, 1e38])
+@pytest.mark.parametrize("options", [dict(), dict(scale_rewards="batch"), dict(scale_rewards="none")], ids=str)
+def test_rewards_of_any_size(size, options, config):
+    "Scaled to their deviation they teach the same; without scaling they are as large as they are."
+    def scaled(completions, **columns): return [size * reward for reward in noisy(completions)]
+    large, plain = (train(config, rewards, learning_rate=0.0, **options) for rewards in (scaled, noisy))
+    a, b = (trainer.generation.columns["advantages"] for trainer in (large, plain))
+    if options.get("scale_rewards") == "none": torch.testing.assert_close(a / size, b, rtol=1e-4, atol=1e-5)
+    # the deviation has an epsilon beside it, to which the smallest rewards are nothing
+    else: torch.testing.assert_close(a, b if size >= 1 else 0 * b, rtol=5e-3, atol=2e-3)
+    assert a.isfinite().all()
+
+
+def full(*args): raise OSError("No space left on device")
+
+
+def test_a_full_disk_stops_no_run(config, tmp_path, monkeypatch):
+    "The log of completions is lost, and said to be so, once for each trainer."
+    monkeypatch.setattr("posttrain.rollout.completions.write_completions", full)
+    for _ in range(2):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer = train(config, log_completions=True, num_completions_to_print=0, max_steps=2, learning_rate=.1)
+        said = [str(w.message) for w in caught if "could not be logged" in str(w.message)]
+        assert len(said) == 1 and "No space left" in said[0] and trainer.state.global_step == 2
+
+
+def test_a_full_disk_stops_no_dashboard(config, tmp_path):
+    from posttrain.explore.dashboard import Dashboard
+    (tmp_path / "dashboard.jsonl").mkdir()  # cannot be written
+    with pytest.warns(UserWarning, match="the dashboard could not be drawn .*the run goes on"):
+        trainer = train(config, callbacks=[Dashboard()], max_steps=2, learning_rate=.1)
+    assert trainer.state.global_step == 2

@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import re
-import warnings
 from collections.abc import Callable, Iterator
 from html import escape
 from itertools import product
@@ -267,18 +266,7 @@ def _parsed(line: str) -> dict | None:
 
 class Watcher:
     "What callbacks share that watch a run and write rows with a `step` to a file in its folder."
-    trouble = "this run could not be watched"  # how the warning begins when watching fails
     path: Path | None = None  # the file, once the run has begun
-    failed = False  # whether the warning was given
-
-    def _safely(self, what: Callable, *args) -> None:
-        "Call it. What goes wrong is said once and does not stop the run."
-        try:
-            what(*args)
-        except Exception as e:
-            if not self.failed:
-                warnings.warn(f"{self.trouble} ({type(e).__name__}: {e}); the run goes on", stacklevel=3)
-            self.failed = True
 
     def _open(self, folder, name: str, resumed: bool, last: int) -> list[dict]:
         "Begin the file, or go on with its rows up to the step `last`. Returns these rows."

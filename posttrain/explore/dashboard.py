@@ -139,16 +139,21 @@ class Dashboard(Watcher, Progress):
         super().on_train_begin(args, state, control, **kwargs)
         if not state.is_world_process_zero:
             return
-        resumed = state.global_step > 0
-        before = self._open(args.output_dir, FILE, resumed, last=state.global_step)
-        self.known = {row["step"]: row for row in before if "samples" in row or "group" in row}
-        if not resumed:
+        self.path = None
+        self._safely(self._begin, args.output_dir, state.global_step)
+        if state.global_step == 0:
             self._safely(self._look, state)
+
+    def _begin(self, folder, step: int) -> None:
+        "Open the file, and find what was known before this step."
+        before = self._open(folder, FILE, resumed=step > 0, last=step)
+        self.known = {row["step"]: row for row in before if "samples" in row or "group" in row}
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs and "train_runtime" not in logs and self.path is not None:
             row = {**logs, "step": state.global_step}
-            self._write({k: v for k, v in row.items() if isinstance(v, (int, float, str, list, dict))})
+            kept = {k: v for k, v in row.items() if isinstance(v, (int, float, str, list, dict))}
+            self._safely(self._write, kept)
         super().on_log(args, state, control, logs=logs, **kwargs)
 
     def on_step_end(self, args, state, control, **kwargs):

@@ -19,6 +19,7 @@ from .dashboard import read_rows
 from .look import LEVELS, QUANTITIES, Quantity, draw_look, spans, values_of, visible
 from ..foundations.layouts import make_batch
 from ..training.heads import completion_logps, scoring
+from ..training.progress import Careful
 
 _all_ = ["LEVELS", "QUANTITIES", "Quantity", "draw_look", "spans", "values_of", "visible"]
 
@@ -123,7 +124,7 @@ def batch_of(
     return make_batch([p["prompt_ids"] for p in found], [c["ids"] for _, c in rows], [i for i, _ in rows], masks)
 
 # %% ../../nbs/explore/13_microscope.ipynb #5d0ac941
-class Microscope(Watcher, TrainerCallback):
+class Microscope(Watcher, Careful, TrainerCallback):
     """Keeps a few of a run's tokens, every so many steps, in `microscope.jsonl` in the output folder.
 
     At the end it also writes `microscope.html`. `callbacks=[Microscope()]` or `trainer.add_callback(Microscope())`;

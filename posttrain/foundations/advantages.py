@@ -53,7 +53,13 @@ def _grouped(rewards: Tensor, num_generations: int) -> Tensor:
     if rewards.dim() != 1 or num_generations < 1 or len(rewards) % num_generations:
         raise ValueError(f"rewards of shape {tuple(rewards.shape)} are no groups of num_generations={num_generations}; "
                          "expected one reward per completion, the completions of a prompt next to each other")
-    return rewards.detach().to(torch.promote_types(rewards.dtype, torch.float32)).reshape(-1, num_generations)
+    r = rewards.detach().to(torch.promote_types(rewards.dtype, torch.float32)).reshape(-1, num_generations)
+    return _with_room(r)
+
+
+def _with_room(x: Tensor) -> Tensor:
+    "float64 where squares and sums of float32 could overflow: an infinite deviation would make all advantages 0."
+    return x.double() if (x.abs() > 1e15).any() else x
 
 
 def group_advantages(
@@ -79,7 +85,8 @@ def group_advantages(
             raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(map(repr, known))}")
     r = _grouped(rewards, num_generations)
     advantages = (r - BASELINES[baseline](r)) / SCALES[scale](r, eps)
-    return advantages.masked_fill(r.isnan(), 0).flatten()  # step 11
+    dtype = torch.promote_types(rewards.dtype, torch.float32)
+    return advantages.masked_fill(r.isnan(), 0).flatten().to(dtype)  # step 11
 
 
 def group_std(
@@ -147,8 +154,10 @@ def whiten(
 ) -> Tensor:  # as x, float32 or better, 0 where the mask is 0
     "Divide by the standard deviation over the marked cells (Bessel), around zero or around the mean it had (step 18)."
     mask = torch.ones_like(x, dtype=torch.long) if mask is None else mask
-    low = masked_min(x, mask)  # step 10 once more: equal values must give exactly 0
-    above = x.to(torch.promote_types(x.dtype, torch.float32)) - low
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    roomy = _with_room(x.to(dtype).masked_fill(mask == 0, 0))
+    low = masked_min(roomy, mask)  # step 10 once more: equal values must give exactly 0
+    above = roomy - low
     mean = masked_mean(above, mask)
     white = (above - mean) / (masked_var(above, mask).sqrt() + eps)
-    return (white if shift_mean else white + mean + low).masked_fill(mask == 0, 0)
+    return (white if shift_mean else white + mean + low).masked_fill(mask == 0, 0).to(dtype)

@@ -6,12 +6,14 @@ __all__ = ['DPOConfig', 'DPOTrainer']
 # %% ../../nbs/offline/09_dpo_trainer.ipynb #6569ff12
 import math
 import warnings
+import weakref
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from accelerate.utils import gather_object
 from datasets import IterableDataset
+from torch import nn
 
 from ..data.formats import column_names
 from ..foundations.divergences import F_DIVERGENCES, f_score
@@ -29,7 +31,7 @@ from ..training.config import LengthFields, PostConfig, ReferenceFields, option
 from ..training.heads import completion_logps, unwrapped
 from ..training.pairs import PairTrainer, make_pairs
 from ..training.precompute import batches_of_first_pass, fingerprint, in_order, precompute_ref_logps
-from ..training.references import ModelReference, PrecomputedReference, disable_dropout
+from ..training.references import ModelReference, PrecomputedReference, disable_dropout, frozen
 from ..training.with_reference import WithReference
 
 
@@ -118,10 +120,13 @@ class DPOTrainer(WithReference, PairTrainer):
                  optimizer_cls_and_kwargs=None, preprocess_logits_for_metrics=None, peft_config=None):
         args = self.config_class.adopt(args)
         self.note_reference(model, ref_model, args, peft_config)
+        # a model that the caller still has can be asked later, and one that nobody has needs no memory
+        self._ref_model_given = weakref.ref(ref_model) if isinstance(ref_model, nn.Module) else lambda: ref_model
+        self._policy_is_reference = ref_model is None
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics,
                          callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics, peft_config)
         if isinstance(getattr(self.reference, "source", None), ModelReference):
-            self.reference.source = None  # it has said all that it will be asked
+            self.reference.source = None  # it has said all that it will be asked, unless new data come
 
     def check(self, dataset, name):
         super().check(dataset, name)
@@ -143,10 +148,7 @@ class DPOTrainer(WithReference, PairTrainer):
     def with_model(self, dataset, name):
         args, columns = self.args, ("ref_chosen_logps", "ref_rejected_logps")
         if not args.precompute_ref_log_probs or set(columns) <= set(column_names(dataset)): return dataset
-        source = self.reference.source
-        if source is None:
-            raise ValueError("with precompute_ref_log_probs=True the reference is gone after the constructor: pass the "
-                             f"{name} dataset there, as eval_dataset")
+        source = self.reference.source or self._reference_again(name)
         batches, precision = self._batches_to_ask(dataset, name), self.accelerator.mixed_precision
         settings = source.settings()
         # in half precision the shape of a batch shows in the numbers
@@ -156,6 +158,14 @@ class DPOTrainer(WithReference, PairTrainer):
             return precompute_ref_logps(
                 dataset, source.logps, self.data_collator, columns, batches=batches, process=args.process_index,
                 key=key, device=args.device, name=name, gather=gather_object)
+
+    def _reference_again(self, name):
+        "The reference, for data that come after the constructor. Raises ValueError where it is gone."
+        given = self._ref_model_given()
+        if given is not None: return ModelReference(frozen(given, self.args, self.accelerator))
+        if self._policy_is_reference and self.state.global_step == 0: return ModelReference(self.model)
+        raise ValueError("with precompute_ref_log_probs=True the reference is gone after the constructor: pass the "
+                         f"{name} dataset there, as eval_dataset, or pass ref_model as a path, which can be read again")
 
     def _batches_to_ask(self, dataset, name):
         "For each process the rows of its batches: as training or an evaluation reads them first."
@@ -167,20 +177,23 @@ class DPOTrainer(WithReference, PairTrainer):
     def before_step(self, batches, totals):
         "Losses that sort compare across the whole step: ask it once beforehand, unless it is one batch on one process."
         sorting = [name for name in self.args.loss_type if name in RANKED_SAMPLES]
-        if not sorting or len(batches) * self.args.world_size == 1: return batches
+        if not sorting or self.evaluating or len(batches) * self.args.world_size == 1: return batches
         with torch.no_grad(), self.compute_loss_context_manager():
             batches = [self._prepare_inputs(batch) for batch in batches]
             parts = [self.pairs(batch, completion_logps(self.model, batch)["logps"], self.reference.logps(batch),
                                 totals) for batch in batches]
+        # a pair that a process repeats has no rank, and is compared with itself
+        sizes = [0 if "repeated" in batch else len(pairs.chosen_logps) for batch, pairs in zip(batches, parts)]
         for name in sorting:
-            mates = self._mates_in_step(name, parts).split([len(pairs.chosen_logps) for pairs in parts])
-            batches = [{**batch, f"{name}_mates": part} for batch, part in zip(batches, mates)]
+            mates = self._mates_in_step(name, parts, sizes).split(sizes)
+            batches = [{**batch, f"{name}_mates": part} if len(part) else batch for batch, part in zip(batches, mates)]
         return batches
 
-    def _mates_in_step(self, name, parts):
+    def _mates_in_step(self, name, parts, sizes):
         "For each pair of this process: what the pairs of its rank are, among all pairs of the step (P, 2)."
         rank = self.args.process_index
-        local = [torch.cat(side).cpu() for side in zip(*map(RANKED_SAMPLES[name], parts))]
+        samples = [[side[:size] for side in RANKED_SAMPLES[name](pairs)] for pairs, size in zip(parts, sizes)]
+        local = [torch.cat(side).cpu() for side in zip(*samples)]
         by_process = dict(gather_object([(rank, local)]))
         sides = (torch.cat([by_process[r][k] for r in sorted(by_process)]) for k in (0, 1))
         before = sum(len(by_process[r][0]) for r in range(rank))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..foundations.advantages import group_advantages
 from ..foundations.masks import masked_mean
+from ..foundations.policy_gradient import policy_ratio
 
 # %% ../../nbs/online/07_corrections.ipynb #7c04904e
 IMPORTANCE_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
@@ -34,7 +35,7 @@ def importance_weights(
         raise ValueError(f"unknown mode {mode!r}; choose one of {', '.join(map(repr, IMPORTANCE_MODES))}")
     difference = (old_logps - sampled_logps).detach().masked_fill(mask == 0, 0).nan_to_num(nan=0.0)
     level, action = mode.split("_")
-    ratio = (difference.sum(1, keepdim=True) if level == "sequence" else difference).exp()  # steps 1 and 2
+    ratio = policy_ratio(difference, mask, "sequence_sum" if level == "sequence" else "token")  # steps 1 and 2
     if action == "truncate": return ratio.clamp(clip_min, clip_max) if (clip_min, clip_max) != (None, None) else ratio
     outside = torch.zeros_like(ratio, dtype=torch.bool)
     if clip_max is not None: outside = outside | (ratio > clip_max)
@@ -64,7 +65,8 @@ def entropy_threshold(
 ) -> Tensor:  # ()
     "The entropy from which on a token belongs to the most uncertain ones."
     if len(entropies) == 0: return entropies.new_zeros(())
-    ordered = entropies.float().sort().values  # torch.quantile stops at 16 million values
+    if len(entropies) <= 2**24: return torch.quantile(entropies.float(), 1 - quantile)
+    ordered = entropies.float().sort().values  # torch.quantile takes no more values than that
     place = (1 - quantile) * (len(ordered) - 1)
     low = int(place)
     return torch.lerp(ordered[low], ordered[min(low + 1, len(ordered) - 1)], place - low)
@@ -76,8 +78,7 @@ def top_entropy_mask(
     threshold: Tensor,  # () as from `entropy_threshold`
 ) -> Tensor:  # (B, T) of 0/1
     "The tokens at which the policy hesitated: only these get a policy gradient (Beyond the 80/20 rule, 2506.01939)."
-    near = 1e-5  # completions of a prompt begin alike: equal entropies but for rounding, which must not tell them apart
-    return ((entropies.detach().float() >= threshold - near) & (mask != 0)).long()
+    return ((entropies.detach().float() >= threshold) & (mask != 0)).long()
 
 
 class EntropyController:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..foundations.divergences import estimate_kl
 from ..foundations.masks import Totals, masked_mean
 from ..foundations.masks import average as average_tokens
-from ..foundations.policy_gradient import RATIOS, RECIPES, policy_gradient_loss
+from ..foundations.policy_gradient import RECIPES, policy_gradient_loss, policy_ratio
 
 # %% ../../nbs/online/01_grpo.ipynb #7b4a85b6
 def kl_penalty(
@@ -28,12 +28,13 @@ def kl_penalty(
     """
     k3 of each token against the reference: what straying from it costs (steps 12 to 14).
 
+    The ratio has the limits of `policy_gradient_terms`, and no gradient beyond them.
     Raises KeyError for an unknown level.
     """
     logratio = (logps - ref_logps.detach()).masked_fill(mask == 0, 0)  # before any exp: padding may hold anything
     if not use_bias_correction_kl: return estimate_kl(logratio, "k3")
     change = (logps - old_logps.detach()).masked_fill(mask == 0, 0)
-    return estimate_kl(logratio, "k3", ratio=RATIOS[importance_sampling_level](change, mask).exp())
+    return estimate_kl(logratio, "k3", ratio=policy_ratio(change, mask, importance_sampling_level))
 
 
 def grpo_loss(

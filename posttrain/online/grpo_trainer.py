@@ -30,7 +30,7 @@ from ..rollout.config import OnlineConfig
 from ..rollout.trainer import OnlineTrainer
 from ..training.config import ClipFields, ReferenceFields, option
 from ..training.heads import completion_logps, scoring
-from ..training.metrics import Mean, policy_metrics
+from ..training.metrics import Greatest, Least, Mean, policy_metrics
 
 # %% ../../nbs/online/09_grpo_trainer.ipynb #054e9935
 @dataclass
@@ -165,7 +165,7 @@ class GRPOTrainer(OnlineTrainer):
         if self.args.top_entropy_quantile < 1: return self._with_top_entropy(batches)
         if not self.entropy.enabled: return batches
         local = sum(batch["mask"].sum() for batch in batches).to(self.args.device)
-        tokens = self.accelerator.gather(local[None]).sum()
+        tokens = local if self.evaluating else self.accelerator.gather(local[None]).sum()
         return [{**batch, "bonus_tokens": tokens} for batch in batches]
 
     def _with_top_entropy(self, batches):
@@ -175,7 +175,9 @@ class GRPOTrainer(OnlineTrainer):
         with scoring(self.model), self.compute_loss_context_manager():
             entropies = [completion_logps(self.model, batch, **options)["entropy"] for batch in batches]
         local = torch.cat([entropy[batch["mask"] != 0] for entropy, batch in zip(entropies, batches)]).float()
-        gathered = self.accelerator.gather(self.accelerator.pad_across_processes(local, pad_index=-1))
+        gathered = local
+        if not self.evaluating:
+            gathered = self.accelerator.gather(self.accelerator.pad_across_processes(local, pad_index=-1))
         threshold = entropy_threshold(gathered[gathered >= 0], self.args.top_entropy_quantile)
         kept = top_entropy_mask(gathered, gathered >= 0, threshold).sum()
         # kept as masks: asked again, a token at the threshold might fall below it
@@ -206,14 +208,15 @@ class GRPOTrainer(OnlineTrainer):
         known = mask * ~batch["sampled_logps"].isnan()  # an engine may not be able to say
         gap = (old_logps - batch["sampled_logps"]).abs().masked_fill(known == 0, 0)
         name = "sampling/sampling_logp_difference"
-        stats = {f"{name}/mean": Mean.of(gap, known), f"{name}/max": gap.max()}
+        stats = {f"{name}/mean": Mean.of(gap, known), f"{name}/max": Greatest(gap.max())}
         if not args.vllm_importance_sampling_correction: return None, stats
         weights = importance_weights(
             old_logps, batch["sampled_logps"], mask, mode=args.vllm_importance_sampling_mode,
             clip_max=args.vllm_importance_sampling_clip_max, clip_min=args.vllm_importance_sampling_clip_min)
         counted = weights.flatten() if weights.shape[1] == 1 else weights[mask != 0]
-        if not len(counted): return weights, stats
-        extremes = {"min": counted.min(), "mean": Mean.of(counted), "max": counted.max()}
+        # where nothing counts the names are reported all the same: all processes must know them
+        least, greatest = counted.aminmax() if len(counted) else (math.inf, -math.inf)
+        extremes = {"min": Least(least), "mean": Mean.of(counted), "max": Greatest(greatest)}
         return weights, stats | {f"sampling/importance_sampling_ratio/{k}": v for k, v in extremes.items()}
 
     def trust_region(self, batch: dict, correction: Tensor | None):

@@ -223,6 +223,31 @@ def _key(task: str, seed: int, recipe: Recipe) -> str:
     return hashlib.sha256(json.dumps(made_by, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
+_DIGESTS = "digests.json"  # of each file of a start
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _is_whole(place: Path) -> bool:
+    "Is a start there, as it was written? A disk that was full, or one that fails, may have left something else."
+    try:
+        digests = json.loads((place / _DIGESTS).read_text())
+        return all(_digest(place / name) == digest for name, digest in digests.items())
+    except (OSError, ValueError):
+        return False
+
+
+def _put_aside(place: Path) -> None:
+    "Take away a start that is damaged."
+    if not place.exists() or _is_whole(place):
+        return
+    aside = Path(tempfile.mkdtemp(prefix=".damaged-", dir=place.parent))
+    os.rename(place, aside / place.name)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
 @contextmanager
 def _quiet():
     "No progress bars: half a megabyte is written and read at once."
@@ -244,13 +269,13 @@ def start_path(
 ) -> Path:
     """The folder of a start checkpoint, as `from_pretrained` and the command line want it.
 
-    It is trained and stored if it is not there. Raises ValueError for an unknown task, OSError when the cache cannot be
-    written."""
+    It is trained and stored if it is not there, or if a file of it is damaged. Raises ValueError for an unknown task,
+    OSError when the cache cannot be written."""
     if task not in STARTS:
         raise ValueError(f"task {task!r}: expected one of {', '.join(STARTS)}")
     recipe = STARTS[task] if steps is None else Recipe(**asdict(STARTS[task]) | {"steps": steps})
     place = cache_dir() / f"pocket-{task}-{_key(task, seed, recipe)}"
-    if place.exists():
+    if _is_whole(place):
         return place
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -262,9 +287,11 @@ def start_path(
         with _quiet():
             train_start(task, seed, recipe).save_pretrained(beside)
             models.tokenizer().save_pretrained(beside)
+        (beside / _DIGESTS).write_text(json.dumps({path.name: _digest(path) for path in beside.iterdir()}))
+        _put_aside(place)
         os.rename(beside, place)
     except OSError:
-        if not place.exists():  # else another process was quicker, and its checkpoint is the same
+        if not _is_whole(place):  # else another process was quicker, and its checkpoint is the same
             raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from ..foundations.advantages import group_std
 from .generation import Generation
 from .rewards import text_of, total
+from ..training.progress import Careful
 
 # %% ../../nbs/rollout/07_completions.ipynb #dedcd03c
 def completion_metrics(
@@ -77,8 +78,12 @@ def completions_table(
     return "\n".join(map(line, range(0, len(generation), step)[:n]))
 
 # %% ../../nbs/rollout/07_completions.ipynb #d3c4c8a0
-class CompletionsLog(TrainerCallback):
-    "Prints some completions with every log, and writes all to output_dir/completions, a table per generation."
+class CompletionsLog(Careful, TrainerCallback):
+    """Prints some completions with every log, and writes all to output_dir/completions, a table per generation.
+
+    A disk that is full does not end the run."""
+
+    trouble = "the completions could not be logged"
 
     def __init__(self): self.step, self.written = None, 0  # the last step that was written, and its generations so far
 
@@ -90,7 +95,9 @@ class CompletionsLog(TrainerCallback):
 
     def on_generation(self, trainer, generation: Generation) -> None:
         "Write the generation's table. A run that goes on after a stop writes the same file again."
-        if not trainer.is_world_process_zero(): return
+        if trainer.is_world_process_zero(): self._safely(self._write, trainer, generation)
+
+    def _write(self, trainer, generation: Generation) -> None:
         step = trainer.state.global_step + 1
         name = self._name(step)
         own = {"step": [step] * len(generation), "prompt": [row["prompt"] for row in generation.rows],
@@ -106,7 +113,9 @@ class CompletionsLog(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" not in (logs or {}) or self.trainer.generation is None or not state.is_world_process_zero: return
-        print(self.trainer.completions_table())
+        self._safely(self._print)
+
+    def _print(self) -> None: print(self.trainer.completions_table())
 
 
 def table_columns(

@@ -156,11 +156,15 @@ class OnlineTrainer(Stages, WithReference, PostTrainer):
         # processes take batches in turn, so each row has its seeds however many processes there are
         before = (self._evaluated * args.world_size + args.process_index) * args.eval_batch_size
         self._evaluated += 1
+        own = len(rows)
+        if self.accelerator.gradient_state.end_of_dataloader:
+            own = min(own, self.own_rows(self._evaluated_dataset, args.eval_batch_size))
+        rows = rows[:max(own, 1)]  # a process without a row of its own takes part with one that counts nothing
         seeds = completion_seeds(args.seed, before * G, len(rows) * G)
         generation = self.generate([row for row in rows for _ in range(G)], seeds, G)
-        self.metrics["eval"].add(weighted(self.metrics_of(generation), len(rows)))
+        self.metrics["eval"].add(weighted(self.metrics_of(generation), len(rows)), counts=own > 0)
         _, (batch,) = self.learnable(generation, lambda n: [range(n)])
-        return batch
+        return batch if own else {**batch, "repeated": True}
 
     def _get_eval_sampler(self, eval_dataset):
         "In order, and not by length: completions have none yet."
@@ -197,13 +201,25 @@ class OnlineTrainer(Stages, WithReference, PostTrainer):
                                  self.args.log_unique_prompts)
 
     # ------------------------------------------------ stopping and going on
-    def run_state(self): return {} if self.stream is None else {"stream": self.stream.state_dict()}
+    def run_state(self):
+        return {} if self.stream is None else {"stream": self.stream.state_dict(), "sizes": self._sizes()}
+
+    def _sizes(self) -> dict[str, int]:
+        "What a generation's micro-batches were cut by: the same until all of them are used."
+        args = self.args
+        return {"processes": args.world_size, **{name: getattr(args, name) for name in (
+            "per_device_train_batch_size", "num_generations", "steps_per_generation")}}
+
+    def _must_fit(self, saved: dict[str, int]) -> None:
+        "Raise ValueError where the rest of a generation does not fit this run."
+        for name, now in self._sizes().items():
+            if saved[name] == now: continue
+            was = f"by {saved[name]} processes" if name == "processes" else f"with {name}={saved[name]}"
+            raise ValueError(f"this checkpoint was saved {was} in the middle of a generation; it goes on with "
+                             f"{saved[name]}, not {now}. Or choose save_steps that fall between generations")
 
     def load_run_state(self, state):
-        if state["stream"]["batches"] and state["processes"] != self.args.world_size:
-            raise ValueError(f"this checkpoint was saved by {state['processes']} processes in the middle of a "
-                             f"generation; it goes on with {state['processes']}, not {self.args.world_size}. Or choose "
-                             "save_steps that fall between generations")
+        if state["stream"]["batches"]: self._must_fit(state["sizes"])
         self.stream.load_state_dict(state["stream"])
         batches = [self._prepare_inputs(batch) for batch in self.stream.state.batches]
         # a run that stopped without a reference may go on with one

@@ -7,6 +7,7 @@ __all__ = ['unwrapped', 'scoring', 'Query', 'attach_head', 'read', 'completion_l
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache, wraps
 from types import MethodType
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..foundations.layouts import Layout, lay_out, make_batch
+from ..foundations.layouts import Layout, lay_out, lay_out_parts, make_batch
 from ..foundations.logps import token_logps
 from posttrain.training.states import (
     HeadSpec,
@@ -59,6 +60,7 @@ class Query(NamedTuple):
     reader: Reader
     layout: Layout
     at: str  # "predicts": the state that bets on each counted token; "token": the state that has read it
+    more: tuple = ()  # further parts of the batch: the keywords of the model, and their layout
 
 
 @cache
@@ -69,9 +71,12 @@ def _forward_of(cls: type):
     def forward(self, *args, read: Query | None = None, **kwargs):
         if read is None: return cls.forward(self, *args, **kwargs)
         kwargs = {k: v for k, v in kwargs.items() if v is not None}  # PEFT passes labels=None and the like
-        hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state.flatten(0, 1)
-        places = read.layout.predicts if read.at == "predicts" else read.layout.reads
-        return read.reader(States(hidden[places], *output_layer(self), self._posttrain_head, read.layout))
+        def answer(lay, *args, **kwargs):
+            hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state.flatten(0, 1)
+            places = lay.predicts if read.at == "predicts" else lay.reads
+            return read.reader(States(hidden[places], *output_layer(self), self._posttrain_head, lay))
+        first = answer(read.layout, *args, **kwargs)
+        return [first, *[answer(lay, **inputs) for inputs, lay in read.more]] if read.more else first
     return forward
 
 # %% ../../nbs/training/02b_heads.ipynb #98cb4bd5
@@ -128,9 +133,23 @@ def read(
     lm = unwrapped(model)
     if not _has_head(lm): attach_head(model)
     spec = lm._posttrain_head
-    lay = lay_out(batch, layout if spec.masked_rows else "padded", spec.hidden_size)
-    out = model(**_inputs(lm, lay), read=Query(reader, lay, at))
+    layout = layout if spec.masked_rows else "padded"
+    # in shards all processes must run the same layers equally often
+    joins = getattr(reader, "joins", False) and not hasattr(lm, "reshard")
+    lay, *others = (lay_out_parts if joins else _one_layout)(batch, layout, spec.hidden_size)
+    out = model(**_inputs(lm, lay), read=Query(reader, lay, at, tuple((_inputs(lm, o), o) for o in others)))
+    if others: lay, out = _joined([lay, *others], out)
     return {k: lay.scatter(v) if isinstance(v, Tensor) and v.dim() else v for k, v in out.items()}
+
+
+def _one_layout(*args) -> list[Layout]: return [lay_out(*args)]
+
+
+def _joined(lays: list[Layout], answers: list[dict]) -> tuple[Layout, dict]:
+    "The answers about the parts of a batch as one: tokens side by side, scalars added up."
+    whole = replace(lays[0], places=torch.cat([lay.places for lay in lays]))
+    parts = {k: [answer[k] for answer in answers] for k in answers[0]}
+    return whole, {k: torch.cat(v) if v[0].dim() else sum(v) for k, v in parts.items()}
 
 
 def completion_logps(
@@ -219,8 +238,17 @@ def _verify_padded(lm: nn.Module, batch: dict) -> None:
     padded = _answers(lm, batch, "padded").flatten(0, 1)[places]
     if len(own) < len(padded): padded = padded.view(len(own), -1, *padded.shape[1:])[:, -1]  # of a sequence
     if not _agree(padded.to(lm.dtype), own):
+        _must_be_finite(lm)
         raise TypeError(f"{type(lm).__name__} does more between its last state and its logits than scale and soft cap; "
                         f"what the fused head says would be wrong (difference {(padded - own).abs().max():.3g})")
+
+
+def _must_be_finite(lm: nn.Module) -> None:
+    "Raise ValueError for weights that are no numbers, of which nothing can be said."
+    broken = [name for name, p in lm.named_parameters() if p.is_floating_point() and not p.isfinite().all()]
+    if broken:
+        raise ValueError(f"{type(lm).__name__} holds NaN or infinite weights, in {len(broken)} of its parameters, "
+                         f"first in {broken[0]}: load them from a checkpoint that is whole")
 
 
 def _fault_of_sharing(lm: nn.Module, batch: dict, other_sibling: dict, other_prompt: dict) -> str:

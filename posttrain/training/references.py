@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .config import PostConfig
 from .heads import attach_head, completion_logps, scoring
-from .loading import load_model
+from .loading import load_model, must_learn
 
 # %% ../../nbs/training/06_references.ipynb #c12f305d
 def _settings(model) -> str:
@@ -232,9 +232,7 @@ def make_reference(
 
     Raises ValueError if both are one object, or have different vocabularies."""
     refuse_the_policy(policy, ref_model)
-    if not any(p.requires_grad for p in policy.parameters()):
-        raise ValueError("the model has no weight that learns: an adapter is loaded for training with "
-                         "PeftModel.from_pretrained(..., is_trainable=True)")
+    must_learn(policy)
     if ref_model is None and hasattr(policy, "peft_config"): return _adapter_reference(policy, fresh_adapter)
     if ref_model is None: ref_model = copy.deepcopy(policy)
     _check_apart(policy, ref_model)
@@ -257,6 +255,9 @@ def _adapter_reference(policy: nn.Module, fresh_adapter: bool) -> AdapterReferen
     if not hasattr(policy, "get_base_model"):
         raise ValueError("the model has an adapter of transformers' own (model.add_adapter); wrap it with "
                          "peft.get_peft_model instead, which can leave the adapter out")
+    if len(active := policy.active_adapters) > 1:
+        raise ValueError(f"the model has several active adapters, {', '.join(active)}, and its reference would be only "
+                         "one of them: make one of them (model.add_weighted_adapter), or pass ref_model")
     if not fresh_adapter: return AdapterReference(policy, copy_adapter(policy))
     config = policy.peft_config[policy.active_adapter]
     start, bias = getattr(config, "init_lora_weights", None), getattr(config, "bias", "none")

@@ -80,10 +80,11 @@ def output_layer(
     "Weight and bias of the last layer, with what PEFT adds to it. Raises TypeError or ValueError for what is no sum."
     layer = head_module(lm)
     if hasattr(layer, "modules_to_save"): layer = _copy_in_use(layer)
-    if hasattr(layer, "base_layer"): return _with_lora(layer)
+    if hasattr(layer, "lora_A"): return _with_lora(layer)
     if not isinstance(layer, nn.Linear):
-        raise TypeError(f"the output layer of {type(lm).__name__} is a {type(layer).__name__}; "
-                        "only Linear, LoRA on Linear and modules_to_save can be scored")
+        kind = f"{type(layer).__module__}.{type(layer).__name__}"
+        raise TypeError(f"the output layer (lm_head) of {type(lm).__name__} is a {kind}: only Linear, LoRA on Linear "
+                        "and modules_to_save can be scored. Leave lm_head out of target_modules")
     return _whole(layer.weight), None if layer.bias is None else _whole(layer.bias)
 
 
@@ -98,18 +99,24 @@ def _copy_in_use(layer: nn.Module) -> nn.Module:
 
 
 def _with_lora(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
-    "W + scale B A as one matrix, so that the gradient reaches A and B."
+    "W + scale B A as one matrix, so that the gradient reaches A and B; and the bias with scale times that of B."
     weight, bias = layer.base_layer.weight, layer.base_layer.bias
     if layer.disable_adapters or layer.merged: return weight, bias
     for adapter in layer.active_adapters:
+        if adapter not in layer.lora_A: continue  # it adapts other layers
         _must_be_a_sum(layer, adapter)
         weight = weight + layer.get_delta_weight(adapter)
+        own = getattr(layer.lora_B[adapter], "bias", None)
+        if own is None: continue
+        bias = own * layer.scaling[adapter] if bias is None else bias + own * layer.scaling[adapter]
     return weight, bias
 
 
 def _must_be_a_sum(layer: nn.Module, adapter: str) -> None:
-    if getattr(layer, "use_dora", {}).get(adapter):
-        raise TypeError("DoRA on the output layer cannot be scored; leave lm_head out of target_modules")
+    variant = getattr(layer, "lora_variant", {}).get(adapter)
+    if variant is not None or getattr(layer, "use_dora", {}).get(adapter):
+        kind = "DoRA" if getattr(layer, "use_dora", {}).get(adapter) else type(variant).__name__
+        raise TypeError(f"{kind} on the output layer cannot be scored; leave lm_head out of target_modules")
     if layer.training and getattr(layer.lora_dropout[adapter], "p", 0) > 0:
         raise ValueError("LoRA on the output layer cannot use lora_dropout: the layer is never applied to a hidden "
                          "state. Set lora_dropout=0 or leave lm_head out of target_modules")
@@ -161,6 +168,7 @@ def logps(
     def reader(states: States) -> dict[str, Tensor]:
         return linear_logps(states.hidden, states.weight, states.targets, temperature=temperature, want=tuple(want),
                             **states.head)
+    reader.joins = True
     return reader
 
 
@@ -175,6 +183,7 @@ def token_loss(
         total, stats = linear_token_loss(states.hidden, states.weight, states.targets, states.pick(token_weights),
                                          loss, temperature=temperature, want=tuple(want), **states.head)
         return {"loss": total, **stats}
+    reader.joins = True
     return reader
 
 

@@ -59,6 +59,8 @@ class SyncRefModelCallback(TrainerCallback):
     The moving reference is part of the run's state: it is written into each checkpoint and found again on resuming."""
 
     FILE = "ref_model.safetensors"
+    NEEDED = ("this run goes on with a reference that had moved by then. Resume from a checkpoint that holds it, or "
+              "set sync_ref_model=False")
 
     def __init__(
         self,
@@ -72,13 +74,15 @@ class SyncRefModelCallback(TrainerCallback):
         policy = self.accelerator.unwrap_model(model) if self.accelerator else model
         sync_weights(self.ref_model, policy, args.ref_model_mixup_alpha)
 
-    def on_save(self, args, state, control, **kwargs):
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        # all processes gather, and the first one writes
-        weights = {n: _whole(p).detach().cpu().contiguous().clone() for n, p in self.ref_model.named_parameters()}
-        if not state.is_world_process_zero or not folder.exists(): return
+    def save(
+        self,
+        folder,  # of a checkpoint, which must not count as complete before
+        writes: bool = True,  # is this the process that writes? All of them gather
+    ) -> None:
+        "Write the reference as it is now."
         from safetensors.torch import save_file
-        save_file(weights, folder / self.FILE)
+        weights = {n: _whole(p).detach().cpu().contiguous().clone() for n, p in self.ref_model.named_parameters()}
+        if writes: save_file(weights, Path(folder) / self.FILE)
 
     def load(
         self,
@@ -87,9 +91,7 @@ class SyncRefModelCallback(TrainerCallback):
         "Go on with the reference as it was then. Raises FileNotFoundError when it was not saved."
         from safetensors.torch import load_file
         path = Path(folder) / self.FILE
-        if not path.exists():
-            raise FileNotFoundError(f"{path} is missing: this run goes on with a reference that had moved by then. "
-                                    "Resume from a checkpoint that holds it, or set sync_ref_model=False")
+        if not path.exists(): raise FileNotFoundError(f"{path} is missing: {self.NEEDED}")
         saved = load_file(path)
         with torch.no_grad():
             for n, p in self.ref_model.named_parameters(): _set_whole(p, saved[n])
@@ -138,12 +140,27 @@ class WithReference:
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         "Also what transformers does not know of: a reference that had moved, and a frozen adapter beside the trained."
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, SyncRefModelCallback): callback.load(resume_from_checkpoint)
-        # of two adapters transformers would find only the frozen one
-        own = getattr(self.model, "active_adapter", None)
-        if getattr(self.reference, "adapter", None) and own == "default":
-            self.model.load_adapter(resume_from_checkpoint, own, is_trainable=True)
-            self.model.set_adapter(own)
-            freeze_adapter(self.model, self.reference.adapter)
+        frozen_adapter = getattr(self.reference, "adapter", None)
+        if frozen_adapter is None or model is not None: super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else: self._load_adapters(Path(resume_from_checkpoint), self.model.active_adapter, frozen_adapter)
+        for callback in self._followers(): callback.load(resume_from_checkpoint)
+
+    def _load_adapters(self, checkpoint: Path, own: str, other: str) -> None:
+        "Both adapters, once. Beside another one, transformers before 5.24 does not find the adapter `default`."
+        for adapter in (own, other):
+            # PEFT writes the one of this name into the folder itself
+            place = checkpoint if adapter == "default" else checkpoint / adapter
+            self.model.load_adapter(str(place), adapter, is_trainable=adapter == own)
+        self.model.set_adapter(own)
+        freeze_adapter(self.model, other)
+
+    def _followers(self) -> list[SyncRefModelCallback]:
+        return [c for c in self.callback_handler.callbacks if isinstance(c, SyncRefModelCallback)]
+
+    def needed_parts(self):
+        moving = {SyncRefModelCallback.FILE: SyncRefModelCallback.NEEDED} if self._followers() else {}
+        return super().needed_parts() | moving
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        super()._save_optimizer_and_scheduler(output_dir)
+        for callback in self._followers(): callback.save(output_dir, self.args.should_save)
