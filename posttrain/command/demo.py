@@ -111,8 +111,8 @@ def draw(
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     grid = figure.add_gridspec(2, 3, width_ratios=(1.35, .85, 1.25))
     _draw_learning(figure.add_subplot(grid[:, 0]), log, examination)
-    cost = (("kl", "distance from the start", "KL, nats per token"),
-            ("entropy", "how unsure of its next token", "entropy, nats per token"))
+    cost = (("kl", "distance from the start", "KL (nats / token)"),
+            ("entropy", "how unsure of its next token", "entropy (nats / token)"))
     for row, (name, title, unit) in enumerate(cost):
         _draw_cost(figure.add_subplot(grid[row, 1]), log, name, title, unit)
     _write_answers(figure.add_subplot(grid[:, 2]), examination)
@@ -138,7 +138,7 @@ def _draw_learning(ax, log, examination) -> None:
 def _draw_cost(ax, log, name, title, unit) -> None:
     steps, values = _curve(log, name)
     ax.plot(steps, values, color="#555555")
-    ax.set(xlabel="optimizer step", ylabel=unit, ylim=(0, 1.1 * max(values, default=1) or 1))
+    ax.set(xlabel="optimizer step", ylabel=unit, xlim=(0, None), ylim=(0, 1.1 * max(values, default=1) or 1))
     ax.set_title(title, fontsize=10)
     ax.grid(alpha=.3)
 

@@ -8,6 +8,7 @@ import bz2
 import gzip
 import json
 import lzma
+import textwrap
 from pathlib import Path
 
 from .arguments import DatasetConfig, DatasetMixtureConfig, ScriptArguments
@@ -61,7 +62,8 @@ def _load(flag, name, *args, **kwargs):
     try: return load_dataset(*args, **kwargs)
     except Exception as e:  # of the hub, of pyarrow, of a script: all say what they met, none says who asked
         cause = e.__cause__ or e
-        raise ValueError(f"{flag} {name}: {type(cause).__name__}: {str(cause).strip()}") from e
+        said = textwrap.shorten(str(cause), 400, placeholder=" ...")
+        raise ValueError(f"{flag} {name}: {type(cause).__name__}: {said}") from e
 
 
 def _load_file(path: Path, split, streaming, flag):
@@ -96,6 +98,8 @@ def _load_folder(path: Path, streaming, flag, more):
     "A folder of `save_to_disk`, or of files, whose names may say the split."
     from datasets import DatasetDict, IterableDatasetDict, load_from_disk
     if not (path / "dataset_dict.json").exists() and not (path / "dataset_info.json").exists():
+        if (path / "tokenizer_config.json").exists():
+            raise ValueError(f"{flag} {path} is the folder of a model; expected one of data")
         if not any(map(kind_of_file, (p.name for p in path.rglob("*")))):
             raise ValueError(f"{flag} {path}: no file in this folder ends in one of {', '.join(KINDS)}")
         return _load(flag, path, str(path), streaming=streaming, **more)

@@ -105,7 +105,7 @@ def closest(
 ) -> str:  # ' Did you mean ...?', or '' when nothing is near
     "The known name that is most like a misspelt one."
     plain = {str(k).lower().replace("-", "_"): k for k in known}
-    found = difflib.get_close_matches(str(name).lower().replace("-", "_"), plain, 1, 0.7)
+    found = difflib.get_close_matches(str(name).lower().replace("-", "_"), plain, 1, 0.6)
     return f" Did you mean {plain[found[0]]!r}?" if found else ""
 
 # %% ../../nbs/training/00_fields.ipynb #bdb4cb71
@@ -135,9 +135,9 @@ def check_value(
     _check_choice(owner, name, value, choices_of(limits, hint), kinds)
     fit = fitted(value, hint)
     if fit is NO_FIT:
-        # None first stands last in words: 'a number or None'
-        kinds = sorted(kinds, key=lambda kind: kind is NoneType)
-        expected = " or ".join(map(name_of_type, kinds))
+        # None stands last in words; beside a dict, text is only its JSON
+        named = [kind for kind in kinds if kind is not NoneType and not (kind is str and kinds[0] is dict)]
+        expected = " or ".join(map(name_of_type, named + [NoneType] * (NoneType in kinds)))
         raise TypeError(f"{name} of {owner} must be {expected}, got {value!r}{_advice(value, kinds)}")
     _check_range(owner, name, fit, limits, NoneType in kinds or default is None)
     return fit

@@ -106,7 +106,8 @@ def from_text(
 ):  # a value of that type, or the text where it can be none
     "What a text means for a field of this type. Raises ValueError for JSON that is broken."
     kinds = members(hint)
-    if lists := [kind for kind in kinds if get_origin(kind) is list]: return _list_from_text(text, lists[0], kinds)
+    if lists := [kind for kind in kinds if get_origin(kind) is list]:
+        return text if text in (default, [default]) else _list_from_text(text, lists[0], kinds)
     if isinstance(text, (int, float)) and not isinstance(text, bool) and kinds[0] is str: return str(text)
     if not isinstance(text, str) or text == default: return text
     if NoneType in kinds and text.lower() in ("none", "null"): return None
