@@ -15,7 +15,7 @@ from posttrain.training.config import RANGES, UNCHECKED, PostConfig
 from posttrain.training.fields import default_of, hints_of, limits_of, option
 from posttrain.training.types import members
 
-CONFIGS = [getattr(posttrain, name) for name in posttrain.__all__ if name.endswith("Config")]
+CONFIGS = [getattr(posttrain, name).config_class for name in posttrain.__all__ if name.endswith("Trainer")]
 NAN = float("nan")
 PLAIN = {int, float, bool, str, list, dict, type(None)}
 
