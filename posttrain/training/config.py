@@ -12,7 +12,7 @@ from math import inf
 import torch
 from transformers import TrainingArguments
 
-from .fields import check_fields, limits, option, refuse_unknown
+from .fields import check_fields, default_of, limits, option, refuse_unknown
 from .types import from_text
 
 # %% ../../nbs/training/00_config.ipynb #a5995b84
@@ -135,12 +135,17 @@ class PostConfig(TrainingArguments):
         cls,
         args,  # an instance of this class, plain TrainingArguments, or None for the defaults
     ) -> "PostConfig":
-        "These arguments as this config. Raises TypeError for anything else."
+        "These arguments as this config. Raises TypeError for anything else, another method's config included."
         if args is None: return cls()
         if isinstance(args, cls): return args
         if not isinstance(args, TrainingArguments):
             raise TypeError(f"args must be a {cls.__name__}, TrainingArguments or None, got {type(args).__name__}")
         known = {f.name for f in fields(cls)}
+        lost = [f.name for f in fields(args)
+                if f.init and f.name not in known and getattr(args, f.name) != default_of(f)]
+        if lost or isinstance(args, PostConfig) and not issubclass(cls, type(args)):
+            raise TypeError(f"args is a {type(args).__name__}; expected a {cls.__name__}"
+                            + f", which has no {', '.join(lost)}" * bool(lost))
         return cls(**{f.name: getattr(args, f.name) for f in fields(args) if f.init and f.name in known})
 
     def options_of(
