@@ -2245,6 +2245,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'posttrain/training/config.py'),
                                            'posttrain.training.config.PostConfig.__post_init__': ( 'training/config.html#postconfig.__post_init__',
                                                                                                    'posttrain/training/config.py'),
+                                           'posttrain.training.config.PostConfig._read_dtype': ( 'training/config.html#postconfig._read_dtype',
+                                                                                                 'posttrain/training/config.py'),
                                            'posttrain.training.config.PostConfig._read_json': ( 'training/config.html#postconfig._read_json',
                                                                                                 'posttrain/training/config.py'),
                                            'posttrain.training.config.PostConfig._refuse_what_is_not_here': ( 'training/config.html#postconfig._refuse_what_is_not_here',

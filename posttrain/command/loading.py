@@ -49,6 +49,8 @@ def load_named(
 ):  # a DatasetDict or IterableDatasetDict
     "A dataset with all its splits. Raises FileNotFoundError and ValueError that name it and what is wrong."
     path = Path(name).expanduser()
+    if config is not None and path.exists():
+        raise ValueError(f"{flag} {name} is a file or folder here; a configuration ({config!r}) is for a hub dataset")
     if path.is_dir(): return _load_folder(path, streaming, flag, more)
     if path.exists() or _looks_like_a_path(name):
         _must_exist(path, flag)
@@ -176,7 +178,8 @@ def split_off(
     if size >= 1 and size != int(size) or size >= len(rows):
         raise ValueError(f"--test_split_size {size} must be a share below 1, or a whole number of rows below the "
                          f"{len(rows)} that there are")
-    return rows.train_test_split(test_size=size if size < 1 else int(size), seed=seed)
+    try: return rows.train_test_split(test_size=size if size < 1 else int(size), seed=seed)
+    except ValueError as e: raise ValueError(f"--test_split_size {size} of {len(rows)} rows: {e}") from e
 
 
 def load_data(
@@ -188,6 +191,9 @@ def load_data(
 ) -> tuple:  # the datasets to train and to evaluate on; the second may be None
     "The data of a training command. Raises ValueError and FileNotFoundError that say what is missing."
     mixture = mixture or DatasetMixtureConfig()
+    if mixture.datasets and script.dataset_name:
+        raise ValueError(f"--dataset_name {script.dataset_name} and datasets: in a config file are both given: choose "
+                         "one")
     if mixture.datasets:
         data, name, train, test = get_dataset(mixture, seed), "the mixture of datasets", "train", "test"
     elif script.dataset_name:

@@ -71,7 +71,10 @@ def check_model(
     if not name: raise ValueError(f"{flag} is needed: the folder or hub id of a model")
     path = Path(name).expanduser()
     if path.is_file(): raise ValueError(f"{flag} {name} is a file; expected the folder that holds config.json")
-    if path.is_dir(): return _check_folder(path, flag)
+    if path.is_dir():
+        if revision != "main":
+            raise ValueError(f"--model_revision {revision}: {name} is a folder here, which has no revisions")
+        return _check_folder(path, flag)
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
         near = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
         raise FileNotFoundError(f"{flag} {name}: there is no such folder.{closest(path.name, near)}")
@@ -109,6 +112,7 @@ def explain(
     if name == "OutOfMemoryError" or isinstance(error, MemoryError):
         return f"{_OUT_OF_MEMORY} ({one_line(error)[:200]})"
     if isinstance(error, _SAY_ALL): return str(error) or name
+    if isinstance(error, KeyError) and " " in str(error): return str(error.args[0])  # a sentence, not a key
     with tempfile.NamedTemporaryFile("w", prefix="posttrain-", suffix=".txt", delete=False, encoding="utf-8") as file:
         file.write("".join(traceback.format_exception(error)))
     return f"{name}: {one_line(error)}\nThe traceback is in {file.name}; --debug shows it at once"

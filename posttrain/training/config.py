@@ -5,6 +5,7 @@ __all__ = ['RANGES', 'TYPES', 'UNCHECKED', 'RENAMED', 'PostConfig', 'ReferenceFi
 
 # %% ../../nbs/training/00_config.ipynb #f687e0b4
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from math import inf
@@ -31,6 +32,7 @@ RANGES = {  # field of TrainingArguments -> what it may be
     "eval_delay": limits(low=0), "save_total_limit": _COUNT,
     "seed": limits(low=0, high=2**32 - 1), "data_seed": limits(low=0, high=2**32 - 1),
     "dataloader_num_workers": limits(low=0), "dataloader_prefetch_factor": _COUNT,
+    "ddp_backend": limits(choices=("nccl", "gloo", "mpi", "ccl", "xccl", "hccl", "cncl", "mccl")),
     "ddp_bucket_cap_mb": _COUNT, "ddp_timeout": _COUNT, "log_level": _LEVELS, "log_level_replica": _LEVELS,
     "train_sampling_strategy": limits(choices=("random", "sequential", "group_by_length")),
     "include_num_input_tokens_seen": limits(choices=("all", "non_padding", "no", True, False)),
@@ -95,19 +97,23 @@ class PostConfig(TrainingArguments):
     def __post_init__(self):
         self._read_json()
         check_fields(self, UNCHECKED)
+        self._read_dtype()
         self._set_what_the_machine_decides()
         super().__post_init__()
         self._refuse_what_is_not_here()
 
     def _read_json(self):
-        "Dicts that came as text, from a command line."
-        for name in set(self._VALID_DICT_FIELDS) - set(UNCHECKED):
+        "Dicts that came as text, from a command line. Some may be the name of a file, which transformers reads."
+        for name in self._VALID_DICT_FIELDS:
             value = getattr(self, name)
             if not isinstance(value, str): continue
             found = from_text(value, dict | str)
-            if not isinstance(found, dict):
+            if isinstance(found, dict): setattr(self, name, found)
+            elif name not in UNCHECKED:
                 raise TypeError(f"{name} of {type(self).__name__} must be a dict or None, got {value!r}")
-            setattr(self, name, found)
+            elif value and not os.path.isfile(value):
+                raise FileNotFoundError(f"{name}={value!r} of {type(self).__name__}: there is no such file; expected a "
+                                        "dict, or a file of JSON that holds one")
 
     def _set_what_the_machine_decides(self):
         accelerated = torch.accelerator.is_available() and not self.use_cpu
@@ -124,6 +130,18 @@ class PostConfig(TrainingArguments):
         given = [value for name in (new, old) if (value := getattr(self, name, None)) is not None]
         for name in (new, old):
             if hasattr(self, name): setattr(self, name, given[0] if given else default)
+
+    def _read_dtype(self):
+        "The precision of a model's weights, also by the name that it had in transformers 4."
+        options = self.model_init_kwargs
+        if not options: return
+        if "torch_dtype" in options:
+            self.model_init_kwargs = options = {"dtype": options["torch_dtype"], **options}
+            del options["torch_dtype"]
+        dtype = options.get("dtype")
+        if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"model_init_kwargs: dtype={dtype!r} is none of torch's; expected 'auto', 'float32', "
+                             "'bfloat16' or 'float16'")
 
     def _refuse_what_is_not_here(self):
         if self.n_gpu > 1:

@@ -57,8 +57,9 @@ def _fitted(value, kind):
     if base is dict: return _FITS[dict](value)
     if base is Literal: return value if value in get_args(kind) else NO_FIT
     if base is list or kind is list: return _fitted_list(value, *(get_args(kind) or (object,)))
-    is_enum = isinstance(kind, type) and issubclass(kind, Enum)
-    return NO_FIT if is_enum and value not in values_of(kind) and not isinstance(value, kind) else value
+    if not isinstance(kind, type) or kind is object: return value
+    if issubclass(kind, Enum): return value if value in values_of(kind) or isinstance(value, kind) else NO_FIT
+    return NO_FIT if isinstance(value, (str, Real, list, tuple, dict)) and not isinstance(value, kind) else value
 
 
 def _fitted_list(values, kind):
