@@ -12,8 +12,13 @@ _HOMES = {
     "DPOTrainer": "offline.dpo_trainer", "DPOConfig": "offline.dpo_trainer",
     "GRPOTrainer": "online.grpo_trainer", "GRPOConfig": "online.grpo_trainer",
     "RLOOTrainer": "online.rloo_trainer", "RLOOConfig": "online.rloo_trainer",
+    # what scripts written for TRL import besides
+    "ModelConfig": "command.arguments", "ScriptArguments": "command.arguments",
+    "DatasetMixtureConfig": "command.arguments", "get_peft_config": "command.arguments",
+    "get_quantization_config": "command.arguments", "get_dataset": "command.loading",
 }
-_ROOMS = ("foundations", "data", "pocket", "training", "rollout", "offline", "online", "explore", "cli")
+_ROOMS = ("foundations", "data", "pocket", "training", "rollout", "offline", "online", "explore", "command",
+          "cli")
 __all__ = [*_HOMES, *_ROOMS, "__version__"]
 
 

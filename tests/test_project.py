@@ -25,8 +25,10 @@ def test_settings_and_pyproject_agree(settings):
     assert pyproject["project"]["name"] == settings["lib_name"]
     for name in ("lib_path", "nbs_path"):
         assert pyproject["tool"]["nbdev"][name] == settings[name]
-    static = set(pyproject["project"]) - {"name", "dynamic"}
+    # the licence stands in both: setuptools takes it for an SPDX expression only from pyproject.toml
+    static = set(pyproject["project"]) - {"name", "dynamic", "license", "license-files"}
     assert not static, f"{static} belong in settings.ini"
+    assert (settings["license"], pyproject["project"]["license"]) == ("apache2", "Apache-2.0")
 
 
 def test_nbdev_reads_the_same(settings):
@@ -89,8 +91,32 @@ def test_wheel_and_sdist(tmp_path, settings):
     modules = {str(p.relative_to(ROOT)) for p in (ROOT / "posttrain").rglob("*.py")}
     assert modules <= set(names)
     assert {n.split("/")[0] for n in names} == {"posttrain", f"posttrain-{settings['version']}.dist-info"}
-    meta = zipfile.ZipFile(wheel).read(f"posttrain-{settings['version']}.dist-info/METADATA").decode()
+    info = f"posttrain-{settings['version']}.dist-info"
+    meta = zipfile.ZipFile(wheel).read(f"{info}/METADATA").decode()
     assert f"Requires-Python: >={settings['min_python']}" in meta and "Provides-Extra: vllm" in meta
+    assert "License-Expression: Apache-2.0" in meta and "Project-URL: Changelog, https://" in meta
+    check_page(meta.split("\n\n", 1)[1])
+    check_entry_points(zipfile.ZipFile(wheel).read(f"{info}/entry_points.txt").decode(), settings)
+
+
+def check_page(page):
+    """What a package index shows: the README, with links and pictures that lead somewhere, to files that there are."""
+    targets = re.findall(r"\]\(([^()\s]+)\)", re.sub(r"```.*?```|`[^`\n]*`|\$[^$\n]+\$", "", page, flags=re.S))
+    assert len(targets) > 80 and all(re.match("https?://|#", target) for target in targets)
+    own = [re.match("https://github.com/posttrain/posttrain/(?:blob|raw)/main/(.+)", target) for target in targets]
+    assert all((ROOT / found[1].split("#")[0]).exists() for found in own if found) and sum(map(bool, own)) > 60
+
+
+def check_entry_points(text, settings):
+    """The command and vLLM's plugin are in the wheel, and each leads to a function."""
+    from configparser import ConfigParser
+    from importlib import import_module
+    parser = ConfigParser(delimiters=["="])
+    parser.read_string(text)
+    for group in ("console_scripts", "vllm.general_plugins"):
+        (name, target), = parser[group].items()
+        module, function = target.split(":")
+        assert f"{name}={target}" == settings[group] and callable(getattr(import_module(module), function))
 
 
 def committed():

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'DATASET_TYPES', 'first_row', 'column_names', 'is_conversational', 'require', 'dataset_type', 'short_repr',
-           'check_rows', 'warn_once']
+           'check_rows', 'warn_once', 'show_warnings_again']
 
 # %% ../../nbs/data/01_formats.ipynb #c8530988
 import difflib
@@ -253,7 +253,12 @@ def warn_once(
     name: str,     # what the warning is about; a second warning of the same name is not shown
     message: str,  # what to say
 ):
-    "Log `message` as a warning of the logger `posttrain`, the first time in this process that `name` comes up."
+    "Log `message` as a warning of the logger `posttrain`, the first time for a trainer that `name` comes up."
     if name not in _warned:
         _warned.add(name)
         logging.getLogger("posttrain").warning(message)
+
+
+def show_warnings_again() -> None:
+    "A new trainer begins: what an earlier one was warned of is news to it."
+    _warned.clear()

@@ -7,7 +7,7 @@ __all__ = ['DPOConfig', 'DPOTrainer']
 import math
 import warnings
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -39,9 +39,8 @@ from ..training.with_reference import WithReference
 class DPOConfig(LengthFields, ReferenceFields, PostConfig):
     "What learning from pairs can be told; names and defaults are TRL's."
 
-    learning_rate: float = option(1e-6, "Initial learning rate of AdamW.")
-    loss_type: list[str] = field(default_factory=lambda: ["sigmoid"],
-                                 metadata={"help": f"One or several of {', '.join(PAIR_LOSSES)}."})
+    learning_rate: float = option(1e-6, "Initial learning rate of AdamW.", low=0)
+    loss_type: list[str] = option(["sigmoid"], "One or several losses of pairs.", choices=PAIR_LOSSES)
     loss_weights: list[float] | None = option(None, "One weight for each loss_type; None: 1 each.")
     beta: float = option(0.1, "Weight of the KL to the reference: higher stays closer. IPO's tau.", above=0)
     label_smoothing: float = option(
@@ -62,23 +61,19 @@ class DPOConfig(LengthFields, ReferenceFields, PostConfig):
     padding_free: bool = option(
         False, "Accepted for TRL's configs: rows are laid out without padding wherever the model can.")
     pad_to_multiple_of: int | str | None = option(
-        "auto", "Accepted for TRL's configs: there is hardly any padding to align.")
+        "auto", "Accepted for TRL's configs: there is hardly any padding to align.", low=1)
     pad_token: str | None = option(None, "Padding token; None: the tokenizer's.")
 
     def __post_init__(self):
         if isinstance(self.loss_type, str): self.loss_type = [self.loss_type]
-        super().__post_init__()
         self._check_losses()
+        super().__post_init__()
         self._check_combinations()
 
     def _check_losses(self):
         names, weights = self.loss_type, self.loss_weights
         if not isinstance(names, (list, tuple)) or not names:
             raise TypeError(f"loss_type={names!r} must be a name or a list of names")
-        for name in names:
-            if name not in PAIR_LOSSES:
-                raise ValueError(f"loss_type={name!r} is unknown to DPOConfig; choose one, or a list, of "
-                                 f"{', '.join(map(repr, PAIR_LOSSES))}")
         if weights is None: return
         numbers = isinstance(weights, (list, tuple)) and all(isinstance(w, (int, float)) for w in weights)
         if not numbers or len(weights) != len(names) or not all(map(math.isfinite, weights)):

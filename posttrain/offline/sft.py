@@ -38,7 +38,7 @@ class SFTConfig(LengthFields, PostConfig):
 
     _VALID_DICT_FIELDS = PostConfig._VALID_DICT_FIELDS + ["dataset_kwargs"]
 
-    learning_rate: float = option(2e-5, "Initial learning rate of AdamW.")
+    learning_rate: float = option(2e-5, "Initial learning rate of AdamW.", low=0)
     loss_type: str = option(
         "nll", "'nll' (maximum likelihood) or 'dft' (dynamic fine-tuning).", choices=TOKEN_LOSSES)
     max_length: int | None = option(
@@ -61,7 +61,7 @@ class SFTConfig(LengthFields, PostConfig):
     padding_free: bool = option(
         False, "Accepted for TRL's configs: rows are laid out without padding wherever the model can.")
     pad_to_multiple_of: int | str | None = option(
-        "auto", "Accepted for TRL's configs: there is hardly any padding to align.")
+        "auto", "Accepted for TRL's configs: there is hardly any padding to align.", low=1)
 
     def __post_init__(self):
         super().__post_init__()

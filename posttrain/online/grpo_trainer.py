@@ -42,15 +42,15 @@ class GRPOConfig(ClipFields, ReferenceFields, OnlineConfig):
         "dapo", "A key of online.policy_zoo.LOSS_TYPES: how the surrogate is limited and averaged.",
         choices=LOSS_TYPES)
     delta: float | None = option(
-        None, "Cap of the ratio where the advantage is negative (two-sided clipping), above 1 + epsilon_high.")
+        None, "Cap of the ratio where the advantage is negative (two-sided clipping), above 1 + epsilon_high.", above=0)
     importance_sampling_level: str = option("token", "'token', or 'sequence' (GSPO).", choices=RATIOS)
     use_bias_correction_kl: bool = option(True, "Weigh each KL estimate with its ratio.")
-    sapo_temperature_neg: float = option(1.05, "SAPO's gate for negative advantages.")
-    sapo_temperature_pos: float = option(1.0, "And for positive ones.")
-    vespo_k_pos: float = option(2.0, "VESPO: rise of the weight for advantages that are not negative.")
-    vespo_lambda_pos: float = option(3.0, "VESPO: its decay.")
-    vespo_k_neg: float = option(3.0, "VESPO: rise for negative advantages.")
-    vespo_lambda_neg: float = option(2.0, "VESPO: its decay.")
+    sapo_temperature_neg: float = option(1.05, "SAPO's gate for negative advantages.", above=0)
+    sapo_temperature_pos: float = option(1.0, "And for positive ones.", above=0)
+    vespo_k_pos: float = option(2.0, "VESPO: rise of the weight for advantages that are not negative.", low=0)
+    vespo_lambda_pos: float = option(3.0, "VESPO: its decay.", low=0)
+    vespo_k_neg: float = option(3.0, "VESPO: rise for negative advantages.", low=0)
+    vespo_lambda_neg: float = option(2.0, "VESPO: its decay.", low=0)
     # advantages
     scale_rewards: str = option(
         "group", "Divide advantages by the standard deviation of the 'group', of the 'batch', or 'none'.",
@@ -62,24 +62,24 @@ class GRPOConfig(ClipFields, ReferenceFields, OnlineConfig):
     top_entropy_quantile: float = option(
         1.0, "Only so large a share of tokens, the most uncertain ones, gets a policy gradient.", low=0, high=1)
     off_policy_mask_threshold: float | None = option(
-        None, "Drop punished completions that the policy has left by so many nats per token.")
+        None, "Drop punished completions that the policy has left by so many nats per token.", low=0)
     # entropy bonus
     entropy_coef: float = option(0.0, "Reward for a nat of entropy.")
     use_adaptive_entropy: bool = option(False, "Steer entropy_coef so that the entropy stays at entropy_target.")
-    entropy_target: float = option(0.2, "Nats per token.")
+    entropy_target: float = option(0.2, "Nats per token.", low=0)
     entropy_coef_min: float = option(0.0, "Least entropy_coef.")
     entropy_coef_max: float = option(1.0, "Greatest entropy_coef.")
-    entropy_coef_delta: float = option(0.005, "Its change after a step.")
+    entropy_coef_delta: float = option(0.005, "Its change after a step.", low=0)
     # a sampler that is not the trainer
     vllm_importance_sampling_correction: bool = option(
         True, "Correct for a sampler whose probabilities are not the trainer's: vLLM, or our own in lower precision.")
     vllm_importance_sampling_mode: str = option(
         "sequence_mask", "Of tokens or of whole completions; brought back to the limits, or left out beyond them.",
         choices=IMPORTANCE_MODES)
-    vllm_importance_sampling_clip_max: float | None = option(3.0, "Greatest ratio.")
-    vllm_importance_sampling_clip_min: float | None = option(None, "Least ratio.")
+    vllm_importance_sampling_clip_max: float | None = option(3.0, "Greatest ratio.", above=0, high=math.inf)
+    vllm_importance_sampling_clip_min: float | None = option(None, "Least ratio.", low=0)
     vllm_importance_sampling_cap: float | None = option(
-        None, "TRL's old name of vllm_importance_sampling_clip_max.")
+        None, "TRL's old name of vllm_importance_sampling_clip_max.", above=0, high=math.inf)
 
     def __post_init__(self):
         # TRL takes booleans too
@@ -112,6 +112,9 @@ class GRPOConfig(ClipFields, ReferenceFields, OnlineConfig):
         if least is not None and greatest is not None and least >= greatest:
             raise ValueError(f"vllm_importance_sampling_clip_min={least} must be below "
                              f"vllm_importance_sampling_clip_max={greatest}")
+        if self.entropy_coef_min > self.entropy_coef_max:
+            raise ValueError(f"entropy_coef_min={self.entropy_coef_min} must not be above "
+                             f"entropy_coef_max={self.entropy_coef_max}")
 
     def limits(self) -> dict:
         "The settings of `grpo_loss` that are the same for every loss type, and the limits of this one."

@@ -25,13 +25,13 @@ class RLOOConfig(ClipFields, ReferenceFields, OnlineConfig):
     reward_clip_range: list[float] | None = option(None, "Least and greatest reward; None: any.")
 
     def __post_init__(self):
+        if self.reward_clip_range is not None and not _is_range(self.reward_clip_range):
+            raise ValueError(f"reward_clip_range={self.reward_clip_range!r} must be the least and the greatest reward, "
+                             "e.g. (-10, 10)")
         super().__post_init__()
         if self.num_generations < 2 and self.advantage_estimator != "reinforce_plus_plus":
             raise ValueError(f"num_generations={self.num_generations}: {self.advantage_estimator!r} compares "
                              "completions of one prompt and needs at least 2")
-        if self.reward_clip_range is not None and not _is_range(self.reward_clip_range):
-            raise ValueError(f"reward_clip_range={self.reward_clip_range!r} must be the least and the greatest reward, "
-                             "e.g. (-10, 10)")
         if self.normalize_advantages and self.advantage_estimator != "rloo":
             raise ValueError(f"normalize_advantages=True is RLOO's: {self.advantage_estimator!r} normalises over the "
                              "whole generation by itself. Leave it False")

@@ -9,25 +9,9 @@ from dataclasses import dataclass
 from .sampling import Sampling
 from ..training.config import PostConfig, option
 
-# %% ../../nbs/rollout/06_config.ipynb #8919dd7d
+# %% ../../nbs/rollout/06_config.ipynb #f5b13315
 _BATCHING = ("the own sampler (sampler='own') lets finished completions go and shares prompts by itself, or choose "
              "use_vllm=True")
-_ONLY = {  # field -> the only value that it may have, and what to do instead
-    "cast_lm_head_to_fp32": (
-        False, "log-probs are summed in float32 anyway; load the model in float32 for a head in float32"),
-    "ds3_gather_for_generation": (
-        True, "the sampler reads whole weights; use FSDP or vLLM for models beyond one GPU"),
-    "log_completions_hub_repo": (
-        None, "completions are written to output_dir/completions (log_completions=True); upload that folder"),
-    "max_tool_calling_iterations": (
-        None, "tools are called by a rollout_func, which can count its turns itself"),
-    "use_transformers_continuous_batching": (False, _BATCHING),
-    "use_transformers_paged": (False, _BATCHING),
-    "transformers_continuous_batching_config": (None, _BATCHING),
-    "vllm_model_impl": ("vllm", "vLLM runs its own implementation of the model"),
-    "vllm_structured_outputs_regex": (
-        None, "write a reward function for the format, or a rollout_func that asks vLLM with a grammar"),
-}
 
 
 @dataclass
@@ -35,27 +19,31 @@ class TRLFields:
     "TRL's fields that change nothing here, and those that must be left as they are."
 
     pad_to_multiple_of: int | str | None = option(
-        "auto", "Accepted for TRL's configs: there is hardly any padding to align.")
+        "auto", "Accepted for TRL's configs: there is hardly any padding to align.", low=1)
     cache_implementation: str | None = option(
         None, "Accepted for TRL's configs: the samplers bring their own cache.")
-    vllm_group_port: int = option(51216, "Accepted for TRL's configs: weights reach vLLM without a process group.")
+    vllm_group_port: int = option(
+        51216, "Accepted for TRL's configs: weights reach vLLM without a process group.", low=1, high=65535)
     log_multimodal: bool = option(True, "Accepted for TRL's configs: prompts are text.")
-    cast_lm_head_to_fp32: bool = option(False, "Not supported: must be False.")
-    ds3_gather_for_generation: bool = option(True, "Not supported otherwise: must be True.")
-    log_completions_hub_repo: str | None = option(None, "Not supported: must be None.")
-    max_tool_calling_iterations: int | None = option(None, "Not supported: must be None.")
-    use_transformers_continuous_batching: bool = option(False, "Not supported: must be False.")
-    use_transformers_paged: bool = option(False, "Not supported: must be False.")
-    transformers_continuous_batching_config: dict | str | None = option(None, "Not supported: must be None.")
-    vllm_model_impl: str = option("vllm", "Not supported otherwise: must be 'vllm'.")
-    vllm_structured_outputs_regex: str | None = option(None, "Not supported: must be None.")
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name, (only, instead) in _ONLY.items():
-            if getattr(self, name) != only:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not supported by {type(self).__name__}, leave it "
-                                 f"{only!r}: {instead}")
+    cast_lm_head_to_fp32: bool = option(
+        False, "A head in float32.", refused="log-probs are summed in float32 anyway; load the model in float32 for a "
+        "head in float32")
+    ds3_gather_for_generation: bool = option(
+        True, "Whole weights for a sampler.", refused="the sampler reads whole weights; use FSDP or vLLM for models "
+        "beyond one GPU")
+    log_completions_hub_repo: str | None = option(
+        None, "Completions on the hub.", refused="completions are written to output_dir/completions "
+        "(log_completions=True); upload that folder")
+    max_tool_calling_iterations: int | None = option(
+        None, "Turns of tools.", refused="tools are called by a rollout_func, which can count its turns itself")
+    use_transformers_continuous_batching: bool = option(False, "A sampler.", refused=_BATCHING)
+    use_transformers_paged: bool = option(False, "A sampler.", refused=_BATCHING)
+    transformers_continuous_batching_config: dict | str | None = option(None, "A sampler.", refused=_BATCHING)
+    vllm_model_impl: str = option(
+        "vllm", "Whose code a model is.", refused="vLLM runs its own implementation of the model")
+    vllm_structured_outputs_regex: str | None = option(
+        None, "A grammar.", refused="write a reward function for the format, or a rollout_func that asks vLLM with a "
+        "grammar")
 
 
 @dataclass
@@ -75,11 +63,11 @@ class VLLMFields:
     vllm_server_base_url: str | None = option(
         None, "server: where it is, e.g. http://127.0.0.1:8000; in place of host and port.")
     vllm_server_host: str = option("127.0.0.1", "server: its host.")
-    vllm_server_port: int = option(8000, "server: its port.")
+    vllm_server_port: int = option(8000, "server: its port.", low=1, high=65535)
     vllm_server_timeout: float = option(
         240.0, "server: seconds without an answer after which training stops.", above=0)
 
-# %% ../../nbs/rollout/06_config.ipynb #bbe19435
+# %% ../../nbs/rollout/06_config.ipynb #a5a4b821
 _STOPS = ("stop", "stop_strings")  # vLLM's name and transformers'
 
 
@@ -89,7 +77,7 @@ class OnlineConfig(TRLFields, VLLMFields, PostConfig):
 
     _VALID_DICT_FIELDS = PostConfig._VALID_DICT_FIELDS + ["generation_kwargs", "chat_template_kwargs"]
 
-    learning_rate: float = option(1e-6, "Initial learning rate of AdamW.")
+    learning_rate: float = option(1e-6, "Initial learning rate of AdamW.", low=0)
     # what is sampled
     num_generations: int = option(8, "Completions per prompt, G in the papers.", low=1)
     num_generations_eval: int | None = option(
@@ -135,7 +123,7 @@ class OnlineConfig(TRLFields, VLLMFields, PostConfig):
     # logs
     log_completions: bool = option(
         False, "Print some completions with every log, and keep all as output_dir/completions/*.parquet.")
-    num_completions_to_print: int | None = option(4, "How many are printed; None: all (TRL's default).")
+    num_completions_to_print: int | None = option(4, "How many are printed; None: all (TRL's default).", low=0)
     log_unique_prompts: bool = option(False, "Print one completion per prompt.")
 
     def __post_init__(self):

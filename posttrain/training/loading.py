@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .config import PostConfig
+from .fields import closest
 
 # %% ../../nbs/training/03b_loading.ipynb #c0b10f35
 def load_tokenizer(
@@ -34,9 +35,19 @@ def load_tokenizer(
 
 def _path_or_model(model) -> str | nn.Module:
     "A path as text, or the model itself. Raises TypeError for anything else."
-    if isinstance(model, os.PathLike): return os.fspath(model)
-    if isinstance(model, (str, nn.Module)): return model
+    if isinstance(model, nn.Module): return model
+    if isinstance(model, (str, os.PathLike)): return _existing(os.fspath(model))
     raise TypeError(f"model must be a path, a hub id or a causal LM of transformers, got {model!r}")
+
+
+def _existing(name: str) -> str:
+    "A hub id, or the path of a folder that is there. Of a path the hub would only say that it is no id."
+    is_path = name.startswith((".", "~", os.sep)) or name.count("/") > 1
+    path = os.path.expanduser(name)
+    if not is_path or os.path.isdir(path): return path if is_path else name
+    beside = os.path.dirname(path) or "."
+    near = closest(os.path.basename(path), os.listdir(beside)) if os.path.isdir(beside) else ""
+    raise FileNotFoundError(f"model {name!r}: there is no such folder.{near}")
 
 
 def load_model(

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Trainer, set_seed
 from transformers.trainer_utils import has_length
 
+from ..data.formats import show_warnings_again
 from ..data.templates import adopt_chat_template, resize_embeddings_to_tokenizer
 from ..foundations.layouts import lay_out
 from ..foundations.masks import Totals
+from .arguments import check_arguments
 from .checkpoints import Resumable
 from .config import PostConfig
 from .heads import attach_head, unwrapped
@@ -81,6 +83,12 @@ class PostTrainer(Resumable, WithCallbacks, Trainer):
         peft_config=None,        # of peft: train an adapter
     ):
         self.args = args = self.config_class.adopt(args)
+        check_arguments(
+            type(self).__name__, data_collator=data_collator, compute_metrics=compute_metrics, callbacks=callbacks,
+            optimizers=optimizers, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs, peft_config=peft_config,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            formatting_func=getattr(self, "formatting_func", None))
+        show_warnings_again()
         args.remove_unused_columns = False  # prepared rows hold what the collator reads, which `forward` does not name
         set_seed(args.seed)  # before anything random is made, an adapter's weights for example
         self._check_all(train_dataset, eval_dataset)
