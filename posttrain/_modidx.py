@@ -1212,6 +1212,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                              'posttrain/online/corrections.py'),
                                               'posttrain.online.corrections.EntropyController.update': ( 'online/corrections.html#entropycontroller.update',
                                                                                                          'posttrain/online/corrections.py'),
+                                              'posttrain.online.corrections._quantile': ( 'online/corrections.html#_quantile',
+                                                                                          'posttrain/online/corrections.py'),
                                               'posttrain.online.corrections.entropy_threshold': ( 'online/corrections.html#entropy_threshold',
                                                                                                   'posttrain/online/corrections.py'),
                                               'posttrain.online.corrections.gdpo_advantages': ( 'online/corrections.html#gdpo_advantages',

@@ -1,5 +1,6 @@
 """DPOTrainer as people use it: learning, references, cuts of a step, resuming, and what it says of a mistake."""
 import copy
+import gc
 import json
 
 import pytest
@@ -259,6 +260,7 @@ def test_raw_evaluation_where_the_reference_can_be_asked_again(given, config, tm
 
 def test_a_reference_that_nobody_has_any_more(config):
     trainer = make(config, precompute_ref_log_probs=True, ref_model=pocket.model(seed=5))
+    gc.collect()
     with pytest.raises(ValueError, match="reference is gone.*ref_model as a path"): trainer.evaluate(rows(4))
 
 

@@ -90,15 +90,23 @@ def test_one_gradient_for_every_cut(case, config):
                     assert abs(a[key] - b[key]) <= 2e-5 * max(1, abs(a[key])), (key, a[key], b[key])
 
 
-def test_the_entropy_threshold_is_a_quantile():
-    """As TRL has it: nothing below learns, however near. Tokens of equal entropy learn together."""
+def test_tokens_that_tie_learn_together():
+    """Completions of a prompt begin alike: the same entropy, but for rounding, which differs with the cut."""
     from posttrain.online.corrections import entropy_threshold, top_entropy_mask
     mask = torch.ones(1, 6, dtype=torch.long)
     for noise in ((0, 0, 0), (0, 1e-6, -1e-6), (-1e-6, 1e-6, 0)):
         entropies = torch.tensor([[2.0, 1.0 + noise[0], 1.0 + noise[1], 1.0 + noise[2], .5, .1]])
-        chosen = top_entropy_mask(entropies, mask, entropy_threshold(entropies[0], .5))
-        assert torch.equal(chosen == 1, entropies >= torch.quantile(entropies, .5))
-        assert chosen.sum() == (4 if not any(noise) else 3)
+        assert top_entropy_mask(entropies, mask, entropy_threshold(entropies[0], .5)).tolist() == [[1, 1, 1, 1, 0, 0]]
+
+
+@pytest.mark.parametrize("spread", [1.0, 2e-3, 5e-6], ids=str)
+def test_the_entropy_threshold_is_trls(spread):
+    """A token that is below the quantile does not learn, however near it is, unless it ties with one that does."""
+    from posttrain.online.corrections import entropy_threshold, top_entropy_mask
+    for n, q in ((3, .5), (10, .2), (101, .3), (999, .05), (64, .4)):
+        entropies = torch.arange(n).float()[torch.randperm(n)] * spread
+        chosen = top_entropy_mask(entropies[None], torch.ones(1, n), entropy_threshold(entropies, q))[0]
+        assert torch.equal(chosen == 1, entropies >= torch.quantile(entropies, 1 - q))
 
 
 # ---------------------------------------------------------------- the sampler's log-probs are the trainer's

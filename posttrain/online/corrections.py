@@ -59,15 +59,28 @@ def off_policy_mask(
     return ((advantages >= 0) | (gone <= threshold)).to(logps.dtype)
 
 
+_TIE = 2e-6  # nats: completions of a prompt begin alike, with equal entropies but for rounding
+
+
 def entropy_threshold(
     entropies: Tensor,  # (n,) of all tokens of the step that count
     quantile: float,  # share of tokens that learn; 0.2 in the paper
 ) -> Tensor:  # ()
-    "The entropy from which on a token belongs to the most uncertain ones."
+    """
+    The entropy from which on a token belongs to the most uncertain ones: the quantile, as TRL has it.
+
+    Tokens that tie with the last one above it, but for rounding, belong to them too: it depends on how a step is cut.
+    """
     if len(entropies) == 0: return entropies.new_zeros(())
-    if len(entropies) <= 2**24: return torch.quantile(entropies.float(), 1 - quantile)
-    ordered = entropies.float().sort().values  # torch.quantile takes no more values than that
-    place = (1 - quantile) * (len(ordered) - 1)
+    entropies = entropies.float()
+    threshold = _quantile(entropies, 1 - quantile)
+    return torch.minimum(threshold, entropies[entropies >= threshold].min() - _TIE)
+
+
+def _quantile(values: Tensor, q: float) -> Tensor:
+    if len(values) <= 2**24: return torch.quantile(values, q)  # it takes no more
+    ordered = values.sort().values
+    place = q * (len(ordered) - 1)
     low = int(place)
     return torch.lerp(ordered[low], ordered[min(low + 1, len(ordered) - 1)], place - low)
 
