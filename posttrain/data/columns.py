@@ -122,6 +122,8 @@ def joining_line(
     With a system prompt the rows become messages: the column `system` is then read as their first message."""
     texts = [name for name in asking if "system" not in _words(name)]
     systems = [name for name in asking if name not in texts]
+    if not texts:
+        texts, systems = systems, []
     prompt = f'row["{texts[0]}"]' if len(texts) == 1 else (
         f'"\\n\\n".join(row[c] for c in {tuple(texts)!r} if row[c])')
     sides = {name: f'row["{there.get(name, name)}"]' for name in need if name != "prompt"}
@@ -155,7 +157,9 @@ def _other_repair(missing, there, row) -> str | None:
     if "completion" in missing or "text" in missing or "messages" in missing:
         if {"chosen", "rejected"} <= set(there):
             name = "completion" if "prompt" in there else "messages" if looks_like_chat(row.get("chosen")) else "text"
-            return f"These are pairs. To learn from the better answers: dataset = dataset.rename_column('chosen', {name!r})"
+            return ("These are pairs. To learn from the better answers: "
+                    f"dataset = dataset.rename_column('chosen', {name!r})")
+    return None
 
 
 def missing_columns(
@@ -163,7 +167,8 @@ def missing_columns(
     there,           # the names that are
     who: str,        # who needs them
     kind: str = "",  # what the columns make together, for the text
-    row: dict = {},  # the first row, to look at its values
+    row: dict = None,  # the first row, to look at its values
+    name: str = "",  # what the dataset is called: "train", "eval"
 ) -> ValueError:
     "The error for columns that are not there: what is missing, what is there, and the line that repairs it."
     missing = [n for n in need if n not in there]
@@ -171,8 +176,8 @@ def missing_columns(
     meant = _meant(missing, spare)
     columns, verb = "columns" if len(need) > 1 else "column", "is" if len(missing) == 1 else "are"
     text = (f"{who} needs the {columns} {listed(need)}{kind}, but {listed(missing)} {verb} missing. "
-            f"The dataset has: {listed(there)}.")
-    if repair := _other_repair(missing, there, row):
+            f"The {name}{' ' * bool(name)}dataset has: {listed(there)}.")
+    if repair := _other_repair(missing, there, row or {}):
         return ValueError(f"{text} {repair}")
     if not meant:
         return ValueError(f"{text} Rename or add them: dataset = dataset.rename_column('your_name', {missing[0]!r})")

@@ -6,7 +6,7 @@ __all__ = ['extract_prompt', 'maybe_extract_prompt', 'unpair_preference_dataset'
 
 # %% ../../nbs/data/01b_conversions.ipynb #c1e571ee
 from .formats import column_names, require
-from .messages import SHAREGPT_ROLES, looks_like_chat, plain_chat, short_repr
+from .messages import SHAREGPT_ROLES, looks_like_chat, plain_chat, short_repr  # noqa: F401
 
 _all_ = ["SHAREGPT_ROLES"]
 

@@ -10,8 +10,8 @@ import logging
 from datasets import DatasetDict, IterableDatasetDict
 
 from .columns import closest, missing_columns
-from .messages import looks_like_chat, short_repr
-from .values import COLUMNS, check_rows
+from .messages import looks_like_chat, short_repr  # noqa: F401
+from .values import COLUMNS, check_rows  # noqa: F401
 
 _all_ = ["COLUMNS", "check_rows", "short_repr"]  # from the rooms before, under the names that they had here
 
@@ -72,6 +72,7 @@ def require(
     dataset,                    # as in `first_row`
     *columns: str,              # the names that must be there
     who: str = "this trainer",  # who needs them, for the error message
+    name: str = "",             # what the dataset is called there: "train", "eval"
 ):
     """Raise ValueError when `dataset` is empty or lacks a column.
 
@@ -79,13 +80,14 @@ def require(
     row = first_row(dataset, who)
     there = column_names(dataset)
     if any(c not in there for c in columns):
-        raise missing_columns(columns, there, who, row=row)
+        raise missing_columns(columns, there, who, row=row, name=name)
 
 
 def dataset_type(
     dataset,                          # as in `first_row`
     among: tuple[str, ...] = None,    # the types to consider, keys of `DATASET_TYPES`; all of them by default
     who: str = "this trainer",        # who asks, for the error message
+    called: str = "",                 # what the dataset is called there: "train", "eval"
 ) -> str:
     "The type of `dataset`, a key of `DATASET_TYPES`. Raises ValueError when its columns fit none of `among`."
     there = column_names(dataset)
@@ -97,7 +99,7 @@ def dataset_type(
     name, columns = min(types, key=lambda kind: _distance(kind[1], there))
     others = [other for other in known if other != name]
     also = f"; {', '.join(others)} would do too" if others else ""
-    raise missing_columns(columns, there, who, f" ({name}{also})", first_row(dataset, who))
+    raise missing_columns(columns, there, who, f" ({name}{also})", first_row(dataset, who), called)
 
 
 def _distance(columns, there) -> float:

@@ -106,8 +106,8 @@ def _error_of_row(tokenize, batch, indices, who) -> Exception | None:
         try:
             tokenize(batch_of_one(dict(zip(batch, values))))
         except TemplateError as error:
-            return ValueError(f"{who}: row {number}: the chat template cannot render it: {error}. Change the row, leave "
-                              "it out (dataset.filter), or set another template (chat_template_path).")
+            return ValueError(f"{who}: row {number}: the chat template cannot render it: {error}. Change the row, "
+                              "leave it out (dataset.filter), or set another template (chat_template_path).")
         except Exception as error:
             kind = type(error) if isinstance(error, (TypeError, ValueError)) else ValueError
             return kind(f"{who}: row {number}: {error}")

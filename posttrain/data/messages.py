@@ -50,8 +50,8 @@ def _text_of_part(part, place: str) -> str:
     if isinstance(text, str):
         return text
     if kind is not None and kind not in _TEXT_PARTS:
-        raise TypeError(f"{place}: expected a part of text, got one of type {kind!r}. Only text is trained on here: leave "
-                        "out rows with images, sound or files, or keep their text alone.")
+        raise TypeError(f"{place}: expected a part of text, got one of type {kind!r}. Only text is trained on here: "
+                        "leave out rows with images, sound or files, or keep their text alone.")
     raise TypeError(f"{place}: expected a part of text like {{'type': 'text', 'text': '...'}}, got {short_repr(part)}.")
 
 
@@ -181,7 +181,8 @@ def looks_like_chat(
     "Whether this is a conversation, in whatever spelling, or wants to be one."
     if isinstance(value, dict):
         return bool({"role", "from"} & set(value))
-    return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and bool({"role", "from"} & set(value[0]))
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, dict) and bool({"role", "from"} & set(first))
 
 # %% ../../nbs/data/00_messages.ipynb #12b7b1dc
 def with_system(

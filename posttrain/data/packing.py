@@ -95,8 +95,8 @@ def pack_dataset(
     Raises ValueError for an unknown strategy, a length below 1, columns of unequal lengths, or `drop_last` with another
     strategy than "wrapped"; TypeError for columns that are not lists."""
     if isinstance(dataset, dict):
-        packed = {name: pack_dataset(part, seq_length, strategy, map_kwargs, drop_last) for name, part in dataset.items()}
-        return type(dataset)(packed)
+        options = (seq_length, strategy, map_kwargs, drop_last)
+        return type(dataset)({name: pack_dataset(part, *options) for name, part in dataset.items()})
     _check_packing(dataset, seq_length, strategy, drop_last)
     plan = partial(wrapped, drop_last=True) if drop_last else PACKING_STRATEGIES[strategy]
     settings = dict(map_kwargs or {})

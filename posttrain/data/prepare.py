@@ -113,7 +113,7 @@ def prepare_sft(
     _check_formatting(formatting_func, completion_only_loss)
     if formatting_func is not None and "input_ids" not in column_names(dataset):
         dataset, dataset_text_field = _formatted_rows(dataset, formatting_func), "text"
-    dataset, columns = read_sft(dataset, dataset_text_field, who)
+    dataset, columns = read_sft(dataset, dataset_text_field, who, name)
     if columns == ("input_ids",):
         read, tokenize = check_tokenized, partial(labels_of_tokenized, completion_only=completion_only_loss)
     else:
@@ -190,7 +190,7 @@ def prepare_pairs(
     """Prepare preference pairs; an implicit prompt is made explicit. Raises as `prepare_sft` does.
 
     A column `margin` of words is nobody's margin, and is left out."""
-    dataset, columns = read_pairs(dataset, who)
+    dataset, columns = read_pairs(dataset, who, name)
     if not _is_numeric(first_row(dataset).get("margin")):
         keep = [column for column in keep if column != "margin"]
     limit = dict(max_length=max_length, truncation_mode=truncation_mode)

@@ -107,17 +107,18 @@ def read_sft(
     dataset,                    # Dataset or IterableDataset
     text_field: str = TEXT,     # the column to learn from; TEXT: messages, or prompt and completion, come first
     who: str = "SFTTrainer",    # who asks, for the error message
+    name: str = "train",        # what the dataset is called there
 ) -> Reading:
     "The columns to learn from. Raises ValueError when there are none, or not the ones that were asked for."
     row = first_row(dataset, who)
-    refuse_media(dataset, who)
+    refuse_media(dataset, f"{who}, {name} dataset")
     if not isinstance(text_field, DefaultField):
-        return _read_field(dataset, text_field, row, who)
+        return _read_field(dataset, text_field, row, f"{who}, {name} dataset")
     if "input_ids" in row:
         return Reading(dataset, ("input_ids",))
     if "conversations" in row and "messages" not in row and looks_like_chat(row["conversations"]):
         dataset = dataset.rename_column("conversations", "messages")
-    kind = dataset_type(dataset, among=("prompt_completion", "language_modeling"), who=who)
+    kind = dataset_type(dataset, ("prompt_completion", "language_modeling"), who, name)
     if kind == "prompt_completion":
         return Reading(dataset, ("prompt", "completion"))
     return Reading(dataset, ("messages",) if "messages" in column_names(dataset) else ("text",))
@@ -148,13 +149,14 @@ def check_sft(
     "Raise ValueError or TypeError for a dataset that cannot be learned from; warn of what is passed over."
     if formatting_func is not None:
         first_row(dataset, who)
-        return refuse_media(dataset, who)
-    reading, place = read_sft(dataset, text_field, who), f"{who}, {name} dataset"
+        return refuse_media(dataset, f"{who}, {name} dataset")
+    reading, place = read_sft(dataset, text_field, who, name), f"{who}, {name} dataset"
     if reading.columns == ("input_ids",):
         return check_rows({"input_ids": [row["input_ids"] for row in some_rows(dataset)]}, ["input_ids"], who=place)
     check_table(reading.dataset, reading.columns, place)
     say_unread(reading, place)
-    if reading.columns == ("prompt", "completion") and any(row.get("label") in (False, 0) for row in some_rows(dataset)):
+    labels = [row.get("label") for row in some_rows(dataset)] if "completion" in reading.columns else []
+    if any(label in (False, 0) for label in labels):
         logging.getLogger("posttrain").warning(
             f"{place}: the column 'label' marks some completions as not liked, and {who} learns from all of them. To "
             "keep those that were liked: dataset = dataset.filter(lambda row: row['label'])")
@@ -167,9 +169,9 @@ def check_prompts(
     used=(),                    # names of columns that reward functions read
 ) -> None:
     "Raise ValueError or TypeError for a dataset without prompts, or with bad ones; warn of what is passed over."
-    require(dataset, "prompt", who=who)
-    refuse_media(dataset, who)
+    require(dataset, "prompt", who=who, name=name)
     place = f"{who}, {name} dataset"
+    refuse_media(dataset, place)
     check_table(dataset, ("prompt",), place)
     say_unread(Reading(dataset, ("prompt",)), place, used)
 

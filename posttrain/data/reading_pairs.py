@@ -26,20 +26,21 @@ def is_implicit(
 def read_pairs(
     dataset,                  # Dataset or IterableDataset
     who: str = "DPOTrainer",  # who asks, for the error message
+    name: str = "train",      # what the dataset is called there
 ) -> Reading:
     "The columns of pairs; without 'prompt' where it is implicit. Raises ValueError when one is missing."
-    row = first_row(dataset, who)
-    refuse_media(dataset, who)
+    row, place = first_row(dataset, who), f"{who}, {name} dataset"
+    refuse_media(dataset, place)
     if {"prompt_ids", "chosen_ids", "rejected_ids"} <= set(row):
         return Reading(dataset, ("prompt_ids", "chosen_ids", "rejected_ids"))
     if "conversations" in row and "prompt" not in row and {"chosen", "rejected"} <= set(row):
         dataset = dataset.rename_column("conversations", "prompt")  # ShareGPT's spelling of a pair
         row = first_row(dataset)
-    dataset_type(dataset, among=("preference",), who=who)
+    dataset_type(dataset, ("preference",), who, name)
     if not is_implicit(row):
         return Reading(dataset, ("prompt", "chosen", "rejected"))
     if "prompt" not in row:
-        _refuse_other_prompts(dataset, who)
+        _refuse_other_prompts(dataset, place)
     return Reading(dataset, ("chosen", "rejected"))
 
 
@@ -53,7 +54,7 @@ def _refuse_other_prompts(dataset, who) -> None:
             asking = asking_columns(name for name in row if name not in read)
             line = joining_line(("prompt", "chosen", "rejected"), {}, asking)
             raise ValueError(
-                f"{who}: the dataset has no column 'prompt', so the prompt would be the common start of 'chosen' and "
+                f"{who}: there is no column 'prompt', so the prompt would be the common start of 'chosen' and "
                 f"'rejected' ({short_repr(known['prompt'])} in row {number}), and {listed(unread)} would not be read. "
                 f"If this is the prompt: {line}. If not: dataset = dataset.remove_columns({unread!r})")
 
@@ -65,14 +66,17 @@ def read_pair_rows(
     who: str = "this trainer",  # as in `read_rows`
     may_be_empty: bool = False, # whether answers may share nothing at all
 ) -> dict[str, list]:           # with a prompt in each row
-    "`read_rows` for pairs; an implicit prompt is made explicit. Raises as `read_rows` does, and for a prompt of no messages."
+    """`read_rows` for pairs; an implicit prompt is made explicit.
+
+    Raises as `read_rows` does, and for a prompt of no messages."""
     read = read_rows(batch, columns, indices, who)
     if columns != ("chosen", "rejected"):
         return read
     n = len(read["chosen"])
     numbers = range(n) if indices is None else indices
-    sides = zip(numbers, read["chosen"], read["rejected"], batch.get("prompt", [None] * n), batch.get("system", [None] * n))
-    rows = [_split(*values, f"{who}: row {number}", may_be_empty) for number, *values in sides]
+    unset = [None] * n
+    rows = zip(numbers, read["chosen"], read["rejected"], batch.get("prompt", unset), batch.get("system", unset))
+    rows = [_split(*values, f"{who}: row {number}", may_be_empty) for number, *values in rows]
     return {**read, **{name: [row[name] for row in rows] for name in ("prompt", "chosen", "rejected")}}
 
 
@@ -89,8 +93,8 @@ def _split(chosen, rejected, prompt, system, place, may_be_empty) -> dict:
         made = 'dataset.map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]})'
         why = (f"the prompt is a string ({short_repr(prompt)}), but 'chosen' and 'rejected' are messages that do not "
                f"begin with it. Make it messages too: dataset = {made}") if prompt is not None else (
-               "there is no column 'prompt', and the first messages of 'chosen' and 'rejected' differ already. Give the "
-               "prompt in a column 'prompt', as messages")
+               "there is no column 'prompt', and the first messages of 'chosen' and 'rejected' differ already. Give "
+               "the prompt in a column 'prompt', as messages")
         raise TypeError(f"{place}: {why}")
     return {**row, "prompt": with_system(row["prompt"], system, place)} if row["prompt"] else row
 
@@ -101,9 +105,10 @@ def check_pairs(
     name: str = "train",      # what the dataset is called in messages
 ) -> None:
     "Raise ValueError or TypeError for a dataset that cannot be learned from; warn of what is passed over."
-    reading, place = read_pairs(dataset, who), f"{who}, {name} dataset"
+    reading, place = read_pairs(dataset, who, name), f"{who}, {name} dataset"
     if "prompt_ids" in reading.columns:
-        return check_rows({c: [row[c] for row in some_rows(dataset)] for c in reading.columns}, reading.columns, who=place)
+        rows = some_rows(dataset)
+        return check_rows({c: [row[c] for row in rows] for c in reading.columns}, reading.columns, who=place)
     check_table(reading.dataset, reading.columns, place, read_pair_rows)
     if "prompt" in reading.columns:
         say_unread(reading, place)

@@ -82,7 +82,8 @@ def read_rows(
     _check_spelling(read, columns, indices, who)
     for name, reader in (("tools", plain_tools), ("chat_template_kwargs", _options)):
         if name in batch:
-            read[name] = [reader(v, f"{who}: column {name!r}, row {row}") for row, v in _numbered(indices, batch[name])]
+            rows = _numbered(indices, batch[name])
+            read[name] = [reader(value, f"{who}: column {name!r}, row {row}") for row, value in rows]
     first = next((name for name in ("messages", "prompt") if name in columns), None)
     if "system" in batch and first:
         rows = zip(read[first], batch["system"])
@@ -134,9 +135,10 @@ def _check_spelling(batch, columns, indices, who):
         kinds = ["a string" if isinstance(v, str) else "a list of messages" for v in values]
         found = ", ".join(f"{name!r} is {kind}" for name, kind in zip(names, kinds))
         text = next((v for v in values if isinstance(v, str)), values[0])
-        raise TypeError(f"{who}: row {row}: {found}; it holds {short_repr(text)}. Make the columns all strings, or all lists of messages, in every "
-                        "row: a string is never put through the chat template. A message is made of a string by "
-                        "[{'role': 'user', 'content': row['prompt']}], of an answer with the role 'assistant'.")
+        raise TypeError(f"{who}: row {row}: {found}; it holds {short_repr(text)}. Make the columns all strings, or all "
+                        "lists of messages, in every row: a string is never put through the chat template. A message is made "
+                        "of a string by [{'role': 'user', 'content': row['prompt']}], of an answer with the role "
+                        "'assistant'.")
 
 
 def _behind_system(value, system, place):
@@ -160,8 +162,8 @@ def plain_tools(
         try:
             value = json.loads(value) if value.strip() else None
         except json.JSONDecodeError as error:
-            raise ValueError(f"{place}: expected a list of JSON schemas, or the same as JSON, got {value[:80]!r}, which "
-                             f"is not JSON: {error}") from None
+            raise ValueError(f"{place}: expected a list of JSON schemas, or the same as JSON, got {value[:80]!r}, "
+                             f"which is not JSON: {error}") from None
     if value is not None and not (isinstance(value, list) and all(map(_is_tool, value))):
         raise TypeError(f"{place}: expected a list of JSON schemas, or the same as JSON, got {short_repr(value)}.")
     return without_none(value) or None

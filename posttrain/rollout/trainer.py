@@ -122,7 +122,7 @@ class OnlineTrainer(Stages, WithReference, PostTrainer):
     def check(self, dataset, name):
         who = type(self).__name__
         self.needs_dataset(dataset, name)
-        require(dataset, "prompt", who=who)
+        require(dataset, "prompt", who=who, name=name)
         # a rollout_func may add some
         if self.rewards and not self.rollout_func: self.rewards.check(column_names(dataset))
         check_prompts(dataset, who, name, used=self._columns_of_rewards())
@@ -176,8 +176,9 @@ class OnlineTrainer(Stages, WithReference, PostTrainer):
         most = self.args.max_completion_length
         if not positions or length + most <= positions + 1: return  # the last token is never read
         lower = f"set max_completion_length={positions + 1 - length} or less, or " if length <= positions else ""
-        raise ValueError(f"{type(self).__name__}, {name} dataset: row {number}: the prompt has {length} tokens, and with "
-                         f"max_completion_length={most} it does not fit into the {positions} positions of the model: "
+        place = f"{type(self).__name__}, {name} dataset: row {number}"
+        raise ValueError(f"{place}: the prompt has {length} tokens, and with max_completion_length={most} it "
+                         f"does not fit into the {positions} positions of the model: "
                          f"{lower}shorten the prompt, or leave such rows out (dataset.filter)")
 
     def with_model(self, dataset, name):

@@ -19,10 +19,11 @@ from .config import PostConfig
 from .heads import attach_head, unwrapped
 from .loading import add_adapter, load_model, load_tokenizer
 from .metrics import Mean, MetricAccumulator
+from .passes import KnowsItsPass
 from .progress import WithCallbacks
 
 # %% ../../nbs/training/04_trainer.ipynb #e916340f
-class PostTrainer(Resumable, WithCallbacks, Trainer):
+class PostTrainer(KnowsItsPass, Resumable, WithCallbacks, Trainer):
     """transformers' Trainer with one rule of normalisation.
 
     Subclasses say what a row must have, how it is prepared, and what the loss is. Raises ValueError and TypeError for
