@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .mapping import batch_of_one
+from .tokens import labels_of_tokenized
 from ..foundations.layouts import make_batch
 
 # %% ../../nbs/data/07_collate.ipynb #22535ff8
@@ -20,6 +22,21 @@ def rows_of(
 ) -> list[dict]:               # one dict per row, as the collators take them
     "Columns as rows. Raises ValueError when the columns differ in length."
     return [dict(zip(columns, values)) for values in zip(*columns.values(), strict=True)]
+
+
+def _plain(row: dict) -> dict:
+    "A row with lists where it holds arrays, as datasets return them that are set to numpy or torch."
+    return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in row.items()}
+
+
+def _labelled(row: dict, completion_only: bool) -> dict:
+    "A row that skipped the preparation, with labels: by default all of its tokens are trained on."
+    if "labels" in row:
+        return row
+    if "input_ids" not in row:
+        raise ValueError(f"a row without preparation must hold input_ids, got the columns {', '.join(map(repr, row))}")
+    columns = labels_of_tokenized(batch_of_one(row), completion_only)
+    return {**row, **{name: values[0] for name, values in columns.items()}}
 
 
 def _documents(row) -> list[tuple[list[int], list[int]]]:
@@ -36,10 +53,12 @@ def _documents(row) -> list[tuple[list[int], list[int]]]:
 
 def collate_sft(
     rows: list[dict],     # prepared rows: `input_ids`, `labels`, and `seq_lengths` if packed
+    completion_only: bool = False,  # whether `completion_mask` makes the labels of rows that have none
 ) -> dict[str, Tensor]:   # the batch; one completion per document, in order
     """A batch of documents: a packed row gives as many as it holds.
 
-    Raises ValueError when `seq_lengths` does not fit its row."""
+    Raises ValueError when `seq_lengths` does not fit its row, and for rows without `input_ids`."""
+    rows = [_labelled(_plain(row), completion_only) for row in rows]
     documents = [document for row in rows for document in _documents(row)]
     return make_batch([[]] * len(documents), [ids for ids, _ in documents],
                       masks=[[int(label != -100) for label in labels] for _, labels in documents])
@@ -81,6 +100,7 @@ def collate_pairs(
     Rows may also hold `margin`, which becomes `margin` (P,), and `ref_chosen_logps` with `ref_rejected_logps`, which
     become `ref_logps` (B, T). `split_pairs` of foundations/preferences takes the two sides apart again.
     Raises ValueError when log-probs do not fit their tokens."""
+    rows = list(map(_plain, rows))
     batch = make_batch([row["prompt_ids"] for row in rows], _both_sides(rows, "chosen_ids", "rejected_ids"),
                        prompt_index=[p for p in range(len(rows)) for _ in range(2)])
     if "ref_chosen_logps" in rows[0]:

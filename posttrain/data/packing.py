@@ -94,10 +94,21 @@ def pack_dataset(
 
     Raises ValueError for an unknown strategy, a length below 1, columns of unequal lengths, or `drop_last` with another
     strategy than "wrapped"; TypeError for columns that are not lists."""
+    if isinstance(dataset, dict):
+        options = (seq_length, strategy, map_kwargs, drop_last)
+        return type(dataset)({name: pack_dataset(part, *options) for name, part in dataset.items()})
     _check_packing(dataset, seq_length, strategy, drop_last)
     plan = partial(wrapped, drop_last=True) if drop_last else PACKING_STRATEGIES[strategy]
     settings = dict(map_kwargs or {})
     if isinstance(dataset, IterableDataset) and dataset.features:  # so that the stream still knows its columns
         settings["features"] = Features({**dataset.features, "seq_lengths": List(Value("int32"))})
     pack = partial(_pack, seq_length=seq_length, strategy=plan)
-    return dataset.with_format("arrow").map(pack, batched=True, **settings).with_format(None)
+    return _in_format_of(dataset, dataset.with_format("arrow").map(pack, batched=True, **settings))
+
+
+def _in_format_of(dataset, packed):
+    "Packed rows as the dataset returned its own: as lists, or as arrays of numpy, torch, ..."
+    if isinstance(dataset, IterableDataset):
+        formatting = getattr(dataset, "_formatting", None)
+        return packed.with_format(formatting and formatting.format_type)
+    return packed.with_format(dataset.format["type"], **dataset.format["format_kwargs"])

@@ -3,17 +3,14 @@
 # %% auto #0
 __all__ = ['prepare_sft', 'prepare_pairs', 'prepare_unpaired', 'prepare_steps']
 
-# %% ../../nbs/data/03c_prepare.ipynb #60a75f85
+# %% ../../nbs/data/03c_prepare.ipynb #b35f3707
 from functools import partial
 
-from posttrain.data.conversions import (
-    is_conversational_from_value,
-    maybe_convert_to_chatml,
-    maybe_extract_prompt,
-    unpair_preference_dataset,
-)
-from .formats import check_rows, column_names, dataset_type, first_row, require, warn_once
-from .mapping import Preparation, batch_of_one, prepare_dataset
+from .conversions import maybe_extract_prompt, unpair_preference_dataset
+from .formats import column_names, first_row, require, warn_once
+from .mapping import Preparation, batch_of_one, naming_rows, prepare_dataset
+from .reading import TEXT, read_sft
+from .reading_pairs import read_pair_rows, read_pairs
 from .templates import check_template
 from posttrain.data.tokens import (
     check_tokenized,
@@ -24,8 +21,9 @@ from posttrain.data.tokens import (
     tokenize_sft,
     tokenize_steps,
 )
+from .values import read_rows
 
-# %% ../../nbs/data/03c_prepare.ipynb #b261d102
+# %% ../../nbs/data/03c_prepare.ipynb #886bcc3b
 def _formatted(example, formatting_func) -> dict[str, str]:
     text = formatting_func(example)
     if not isinstance(text, str):
@@ -34,25 +32,9 @@ def _formatted(example, formatting_func) -> dict[str, str]:
     return {"text": text}
 
 
-def _with_known_columns(dataset, dataset_text_field, formatting_func):
-    "The dataset with its columns under the names that `dataset_type` knows."
-    there = column_names(dataset)
-    if formatting_func is not None:
-        return dataset.map(partial(_formatted, formatting_func=formatting_func), remove_columns=there)
-    if dataset_text_field != "text" and dataset_text_field in there:
-        without = dataset.remove_columns("text") if "text" in there else dataset
-        return without.rename_column(dataset_text_field, "text")
-    if is_conversational_from_value(first_row(dataset)):
-        return dataset.map(maybe_convert_to_chatml, remove_columns="conversations")
-    return dataset
-
-
-def _sft_columns(dataset, who) -> tuple[str, ...]:
-    "The columns to learn from: prompt and completion, messages, or text."
-    kind = dataset_type(dataset, among=("prompt_completion", "language_modeling"), who=who)
-    if kind == "prompt_completion":
-        return ("prompt", "completion")
-    return ("messages",) if "messages" in column_names(dataset) else ("text",)
+def _formatted_rows(dataset, formatting_func):
+    "The texts that the function makes of the rows."
+    return dataset.map(partial(_formatted, formatting_func=formatting_func), remove_columns=column_names(dataset))
 
 
 def _check_formatting(formatting_func, completion_only):
@@ -69,7 +51,7 @@ def _check_sft_masks(dataset, columns, tokenizer, completion_only, assistant_onl
         raise ValueError(
             f"completion_only_loss=True needs the columns 'prompt' and 'completion'; this dataset has {there}. "
             "For chats in one column, assistant_only_loss=True trains on the assistant's turns.")
-    are_chats = columns == ("messages",) or isinstance(first_row(dataset)[columns[0]], list)
+    are_chats = columns == ("messages",) or not isinstance(first_row(dataset)[columns[0]], str)
     if assistant_only and not are_chats:
         raise ValueError("assistant_only_loss=True needs conversations (lists of messages); the column "
                          f"{columns[0]!r} holds strings.")
@@ -82,11 +64,11 @@ def _select(dataset, columns):
     return dataset.select_columns([c for c in column_names(dataset) if c in columns])
 
 
-def _check_first(dataset, columns, tokenize, tokenizer, assistant_only, who):
+def _check_first(dataset, columns, tokenize, tokenizer, assistant_only, who, name):
     "Look at the first row before all rows are read: at its values, and at its end."
-    first = batch_of_one(first_row(dataset))
-    check_rows(first, columns, who=who)
-    _check_end(tokenize(first), tokenizer, assistant_only, who)
+    place = f"{who}, {name} dataset"
+    first = read_rows(batch_of_one(first_row(dataset)), columns, who=place)
+    _check_end(naming_rows(tokenize, first, None, place), tokenizer, assistant_only, who)
 
 
 def _check_end(rows, tokenizer, assistant_only, who):
@@ -115,7 +97,8 @@ def prepare_sft(
     truncation_mode: str = "keep_start",   # which end of a long row to keep: a key of `TRUNCATION`
     completion_only_loss: bool = None,     # train on completions alone; None: if there are any
     assistant_only_loss: bool = False,     # train on assistant turns alone
-    dataset_text_field: str = "text",      # the column with the text, where it is not called so
+    dataset_text_field: str = TEXT,        # the column with text or messages; TEXT: messages, or prompt and completion,
+                                           # come first
     formatting_func=None,                  # a row -> its text; replaces the columns
     num_proc: int = None,                  # processes that tokenise a table
     name: str = "train",                   # what the dataset is called in messages and on the progress bar
@@ -127,24 +110,25 @@ def prepare_sft(
     has a token left to train on. Each message says how to repair it."""
     check_tokenizer(tokenizer, who)
     first_row(dataset, who)
-    if "input_ids" in column_names(dataset):
-        check, tokenize = check_tokenized, partial(labels_of_tokenized, completion_only=completion_only_loss)
+    _check_formatting(formatting_func, completion_only_loss)
+    if formatting_func is not None and "input_ids" not in column_names(dataset):
+        dataset, dataset_text_field = _formatted_rows(dataset, formatting_func), "text"
+    dataset, columns = read_sft(dataset, dataset_text_field, who, name)
+    if columns == ("input_ids",):
+        read, tokenize = check_tokenized, partial(labels_of_tokenized, completion_only=completion_only_loss)
     else:
-        _check_formatting(formatting_func, completion_only_loss)
-        dataset = _with_known_columns(dataset, dataset_text_field, formatting_func)
-        columns = _sft_columns(dataset, who)
         _check_sft_masks(dataset, columns, tokenizer, completion_only_loss, assistant_only_loss)
         if completion_only_loss is None:
             completion_only_loss = "completion" in columns
         tokenize = partial(tokenize_sft, tokenizer=tokenizer, assistant_only=assistant_only_loss,
                            completion_only=completion_only_loss)
-        check = partial(check_rows, columns=columns)
-        dataset = _select(dataset, (*columns, "tools", "chat_template_kwargs"))
-        _check_first(dataset, columns, tokenize, tokenizer, assistant_only_loss, who)
-    preparation = Preparation(who, check, tokenize, ("input_ids", "labels"), _first_label, max_length, truncation_mode)
+        read = partial(read_rows, columns=columns)
+        dataset = _select(dataset, (*columns, "system", "tools", "chat_template_kwargs"))
+        _check_first(dataset, columns, tokenize, tokenizer, assistant_only_loss, who, name)
+    preparation = Preparation(who, read, tokenize, ("input_ids", "labels"), _first_label, max_length, truncation_mode)
     return prepare_dataset(dataset, preparation, num_proc, name)
 
-# %% ../../nbs/data/03c_prepare.ipynb #dbb2516f
+# %% ../../nbs/data/03c_prepare.ipynb #cf09016b
 def _tokenize_sides(batch, tokenizer, sides) -> dict[str, list]:
     if "prompt_ids" in batch:  # the rows come tokenised
         return {name: batch[name] for name in side_columns(*sides)}
@@ -156,36 +140,40 @@ def _first_of_sides(prompt, parts) -> int | None:
     return len(prompt) if all(parts) else None
 
 
-def _prompt_is_implicit(row) -> bool:
-    "Whether a pair has no prompt of its own, or one that only repeats the start of its two conversations."
-    if "prompt" not in row:
-        return {"chosen", "rejected"} <= set(row)
-    return isinstance(row["prompt"], str) and isinstance(row.get("chosen"), list)
+def _without_weights(batch, sides, indices, who):
+    "The batch. Raises ValueError for answers with weight 0, which only SFT can leave out."
+    for side in sides:
+        for row, value in zip(indices, batch[side]):
+            if any("weight" in message for message in value if not isinstance(value, str)):
+                raise ValueError(f"{who}: column {side!r}, row {row}: a message has weight 0, but the log-probs of an "
+                                 "answer count as a whole here. Leave the row out (dataset.filter), or the key.")
+    return batch
 
 
-def _with_explicit_prompt(dataset, tokenizer, sides, who):
-    "The dataset with a prompt of its own beside `sides`."
-    row = first_row(dataset)
-    if _prompt_is_implicit(row):
-        check_rows(batch_of_one(row), ("chosen", "rejected"), who=who)
-        dataset = dataset.map(maybe_extract_prompt)
-    require(dataset, "prompt", *sides, who=who)
-    if isinstance(first_row(dataset)["prompt"], list):
-        check_template(tokenizer)
-    return dataset
+def _read_sides(batch, indices, who, columns, sides, keep):
+    "A batch of pairs or of single answers, checked, with a prompt in each row."
+    beside = [name for name in keep if name in batch]
+    read = read_rows(batch, beside, indices, who) if beside else batch
+    if "prompt_ids" in columns:
+        return read_rows(read, columns, indices, who)
+    return _without_weights(read_pair_rows(read, columns, indices, who), sides, indices, who)
 
 
-def _prepare_sides(dataset, tokenizer, sides, keep, who, limit, num_proc, name):
-    "Prompts and what follows them, of pairs and of single answers."
+def _prepare_sides(dataset, columns, tokenizer, sides, keep, who, limit, num_proc, name):
+    "Prompts and what follows them, of pairs and of single answers; `columns` are those that are read."
     check_tokenizer(tokenizer, who)
-    names = columns = side_columns(*sides)
-    if not set(names) <= set(first_row(dataset, who)):
-        dataset = _with_explicit_prompt(dataset, tokenizer, sides, who)
-        columns = ("prompt", *sides)
-    check = partial(check_rows, columns=(*columns, "label") if "label" in keep else columns)
+    if not isinstance(first_row(dataset)[columns[-1]], str) and "prompt_ids" not in columns:
+        check_template(tokenizer)
+    there = first_row(dataset)
+    keep = tuple(column for column in keep if column in there)
+    read = partial(_read_sides, columns=columns, sides=sides, keep=keep)
     tokenize = partial(_tokenize_sides, tokenizer=tokenizer, sides=sides)
-    preparation = Preparation(who, check, tokenize, names, _first_of_sides, keep=tuple(keep), **limit)
+    preparation = Preparation(who, read, tokenize, side_columns(*sides), _first_of_sides, keep=keep, **limit)
     return prepare_dataset(dataset, preparation, num_proc, name)
+
+
+def _is_numeric(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def prepare_pairs(
@@ -199,9 +187,14 @@ def prepare_pairs(
     name: str = "train",                   # what the dataset is called in messages
     who: str = "DPOTrainer",               # who asks, for messages
 ):  # a dataset with `prompt_ids`, `chosen_ids`, `rejected_ids` and what is kept
-    "Prepare preference pairs; an implicit prompt is made explicit. Raises as `prepare_sft` does."
+    """Prepare preference pairs; an implicit prompt is made explicit. Raises as `prepare_sft` does.
+
+    A column `margin` of words is nobody's margin, and is left out."""
+    dataset, columns = read_pairs(dataset, who, name)
+    if not _is_numeric(first_row(dataset).get("margin")):
+        keep = [column for column in keep if column != "margin"]
     limit = dict(max_length=max_length, truncation_mode=truncation_mode)
-    return _prepare_sides(dataset, tokenizer, ("chosen", "rejected"), keep, who, limit, num_proc, name)
+    return _prepare_sides(dataset, columns, tokenizer, ("chosen", "rejected"), keep, who, limit, num_proc, name)
 
 
 def prepare_unpaired(
@@ -221,17 +214,20 @@ def prepare_unpaired(
         if "prompt" not in row:
             dataset = dataset.map(maybe_extract_prompt)
         dataset = unpair_preference_dataset(dataset)
-    require(dataset, "label", who=who)
+    tokenised = {"prompt_ids", "completion_ids"} <= set(first_row(dataset))
+    columns = ("prompt_ids", "completion_ids") if tokenised else ("prompt", "completion")
+    require(dataset, *columns, "label", who=who)
     limit = dict(max_length=max_length, truncation_mode=truncation_mode)
-    return _prepare_sides(dataset, tokenizer, ("completion",), ("label", *keep), who, limit, num_proc, name)
+    return _prepare_sides(dataset, columns, tokenizer, ("completion",), ("label", *keep), who, limit, num_proc, name)
 
-# %% ../../nbs/data/03c_prepare.ipynb #af434240
-def _check_steps(batch, indices, who):
-    check_rows(batch, ("prompt", "completions", "labels"), indices, who)
+# %% ../../nbs/data/03c_prepare.ipynb #e3f146b9
+def _read_steps(batch, indices, who):
+    batch = read_rows(batch, ("prompt", "completions", "labels"), indices, who)
     for row, steps, verdicts in zip(indices, batch["completions"], batch["labels"]):
         if len(steps) != len(verdicts):
             raise ValueError(f"{who}: row {row} has {len(steps)} completions but {len(verdicts)} labels; "
                              "each step needs one label.")
+    return batch
 
 
 def _first_verdict(prompt, parts) -> int | None:
@@ -256,12 +252,12 @@ def prepare_steps(
     first_row(dataset, who)
     if "input_ids" in column_names(dataset):
         require(dataset, "input_ids", "labels", who=who)
-        check = partial(check_tokenized, labels_are_ids=False)
+        read = partial(check_tokenized, labels_are_ids=False)
         tokenize = partial(labels_of_tokenized, completion_only=False)
     else:
         require(dataset, "prompt", "completions", "labels", who=who)
-        check = _check_steps
+        read = _read_steps
         tokenize = partial(tokenize_steps, tokenizer=tokenizer, step_separator=step_separator,
                            train_on_last_step_only=train_on_last_step_only, max_completion_length=max_completion_length)
-    preparation = Preparation(who, check, tokenize, ("input_ids", "labels"), _first_verdict, max_length)
+    preparation = Preparation(who, read, tokenize, ("input_ids", "labels"), _first_verdict, max_length)
     return prepare_dataset(dataset, preparation, num_proc, name)

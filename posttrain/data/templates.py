@@ -5,12 +5,14 @@ __all__ = ['CHATML', 'has_generation_markers', 'check_template', 'encode_chats',
            'apply_chat_template', 'maybe_apply_chat_template', 'load_chat_template', 'adopt_chat_template',
            'resize_embeddings_to_tokenizer', 'clone_chat_template']
 
-# %% ../../nbs/data/02_templates.ipynb #13ea5211
+# %% ../../nbs/data/02_templates.ipynb #3a7d7824
 import functools
-import json
 import re
 
 from .formats import dataset_type, is_conversational, warn_once
+from .messages import looks_like_chat, plain_chat, without_none
+from .tool_calls import fit_calls
+from .values import plain_tools
 
 # %% ../../nbs/data/02_templates.ipynb #065c9fc1
 #: A chat template for tokenizers without one: ChatML, ending each turn with the tokenizer's own end-of-sequence token.
@@ -44,7 +46,7 @@ def has_generation_markers(
     "Whether `template` marks what the assistant writes, with {% generation %} ... {% endgeneration %}."
     return re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
 
-# %% ../../nbs/data/02_templates.ipynb #5b204f19
+# %% ../../nbs/data/02_templates.ipynb #17383f37
 def check_template(
     tokenizer,                     # whose chat template is looked at
     assistant_only: bool = False,  # whether masks of the assistant's tokens will be asked for
@@ -69,27 +71,6 @@ def check_template(
             "completion columns, which need no markers.")
 
 
-def _without_none(value):
-    if isinstance(value, dict):
-        return {k: _without_none(v) for k, v in value.items() if v is not None}
-    if isinstance(value, list):
-        return [_without_none(v) for v in value]
-    return value
-
-
-def _tools(value) -> list | None:
-    """The tools of one row, a JSON string or a list.
-
-    An empty list is no tools: some templates would announce tools and list none."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError("The column 'tools' must hold a list of JSON schemas or the same as a JSON string; "
-                             f"{value[:80]!r} is not JSON: {error}") from None
-    return _without_none(value) or None
-
-
 def encode_chats(
     tokenizer,                            # a fast tokenizer with a chat template
     chats: list[list[dict]],              # conversations, each a list of messages
@@ -103,6 +84,7 @@ def encode_chats(
 
     Raises ValueError when there is no template, or masks are wanted and it has no generation markers."""
     check_template(tokenizer, assistant_masks)
+    chats = _fitting(chats, tokenizer)
     encode = functools.partial(
         tokenizer.apply_chat_template, tokenize=True, return_dict=True, return_assistant_tokens_mask=assistant_masks,
         add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message)
@@ -118,9 +100,16 @@ def encode_chats(
     return (ids, masks) if assistant_masks else ids
 
 
+def _fitting(chats, tokenizer) -> list[list[dict]]:
+    "The chats with calls of tools as the tokenizer's template wants them."
+    template = tokenizer.chat_template
+    text = "".join(template.values()) if isinstance(template, dict) else template
+    return [fit_calls(chat, text) for chat in chats]
+
+
 def _options(tools, template_kwargs) -> dict:
     "What one row's template gets; a row may set its tools among its options too."
-    return {"tools": _tools(tools), **_without_none(template_kwargs or {})}
+    return {"tools": plain_tools(tools), **without_none(template_kwargs or {})}
 
 # %% ../../nbs/data/02_templates.ipynb #3f524f47
 def common_prefix_length(
@@ -163,21 +152,24 @@ def _say_not_a_prefix(lost: str):
         "the one it is prompted with. Use a chat template that renders prompts alike in both cases, or end the prompt "
         "on a token boundary (a space belongs to the word after it). Said once; other rows may be affected."))
 
-# %% ../../nbs/data/02_templates.ipynb #9c0a0d5c
+# %% ../../nbs/data/02_templates.ipynb #f4855b70
 def apply_chat_template(
     example: dict,       # one conversational row of any type; it may hold `tools` and `chat_template_kwargs` too
-    tokenizer,           # with a chat template
+    processing_class,    # a tokenizer with a chat template
     tools: list = None,  # tools for a row without a column of its own
     **template_kwargs,   # options of the template
 ) -> dict:               # the same row as text; `messages` becomes `text`
     """Render one conversational row as text.
 
-    Raises ValueError when the row is of no known type or the tokenizer has no chat template."""
-    check_template(tokenizer)
+    Raises ValueError when the row is of no known type or the tokenizer has no chat template, TypeError for messages
+    that cannot be read."""
+    check_template(processing_class)
     kind = dataset_type(example, who="apply_chat_template")
-    options = _without_none(example.get("chat_template_kwargs") or {})
-    tools = _tools(example.get("tools") or tools)
-    render = functools.partial(tokenizer.apply_chat_template, tokenize=False, tools=tools, **options, **template_kwargs)
+    example = {name: _plain(name, value, processing_class) for name, value in example.items()}
+    options = without_none(example.get("chat_template_kwargs") or {})
+    tools = plain_tools(example.get("tools") or tools)
+    render = functools.partial(processing_class.apply_chat_template, tokenize=False, tools=tools, **options,
+                               **template_kwargs)
     if kind == "language_modeling":
         return {"text": render(example["messages"])}
     sides = [side for side in ("completion", "chosen", "rejected") if side in example]
@@ -185,6 +177,13 @@ def apply_chat_template(
         return {side: render(example[side]) for side in sides}
     label = {"label": example["label"]} if "label" in example else {}
     return {**_render_split(render, example, sides), **label}
+
+
+def _plain(name, value, tokenizer):
+    "Messages as the template reads them; other values as they are."
+    if name not in ("messages", "prompt", "completion", "chosen", "rejected") or not looks_like_chat(value):
+        return value
+    return _fitting([plain_chat(value, f"apply_chat_template: column {name!r}")], tokenizer)[0]
 
 
 def _render_split(render, example, sides) -> dict[str, str]:
@@ -199,14 +198,14 @@ def _render_split(render, example, sides) -> dict[str, str]:
 
 def maybe_apply_chat_template(
     example: dict,       # one row of any type
-    tokenizer,           # with a chat template
+    processing_class,    # a tokenizer with a chat template
     tools: list = None,  # tools for a row without a column of its own
     **template_kwargs,   # options of the template
 ) -> dict:
     "`apply_chat_template` for conversational rows; rows of strings come back as they are."
     if not is_conversational(example):
         return example
-    return apply_chat_template(example, tokenizer, tools, **template_kwargs)
+    return apply_chat_template(example, processing_class, tools, **template_kwargs)
 
 # %% ../../nbs/data/02_templates.ipynb #2b696c43
 def _is_file(path) -> bool:

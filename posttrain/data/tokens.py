@@ -4,13 +4,14 @@
 __all__ = ['check_tokenizer', 'encode_texts', 'encode_prompts', 'encode_completions', 'side_columns', 'masked_labels',
            'tokenize_sft', 'check_tokenized', 'labels_of_tokenized', 'tokenize_steps']
 
-# %% ../../nbs/data/03_tokens.ipynb #ad713ccc
+# %% ../../nbs/data/03_tokens.ipynb #5d085f16
 from functools import partial
 
 from .formats import check_rows
 from .templates import encode_chats, split_prompts
+from .weights import has_weights, weight_mask
 
-# %% ../../nbs/data/03_tokens.ipynb #6dc4ea30
+# %% ../../nbs/data/03_tokens.ipynb #0ef40fb1
 def check_tokenizer(
     tokenizer,                  # the tokenizer to look at
     who: str = "this trainer",  # who asks, for the error message
@@ -37,13 +38,23 @@ def encode_texts(
     """Tokenise plain strings.
 
     With `end` an end of sequence is added where there is none. Without it one that the tokenizer added by itself is
-    taken off, and one that stands in the text stays."""
+    taken off, and one that stands in the text stays. A text that begins with a beginning of sequence gets no second
+    one."""
     eos = tokenizer.eos_token_id
     options = dict(return_attention_mask=False, return_token_type_ids=False, verbose=False)
     encoded = tokenizer(texts, **options)["input_ids"]
+    encoded = [_without_second_beginning(ids, text, tokenizer) for ids, text in zip(encoded, texts)]
     if end:
         return [ids if ids[-1:] == [eos] else ids + [eos] for ids in encoded]
     return [_without_added_end(ids, text, tokenizer) for ids, text in zip(encoded, texts)]
+
+
+def _without_second_beginning(ids, text, tokenizer) -> list[int]:
+    "The tokens of a text that has a beginning of sequence of its own, without the one that the tokenizer put before."
+    begin = tokenizer.bos_token_id
+    was_added = begin is not None and ids[:2] == [begin, begin] and text.startswith(tokenizer.bos_token)
+    written_twice = was_added and text.removeprefix(tokenizer.bos_token).lstrip().startswith(tokenizer.bos_token)
+    return ids[1:] if was_added and not written_twice else ids
 
 
 def _without_added_end(ids, text, tokenizer) -> list[int]:
@@ -101,7 +112,7 @@ def side_columns(
     "The token columns of a prompt and of the sides that continue it."
     return ("prompt_ids", *(f"{side}_ids" for side in sides))
 
-# %% ../../nbs/data/03_tokens.ipynb #21a58a61
+# %% ../../nbs/data/03_tokens.ipynb #c5f89ea5
 def masked_labels(
     ids: list[list[int]],          # tokens of each row
     masks: list[list[list[int]]],  # masks of 0/1, each as long as `ids`; [] marks every token
@@ -138,21 +149,33 @@ def tokenize_sft(
         ids = encode_chats(tokenizer, batch["messages"], **_options(batch))
     else:
         ids = encode_texts(tokenizer, batch["text"], end=True)
+    chats = _whole_chats(batch)
+    if has_weights(chats):
+        masks.append(_weight_masks(chats, ids, tokenizer, batch))
     return dict(input_ids=ids, labels=masked_labels(ids, masks))
 
 
+def _weight_masks(chats, ids, tokenizer, batch) -> list[list[int]]:
+    unset = [None] * len(chats)
+    beside = zip(batch.get("tools") or unset, batch.get("chat_template_kwargs") or unset)
+    return [weight_mask(tokenizer, chat, row, *options) for chat, row, options in zip(chats, ids, beside)]
+
+
 def _whole_chats(batch) -> list[list[dict]]:
+    "The conversations of a batch; [] for text."
+    if "text" in batch or isinstance(batch.get("prompt", [None])[0], str):
+        return []
     if "completion" not in batch:
         return batch["messages"]
     return [prompt + completion for prompt, completion in zip(batch["prompt"], batch["completion"])]
 
-# %% ../../nbs/data/03_tokens.ipynb #3105b12d
+# %% ../../nbs/data/03_tokens.ipynb #8383e138
 def check_tokenized(
     batch: dict[str, list],       # column -> values: `input_ids`, and perhaps `labels`
     indices: list[int],           # the row number of each value in the dataset
     who: str,                     # who asks, for the error message
     labels_are_ids: bool = True,  # whether each label must be its own token or -100; verdicts of steps are neither
-):
+) -> dict[str, list]:             # the same
     "Raise TypeError for ids that are no integers, ValueError for labels that do not fit their tokens."
     check_rows(batch, ("input_ids",), indices, who)
     for row, ids, labels in zip(indices, batch["input_ids"], batch.get("labels", ())):
@@ -161,6 +184,7 @@ def check_tokenized(
                              "each token needs one label, -100 where it is not trained on.")
         if labels_are_ids:
             _check_labels(ids, labels, row, who)
+    return batch
 
 
 def _check_labels(ids, labels, row, who):
@@ -194,7 +218,7 @@ def labels_of_tokenized(
     wanted = ("completion_mask", "assistant_masks") if completion_only else ("assistant_masks",)
     return dict(input_ids=ids, labels=masked_labels(ids, [batch[c] for c in wanted if c in batch]))
 
-# %% ../../nbs/data/03_tokens.ipynb #3c107b57
+# %% ../../nbs/data/03_tokens.ipynb #245e93eb
 def tokenize_steps(
     batch: dict[str, list],                # column -> values: `prompt`, `completions`, `labels`
     tokenizer,                             # with a chat template if the prompts are chats
@@ -226,7 +250,7 @@ def _step_prompts(batch, tokenizer, encode) -> list[list[int]]:
     if not isinstance(batch["prompt"][0], str):
         return encode_prompts(batch, tokenizer)
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return [begin + ids for ids in encode(batch["prompt"])["input_ids"]]
+    return [ids if begin and ids[:1] == begin else begin + ids for ids in encode(batch["prompt"])["input_ids"]]
 
 
 def _judged_steps(steps, verdicts, separator, last_only) -> tuple[list[int], list[int]]:

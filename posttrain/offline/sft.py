@@ -5,6 +5,7 @@ __all__ = ['TOKEN_LOSSES', 'nll', 'SFTConfig', 'SFTTrainer']
 
 # %% ../../nbs/offline/01_sft.ipynb #4d8b3845
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -22,9 +23,10 @@ TOKEN_LOSSES = {"nll": nll, "dft": dft}  # loss_type -> each token's loss, from 
 
 # %% ../../nbs/offline/01_sft.ipynb #2f7f08fd
 from ..data.collate import collate_sft
-from ..data.formats import column_names, dataset_type, first_row
+from ..data.formats import column_names, first_row
 from ..data.packing import PACKING_STRATEGIES, pack_dataset
 from ..data.prepare import prepare_sft
+from ..data.reading import TEXT, check_sft
 from ..foundations.masks import token_weights
 from ..training.config import LengthFields, PostConfig, option
 from ..training.heads import completion_loss
@@ -52,7 +54,8 @@ class SFTConfig(LengthFields, PostConfig):
         "bfd", "'bfd' (best-fit-decreasing, cuts what is too long), 'bfd_split' (splits it), "
         "'wrapped' (one stream, cut anywhere).", choices=PACKING_STRATEGIES)
     eval_packing: bool | None = option(None, "Pack the evaluation dataset; None: as packing.")
-    dataset_text_field: str = option("text", "Column with the text.")
+    dataset_text_field: str = option(
+        TEXT, "Column with text or messages. Where it is left out, messages, or prompt and completion, come first.")
     dataset_kwargs: dict | str | None = option(
         None, "Only {'skip_prepare_dataset': True}: the rows are prepared already.")
     shuffle_dataset: bool = option(False, "Shuffle the training dataset before it is packed.")
@@ -86,18 +89,21 @@ class SFTTrainer(PostTrainer):
                  processing_class=None, compute_metrics=None, callbacks=None, optimizers=(None, None),
                  optimizer_cls_and_kwargs=None, preprocess_logits_for_metrics=None, peft_config=None,
                  formatting_func=None):
-        self.formatting_func = formatting_func
+        self.formatting_func, self._collates_itself = formatting_func, data_collator is None
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics,
                          callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics, peft_config)
 
     def _skips_preparing(self) -> bool: return bool((self.args.dataset_kwargs or {}).get("skip_prepare_dataset"))
 
     def check(self, dataset, name):
-        if self._skips_preparing(): return
+        if self._skips_preparing(): return self._check_prepared(dataset, name)
         self.needs_dataset(dataset, name)
-        readable = {"input_ids", "conversations", self.args.dataset_text_field} & set(first_row(dataset, "SFTTrainer"))
-        if self.formatting_func is None and not readable:
-            dataset_type(dataset, among=("prompt_completion", "language_modeling"), who="SFTTrainer")
+        check_sft(dataset, self.args.dataset_text_field, self.formatting_func, type(self).__name__, name)
+
+    def _check_prepared(self, dataset, name):
+        if self._collates_itself and "input_ids" not in (row := first_row(dataset, type(self).__name__)):
+            raise ValueError(f"skip_prepare_dataset=True: the {name} dataset must hold input_ids already, but it has "
+                             f"{', '.join(map(repr, row))}; leave skip_prepare_dataset out, or pass a data_collator")
 
     def before_preparing(self): self.adopt_tokens("eos_token", "pad_token")
 
@@ -111,11 +117,11 @@ class SFTTrainer(PostTrainer):
             dataset, self.processing_class, max_length=None if splits else args.max_length,
             truncation_mode=args.truncation_mode, completion_only_loss=args.completion_only_loss,
             assistant_only_loss=args.assistant_only_loss, dataset_text_field=args.dataset_text_field,
-            formatting_func=self.formatting_func, num_proc=args.dataset_num_proc, name=name)
+            formatting_func=self.formatting_func, num_proc=args.dataset_num_proc, name=name, who=type(self).__name__)
         if training and args.shuffle_dataset: dataset = dataset.shuffle(seed=args.seed)
         return pack_dataset(dataset, args.max_length, args.packing_strategy) if packing else dataset
 
-    def default_collator(self): return collate_sft
+    def default_collator(self): return partial(collate_sft, completion_only=bool(self.args.completion_only_loss))
 
     def loss(self, model, batch, totals):
         weights = token_weights(batch["mask"], "token", totals=totals)  # m_t / N of the whole step

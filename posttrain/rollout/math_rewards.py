@@ -10,7 +10,7 @@ import re
 import threading
 from collections.abc import Callable
 
-from .text_rewards import text_of
+from .text_rewards import answer_text, text_of
 
 # %% ../../nbs/rollout/03c_math_rewards.ipynb #09d22f3e
 _PARSING_LIMIT, _COMPARING_LIMIT = 10, 5  # seconds; TRL's
@@ -35,8 +35,10 @@ def _library():
 def _boxed_or_announced():
     "How an answer is found: LaTeX that is boxed or announced as the answer, units allowed."
     from latex2sympy2_extended import NormalizationConfig
-    return _library().LatexExtractionConfig(normalization_config=NormalizationConfig(units=True),
-                                            boxed_match_priority=0, try_extract_without_anchor=False)
+    # malformed operators: \frac12 and \sqrt2, which LaTeX understands and many solutions write
+    normalization = NormalizationConfig(units=True, malformed_operators=True)
+    return _library().LatexExtractionConfig(normalization_config=normalization, boxed_match_priority=0,
+                                            try_extract_without_anchor=False)
 
 
 def _in_main_thread(seconds: int) -> int | None:
@@ -88,7 +90,7 @@ def _grade(
     log_extra: Callable | None,  # as from a trainer
 ) -> list[float | None]:
     _library()  # raises where it is missing
-    texts = [None if s is None else str(s) for s in solution]
+    texts = [None if s is None else answer_text(s) for s in solution]
     parsed = {text: _parse_solution(text) for text in dict.fromkeys(texts)}  # once for all completions of a prompt
     graded = [_grade_one(answer, parsed[text]) for answer, text in zip(answers, texts, strict=True)]
     if log_extra is not None:

@@ -22,15 +22,23 @@ def load_tokenizer(
     """The tokenizer to use.
 
     Raises ValueError when there is none to be found, TypeError for what is no tokenizer or no model."""
-    if processing_class is not None:
-        if callable(processing_class): return processing_class
-        raise TypeError(f"processing_class must be a tokenizer, got {processing_class!r}; "
-                        "AutoTokenizer.from_pretrained(...) makes one")
+    if processing_class is not None: return _tokenizer_of(processing_class)
     model = _path_or_model(model)
     name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
     if not name:
         raise ValueError("this model was made in memory and names no tokenizer: pass processing_class=tokenizer")
     return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+
+
+def _tokenizer_of(processing_class):
+    "A tokenizer as it is; of a processor, which reads images too, its tokenizer. Raises TypeError for anything else."
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    if not callable(tokenizer) or not hasattr(tokenizer, "eos_token_id"):
+        raise TypeError(f"processing_class must be a tokenizer, got {processing_class!r}; "
+                        "AutoTokenizer.from_pretrained(...) makes one")
+    if tokenizer is not processing_class and tokenizer.chat_template is None:
+        tokenizer.chat_template = getattr(processing_class, "chat_template", None)
+    return tokenizer
 
 
 def _path_or_model(model) -> str | nn.Module:
