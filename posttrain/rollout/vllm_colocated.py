@@ -7,15 +7,12 @@ __all__ = ['VLLMColocated']
 import contextlib
 import copy
 import importlib.util
-import logging
 import os
-import random
 import sys
 import tempfile
 import warnings
 import weakref
 
-import numpy
 import torch
 from torch import nn
 
@@ -31,81 +28,8 @@ from posttrain.rollout.vllm import (
     unties_embeddings,
     widen_heads,
 )
+from .vllm_guest import guest, process_group_kept, silent, vllms_groups_kept
 from ..training.heads import unwrapped
-
-# %% ../../nbs/rollout/02b_vllm_colocated.ipynb #07a2ece7
-@contextlib.contextmanager
-def _environment(**values: str):
-    "Environment variables inside of the block; afterwards they are as they were."
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try: yield
-    finally:
-        for name, value in before.items():
-            if value is None: os.environ.pop(name, None)
-            else: os.environ[name] = value
-
-
-@contextlib.contextmanager
-def _random_numbers_kept():
-    "The random streams of Python, NumPy and torch are afterwards as they were."
-    state, arrays = random.getstate(), numpy.random.get_state()
-    try:
-        with torch.random.fork_rng(range(torch.cuda.device_count())): yield
-    finally:
-        random.setstate(state)
-        numpy.random.set_state(arrays)
-
-
-@contextlib.contextmanager
-def _torch_settings_kept():
-    "Default dtype and threads are afterwards as they were."
-    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
-    set_threads = torch.set_num_threads
-    try: yield
-    finally:
-        torch.set_default_dtype(dtype)
-        torch.set_num_threads = set_threads
-        torch.set_num_threads(threads)
-
-
-@contextlib.contextmanager
-def _silent():
-    "No warnings inside of the block."
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-@contextlib.contextmanager
-def _guest():
-    "vLLM starts inside: environment, random numbers and threads are afterwards as they were."
-    threads = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    level = os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")
-    wanted = _environment(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL=level,
-                          VLLM_CPU_OMP_THREADS_BIND=threads)
-    with wanted, _torch_settings_kept(), _random_numbers_kept(), _silent():
-        logging.getLogger("vllm").setLevel(level)
-        yield
-
-
-@contextlib.contextmanager
-def _process_group_kept():
-    "vLLM would end the trainer's process group with its own; inside of the block only single groups can be ended."
-    destroy = torch.distributed.destroy_process_group
-    torch.distributed.destroy_process_group = lambda group=None: group is not None and destroy(group)
-    try: yield
-    finally: torch.distributed.destroy_process_group = destroy
-
-
-@contextlib.contextmanager
-def _vllms_groups_kept():
-    "An engine that ends would take vLLM's process groups from the other engines; inside of the block they stay."
-    from vllm.v1.engine import core
-    cleanup = core.cleanup_dist_env_and_memory
-    core.cleanup_dist_env_and_memory = lambda *args, **kwargs: None
-    try: yield
-    finally: core.cleanup_dist_env_and_memory = cleanup
 
 # %% ../../nbs/rollout/02b_vllm_colocated.ipynb #a98f7c34
 _LIVE = weakref.WeakSet()  # engines that are not closed: they share vLLM's process groups
@@ -148,7 +72,7 @@ class VLLMColocated(VLLMEngine):
         self.asleep, self.joined_process_group = False, processes() > 0
         self._folder = tempfile.TemporaryDirectory(prefix="posttrain-vllm-")  # goes with this object
         self._save_configuration(model)
-        with _guest():
+        with guest():
             self._start(enable_sleep_mode, gpu_memory_utilization=gpu_memory_utilization, seed=seed, **engine)
         _LIVE.add(self)
         if enable_sleep_mode and not self.sleeps:
@@ -215,7 +139,7 @@ class VLLMColocated(VLLMEngine):
         time, log-probs are compared with the trainer's: RuntimeError if they differ."""
         self._must_be_open()
         self.wake()
-        with _silent():
+        with silent():
             self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=engine_weights(model)))
         if self.llm.reset_prefix_cache() is False:
             raise RuntimeError("vLLM could not forget its prefix cache: requests are still running")
@@ -275,8 +199,8 @@ class VLLMColocated(VLLMEngine):
         if self.llm is None: return
         _LIVE.discard(self)
         with contextlib.ExitStack() as kept:
-            if self.joined_process_group: kept.enter_context(_process_group_kept())
-            if _LIVE: kept.enter_context(_vllms_groups_kept())
+            if self.joined_process_group: kept.enter_context(process_group_kept())
+            if _LIVE: kept.enter_context(vllms_groups_kept())
             self.llm.llm_engine.engine_core.shutdown()
         self.llm = None
         self._folder.cleanup()
