@@ -5,30 +5,27 @@ __all__ = ['OnlineTrainer']
 
 # %% ../../nbs/rollout/08_trainer.ipynb #6407d85f
 import warnings
-from functools import partial
 
 import torch
 from datasets import IterableDataset
 from torch.utils.data import SequentialSampler
 
-from ..data.formats import column_names, first_row, require
-from ..data.reading import check_prompts, prompt_columns
 from ..data.tokens import check_tokenizer
 from .completions import CompletionsLog, completions_table, scores_of
 from .config import OnlineConfig
 from .generation import Generation
+from .prompts import ReadsPrompts
 from .sampler import make_sampler
 from .sampling import Engine
 from .score import Rewards
 from .stages import Stages, weighted
 from .stream import Prompts, RolloutStream, Rounds, completion_seeds
-from ..training.heads import unwrapped
 from ..training.references import disable_dropout, has_dropout
 from ..training.trainer import PostTrainer
 from ..training.with_reference import WithReference
 
 # %% ../../nbs/rollout/08_trainer.ipynb #3625a9b0
-class OnlineTrainer(Stages, WithReference, PostTrainer):
+class OnlineTrainer(Stages, ReadsPrompts, WithReference, PostTrainer):
     """A trainer of methods that sample. Call it as TRL's GRPOTrainer.
 
     `reward_funcs`: one or a list of functions, models or paths (`rollout.rewards`).
@@ -61,7 +58,6 @@ class OnlineTrainer(Stages, WithReference, PostTrainer):
         self.rollout_func = rollout_func
         self.engine = self.stream = None
         self.generation = None  # the last one, for logs and callbacks
-        self._longest_prompts = {}  # dataset -> tokens of its longest prompt, and the number of its row
         self._warned_of_rounds = False
         self.note_reference(model, ref_model, args, peft_config)
         super().__init__(model, args, None, train_dataset, eval_dataset, processing_class, None, callbacks, optimizers,
@@ -92,8 +88,9 @@ class OnlineTrainer(Stages, WithReference, PostTrainer):
         if not args.use_vllm: return make_sampler(self.model, self.processing_class, args.sampler)
         if args.vllm_mode == "server":
             from posttrain.rollout.vllm_server import VLLMServer
-            url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
-            return VLLMServer(self.model, self.processing_class, base_url=url, timeout=args.vllm_server_timeout)
+            return VLLMServer(
+                self.model, self.processing_class, base_url=args.vllm_server_base_url, host=args.vllm_server_host,
+                port=args.vllm_server_port, timeout=args.vllm_server_timeout)
         from posttrain.rollout.vllm import logprobs_mode_for
         from posttrain.rollout.vllm_colocated import VLLMColocated
         return VLLMColocated(
@@ -119,72 +116,6 @@ class OnlineTrainer(Stages, WithReference, PostTrainer):
         return self.stream.loader()
 
     # ------------------------------------------------ data
-    def check(self, dataset, name):
-        who = type(self).__name__
-        self.needs_dataset(dataset, name)
-        require(dataset, "prompt", who=who, name=name)
-        # a rollout_func may add some
-        if self.rewards and not self.rollout_func: self.rewards.check(column_names(dataset))
-        check_prompts(dataset, who, name, used=self._columns_of_rewards())
-        if isinstance(dataset, IterableDataset) and name == "train" and self.args.max_steps <= 0:
-            raise ValueError("the train dataset is a stream, whose length nobody knows: set max_steps in "
-                             f"{type(self.args).__name__}")
-
-    def _columns_of_rewards(self) -> set[str]:
-        "The names of columns that a reward function asks for."
-        if not self.rewards: return set()
-        return {name for signature in self.rewards.signatures for name in signature.names or signature.required}
-
-    def prepare(self, dataset, name, training):
-        """The rows as plain Python values. Prompts are encoded when they are asked, and once now, so that one that a
-        chat template refuses, or that is empty, is found before a model is loaded; those of a stream as they are read.
-        """
-        if isinstance(dataset, IterableDataset):
-            dataset = dataset.with_format(None).map(partial(self._streamed_row, name=name), with_indices=True)
-            first_row(dataset, type(self).__name__)
-            return dataset
-        if dataset.format["type"] == "custom":  # a transform may give another prompt each time
-            self._note_lengths([dataset[0]], range(1), name)
-            return dataset
-        dataset = dataset.with_format(None)
-        prompts = dataset.select_columns(prompt_columns(dataset))
-        for start in range(0, len(dataset), 1000):
-            numbers = range(start, min(start + 1000, len(dataset)))
-            self._note_lengths(list(prompts.select(numbers)), numbers, name)
-        return dataset
-
-    def _streamed_row(self, row: dict, number: int, name: str) -> dict:
-        "A row of a stream, read and checked."
-        self._note_lengths([row], [number], name)
-        if hasattr(self, "model"): self._refuse_long_prompt(name)
-        return self.read([row], [number], f"{type(self).__name__}, {name} dataset")[0]
-
-    def _note_lengths(self, rows: list[dict], numbers, name: str) -> None:
-        "Remember the longest prompt of a dataset. Raises ValueError for an empty one."
-        if self.rollout_func: return
-        place = f"{type(self).__name__}, {name} dataset"
-        for number, ids in zip(numbers, self.encode(rows, numbers, place)):
-            if not ids:
-                raise ValueError(f"{place}: row {number}: the prompt is empty: a completion needs at least one token "
-                                 "before it. Leave such rows out: dataset.filter(lambda row: row['prompt'])")
-            if len(ids) > self._longest_prompts.get(name, (0, 0))[0]: self._longest_prompts[name] = len(ids), number
-
-    def _refuse_long_prompt(self, name: str) -> None:
-        "Raise ValueError where the longest prompt leaves no room for a completion in the model's positions."
-        length, number = self._longest_prompts.get(name, (0, 0))
-        positions = getattr(unwrapped(self.model).config.get_text_config(), "max_position_embeddings", None)
-        most = self.args.max_completion_length
-        if not positions or length + most <= positions + 1: return  # the last token is never read
-        lower = f"set max_completion_length={positions + 1 - length} or less, or " if length <= positions else ""
-        place = f"{type(self).__name__}, {name} dataset: row {number}"
-        raise ValueError(f"{place}: the prompt has {length} tokens, and with max_completion_length={most} it "
-                         f"does not fit into the {positions} positions of the model: "
-                         f"{lower}shorten the prompt, or leave such rows out (dataset.filter)")
-
-    def with_model(self, dataset, name):
-        self._refuse_long_prompt(name)
-        return super().with_model(dataset, name)
-
     def before_preparing(self): check_tokenizer(self.processing_class, type(self).__name__)
 
     def default_collator(self): return list  # rows as they are: `prediction_step` samples their completions

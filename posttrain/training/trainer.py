@@ -10,7 +10,6 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Trainer, set_seed
-from transformers.trainer_utils import has_length
 
 from ..data.formats import show_warnings_again
 from ..data.templates import adopt_chat_template, resize_embeddings_to_tokenizer
@@ -22,10 +21,12 @@ from .config import PostConfig
 from .heads import attach_head, unwrapped
 from .loading import add_adapter, load_model, load_tokenizer, must_learn
 from .metrics import Mean, MetricAccumulator
+from .passes import KnowsItsPass
 from .progress import LastLog, WithCallbacks
+from .repeated_rows import CountsRowsOnce, SizedRows
 
 # %% ../../nbs/training/04_trainer.ipynb #e916340f
-class PostTrainer(Resumable, WithCallbacks, Trainer):
+class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WithCallbacks, Trainer):
     """transformers' Trainer with one rule of normalisation.
 
     Subclasses say what a row must have, how it is prepared, and what the loss is. Raises ValueError and TypeError for
@@ -36,7 +37,6 @@ class PostTrainer(Resumable, WithCallbacks, Trainer):
     auto_class = AutoModelForCausalLM  # what a path is loaded as
     averages_over = "tokens"      # which of Totals the loss divides by: "tokens" or "sequences"
     evaluating = False            # is `before_step` asked about a batch of an evaluation?
-    _pass = _drawn = 0            # the pass over the training data, and the micro-batches drawn in it
     _go_on_at = None              # where a stream goes on after a stop: these two
     loss_is_scaled_for_ga = True  # transformers >= 5.19: our losses are shares of the whole step, do not divide again
 
@@ -102,7 +102,7 @@ class PostTrainer(Resumable, WithCallbacks, Trainer):
         self.metrics = {"train": MetricAccumulator(), "eval": MetricAccumulator()}
         data_collator = data_collator or self.default_collator()
         super().__init__(
-            model=model, args=args, data_collator=data_collator if args.world_size == 1 else _SizedRows(data_collator),
+            model=model, args=args, data_collator=data_collator if args.world_size == 1 else SizedRows(data_collator),
             train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=self.processing_class,
             compute_metrics=compute_metrics, callbacks=callbacks, optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
@@ -185,42 +185,17 @@ class PostTrainer(Resumable, WithCallbacks, Trainer):
                                  "token that is, or add it with tokenizer.add_tokens and resize the model's embeddings")
             setattr(tokenizer, name, token)
 
-    # ------------------------------------------------ stopping and going on
-    def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        "Train, from the start or from a checkpoint (`Resumable`)."
-        self.metrics["train"] = MetricAccumulator()  # an interrupted run may have left some
-        self._go_on_at = None
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def run_state(self):
-        "Of a stream: which pass this is, and how many micro-batches of it were drawn."
-        if not isinstance(self.train_dataset, IterableDataset): return {}
-        return {"pass": self._pass, "drawn": self._drawn}
-
-    def load_run_state(self, state): self._go_on_at = state["pass"], state["drawn"]
-
-    def needed_parts(self):
-        "A stream can go on without knowing its place, as transformers does: rightly in its first pass."
-        return {} if self.run_state().keys() <= {"pass", "drawn"} else super().needed_parts()
-
-    def _run_epoch(self, **kwargs):
-        "A pass. transformers knows the steps of a run, but not how long a stream is: it would begin a new pass."
-        if self._go_on_at is not None and not self.args.ignore_data_skip:
-            number, drawn = self._go_on_at
-            if kwargs["epoch"] < number: return
-            kwargs |= {"epochs_trained": number, "steps_trained_in_current_epoch": drawn}
-        goes_on = kwargs["epoch"] == kwargs["epochs_trained"]
-        self._pass, self._drawn = kwargs["epoch"], kwargs["steps_trained_in_current_epoch"] if goes_on else 0
-        super()._run_epoch(**kwargs)
-
     # ------------------------------------------------ one step
+    def train(self, *args, **kwargs):
+        "As `Resumable` has it. Metrics start at nothing: an interrupted run may have left some."
+        self.metrics["train"] = MetricAccumulator()
+        return super().train(*args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         "Draw the micro-batches of a step and count what it averages over, on all processes (step 1 of the rule)."
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches: _must_be_a_batch(batches[0])
-        self._drawn += len(batches)
-        batches = self._without_repeated_rows(batches, self.train_dataset, self._train_batch_size)
+        batches = self.without_repeated_rows(batches, self.train_dataset, self._train_batch_size)
         if 0 < len(batches) < num_batches:
             # a stream has ended in the middle of a step; transformers would carry its gradient into the next one
             warnings.warn(f"the last {len(batches)} micro-batches of the stream do not fill a step of {num_batches} "
@@ -301,41 +276,6 @@ class PostTrainer(Resumable, WithCallbacks, Trainer):
             return ValueError(f"a row has {longest} tokens, but the model has positions for {limit}: set "
                               f"max_length={limit} or less")
 
-    # ------------------------------------------------ several processes
-    def _get_dataloader(self, dataset, description, batch_size, *args, **kwargs):
-        "transformers' loader; of a stream that accelerate deals out row by row, with its end marked."
-        processes, workers = self.args.world_size, self.args.dataloader_num_workers
-        dealt_out = processes > 1 and isinstance(dataset, IterableDataset) and dataset.num_shards < processes
-        # logits are gathered from all processes, which then need as many rows
-        only_loss = description == "Training" or description == "Evaluation" and self.compute_metrics is None
-        if dealt_out and only_loss and not workers: dataset = _MarkedEnd(dataset, batch_size, self.args)
-        return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
-
-    def own_rows(self, dataset, batch_size: int) -> int:
-        """How many rows of this process's last batch are its own.
-
-        accelerate gives every process as many rows: it fills the last batches up with rows that were there before."""
-        args = self.args
-        n, processes = len(dataset) if has_length(dataset) else 0, args.world_size
-        if args.accelerator_config.split_batches: batch_size //= processes
-        left = n % (batch_size * processes)
-        is_filled_up = left and self.accelerator.even_batches and not args.dataloader_drop_last
-        return min(max(left - args.process_index * batch_size, 0), batch_size) if is_filled_up else batch_size
-
-    def _without_repeated_rows(self, batches: list[dict], dataset, batch_size: int) -> list[dict]:
-        """The last batch of a pass without the rows that accelerate repeats.
-
-        A process must take part in each batch. Where it has no row of its own it keeps one, and marks the batch as
-        `repeated`: it counts nothing."""
-        batches = [dict(batch) for batch in batches]
-        sizes = [batch.pop("row_sizes", None) for batch in batches]
-        if not batches or sizes[-1] is None or not self.accelerator.gradient_state.end_of_dataloader: return batches
-        own = self.own_rows(dataset, batch_size)
-        if own < len(sizes[-1]):
-            batches[-1] = _first_prompts(batches[-1], int(sizes[-1][:max(own, 1)].sum()))
-            if own == 0: batches[-1]["repeated"] = True
-        return batches
-
     # ------------------------------------------------ evaluation
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The same loss without gradients, and logits only where `compute_metrics` asks for them.
@@ -343,7 +283,7 @@ class PostTrainer(Resumable, WithCallbacks, Trainer):
         Logits have a row per prompt, its completions one after the other: transformers counts rows of the dataset, so a
         pair must be one."""
         inputs = self._prepare_inputs(inputs)
-        counted, = self._without_repeated_rows([inputs], self._evaluated_dataset, self.args.eval_batch_size)
+        counted, = self.without_repeated_rows([inputs], self._evaluated_dataset, self.args.eval_batch_size)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, counted).detach()
             if prediction_loss_only: return loss, None, None
@@ -406,52 +346,6 @@ def _map_named(dataset, function):
     "`function(dataset, name)` of an evaluation dataset, or of each of several."
     mapped = {name: function(d, name) for name, d in _by_name(dataset).items()}
     return mapped if isinstance(dataset, dict) else mapped.get("eval")
-
-
-_OWN_ROWS = "rows of the last batch that are this process's own"
-
-
-class _MarkedEnd(torch.utils.data.IterableDataset):
-    """A stream whose end is known to the collator.
-
-    At its end accelerate fills the last batches up with the very first rows, the same objects. They get a mark then."""
-
-    def __init__(self, stream, batch_size: int, args):
-        self.stream, self.batch_size, self.args = stream, batch_size, args
-
-    def set_epoch(self, epoch): self.stream.set_epoch(epoch)
-
-    def __iter__(self):
-        size, processes, first, n = self.batch_size, self.args.world_size, [], 0
-        for n, row in enumerate(self.stream, 1):
-            if n <= size * processes: first.append(row)
-            yield row
-        if not (left := n % (size * processes)): return
-        for row in first: row[_OWN_ROWS] = min(max(left - self.args.process_index * size, 0), size)
-
-
-class _SizedRows:
-    """A collator that also says how many prompts each row gave, as `row_sizes`: several, where documents are packed.
-
-    At the end of a stream it leaves out the rows that were there before."""
-
-    def __init__(self, collate): self.collate = collate
-
-    def __call__(self, rows):
-        own = min([row[_OWN_ROWS] for row in rows if _OWN_ROWS in row], default=len(rows))
-        rows = [{k: v for k, v in row.items() if k != _OWN_ROWS} for row in rows[:max(own, 1)]]
-        batch = self.collate(rows)
-        if not isinstance(batch, dict) or "prompt_ids" not in batch: return batch
-        if own == 0: batch = {**batch, "repeated": True}
-        sizes = [len(row.get("seq_lengths") or [0]) for row in rows]
-        return {**batch, "row_sizes": torch.tensor(sizes)} if sum(sizes) == len(batch["prompt_ids"]) else batch
-
-
-def _first_prompts(batch: dict, n: int) -> dict:
-    "The first n prompts of a batch, with their completions."
-    prompts, completions = len(batch["prompt_ids"]), len(batch["completion_ids"])
-    kept = {prompts: n, completions: int((batch["prompt_index"] < n).sum())}
-    return {name: values[:kept[len(values)]] if values.dim() else values for name, values in batch.items()}
 
 
 def _lengths(batch: dict) -> Tensor:
