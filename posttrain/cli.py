@@ -22,6 +22,7 @@ from .command.flags import help_text, parse
 from .command.loading import load_data
 from .command.needs import check_model, check_needs, explain
 from .command.pocket_files import PocketArguments, write_pocket
+from .training.arguments import never_fail_to_print
 from .training.fields import closest
 
 _all_ = ["demo", "demo_config", "load_data", "ScriptArguments", "RewardArguments"]
@@ -131,16 +132,11 @@ def _take_debug(argv: list[str]) -> tuple[list[str], bool]:
     return [word for i, word in enumerate(argv) if i not in bare], bool(bare)
 
 
-def _never_fail_to_print() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")
-
-
 def main(
     argv: list[str] | None = None,  # the command's arguments; None: those that the process was started with
 ) -> int:  # exit status: 0, 1 when the reader of the output is gone, 2 for an error, 130 when interrupted
     "The `posttrain` command."
-    _never_fail_to_print()
+    never_fail_to_print()
     argv, debug = _take_debug(sys.argv[1:] if argv is None else list(argv))
     name, rest = (argv[0], argv[1:]) if argv else ("--help", [])
     try:

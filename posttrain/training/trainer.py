@@ -15,7 +15,7 @@ from ..data.formats import show_warnings_again
 from ..data.templates import adopt_chat_template, resize_embeddings_to_tokenizer
 from ..foundations.layouts import lay_out
 from ..foundations.masks import Totals
-from .arguments import check_arguments
+from .arguments import check_arguments, never_fail_to_print
 from .checkpoints import Resumable
 from .config import PostConfig
 from .heads import attach_head, unwrapped
@@ -89,6 +89,7 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WithCallbacks, Traine
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
             formatting_func=getattr(self, "formatting_func", None))
         show_warnings_again()
+        never_fail_to_print()
         args.remove_unused_columns = False  # prepared rows hold what the collator reads, which `forward` does not name
         set_seed(args.seed)  # before anything random is made, an adapter's weights for example
         self._check_all(train_dataset, eval_dataset)
