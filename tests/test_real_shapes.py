@@ -3,15 +3,13 @@ them. And bad rows: each error names the dataset, the row, the column and the va
 import json
 import logging
 import re
-import sys
-from pathlib import Path
 
 import pytest
 from datasets import Dataset, disable_progress_bars, load_dataset
 
-from posttrain import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer, pocket  # noqa: E402
-from posttrain.data import formats  # noqa: E402
-from posttrain.online.rloo_trainer import RLOOConfig, RLOOTrainer  # noqa: E402
+from posttrain import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer, pocket
+from posttrain.data import formats
+from posttrain.online.rloo_trainer import RLOOConfig, RLOOTrainer
 
 disable_progress_bars()
 
