@@ -3,15 +3,13 @@ them. And bad rows: each error names the dataset, the row, the column and the va
 import json
 import logging
 import re
-import sys
-from pathlib import Path
 
 import pytest
 from datasets import Dataset, disable_progress_bars, load_dataset
 
-from posttrain import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer, pocket  # noqa: E402
-from posttrain.data import formats  # noqa: E402
-from posttrain.online.rloo_trainer import RLOOConfig, RLOOTrainer  # noqa: E402
+from posttrain import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer, pocket
+from posttrain.data import formats
+from posttrain.online.rloo_trainer import RLOOConfig, RLOOTrainer
 
 disable_progress_bars()
 
@@ -101,7 +99,7 @@ TRAINERS = {
 def made(method, dataset, config, model=None, **options):
     "A trainer of the pocket model, or of a model that does not exist."
     trainer, of_config, fields = TRAINERS[method]
-    args = of_config(**config(max_steps=1, per_device_train_batch_size=2, **{**fields, **options}))
+    args = of_config(**config(**{**dict(max_steps=1, per_device_train_batch_size=2), **fields, **options}))
     rewards = dict(reward_funcs=length) if method in ("grpo", "rloo") else {}
     return trainer(pocket.model(0) if model is None else model, args=args, train_dataset=dataset,
                    processing_class=pocket.tokenizer() if model is None else None, **rewards)
@@ -300,3 +298,193 @@ def test_a_bad_row_of_a_stream_is_named_when_it_is_read(method, config):
     stream = Dataset.from_list(rows).to_iterable_dataset()
     with pytest.raises(TypeError, match="train dataset: column 'prompt', row 5, message 0, key 'content'"):
         list(made(method, stream, config, shuffle_dataset=False).train_dataset)
+
+
+# ---------------------------------------------------------------- what is asked, and what is passed over
+@pytest.mark.parametrize("method", ["grpo", "rloo"])
+def test_prompts_that_cannot_be_asked_are_found_in_a_table(method, config):
+    for bad, words in (("", ["row 20", "empty"]), ("x" * 600, ["row 20", "600 tokens", "512 positions"]),
+                       ("x" * 512, ["row 20", "512 tokens", "max_completion_length=1 or less"])):
+        rows = Dataset.from_list([{"prompt": "hi"}] * 20 + [{"prompt": bad}])
+        with pytest.raises(ValueError) as error:
+            made(method, rows, config)
+        assert all(word in str(error.value) for word in (*words, "train dataset")), error.value
+    stream = made(method, rows.to_iterable_dataset(), config).train_dataset
+    with pytest.raises(ValueError, match="row 20: the prompt has 512 tokens"):
+        list(stream)
+
+
+NO_SYSTEM = ("{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+             "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("method", TRAINERS)
+def test_a_row_that_the_template_refuses_is_named(method, streaming, config):
+    trainer, of_config, fields = TRAINERS[method]
+    asked = [user("hi")], [{"role": "system", "content": "be kind"}, user("hi")]
+    plain, refused = ({"prompt": p, "completion": GOOD[1:], "chosen": GOOD[1:], "rejected": [assistant("no")]}
+                      for p in asked)
+    rows = Dataset.from_list([plain] * 70 + [refused])
+    tokenizer = pocket.tokenizer()
+    tokenizer.chat_template = NO_SYSTEM
+    rewards = dict(reward_funcs=length) if method in ("grpo", "rloo") else {}
+    with pytest.raises(ValueError, match="train dataset: row 70: the chat template cannot render it: System role not"):
+        made_from = rows.to_iterable_dataset() if streaming else rows
+        list(trainer(pocket.model(0), args=of_config(**config(**fields)), train_dataset=made_from,
+                     processing_class=tokenizer, **rewards).train_dataset)
+
+
+def test_a_template_without_calls_is_an_error(config, tmp_path):
+    tokenizer = pocket.tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
+    with pytest.raises(ValueError, match="row 0: message 1 calls a tool, but the chat template never writes"):
+        SFTTrainer(pocket.model(0), SFTConfig(**config()), train_dataset=from_file("openai", tmp_path),
+                   processing_class=tokenizer)
+
+
+@pytest.mark.parametrize("field, row, expected", [
+    ("messages", {"messages": GOOD}, "<|user|>hi<|end|><|assistant|>ho<|end|>"),
+    ("chat", {"chat": GOOD, "messages": [user("other")]}, "<|user|>hi<|end|><|assistant|>ho<|end|>"),
+    ("formatted", {"messages": GOOD, "formatted": "my own"}, "my own<|end|>"),
+    ("text", {"conversations": [human("hi"), gpt("ho")], "text": "my own"}, "my own<|end|>"),
+    ("completion", {"prompt": "a", "completion": "b"}, "b<|end|>"),
+    (None, {"messages": GOOD, "text": "my own"}, "<|user|>hi<|end|><|assistant|>ho<|end|>"),
+    ("body", {"text": "the other column"}, ValueError),
+    ("body", {"messages": GOOD}, ValueError)])
+def test_a_text_field_that_is_asked_for_wins_or_is_an_error(field, row, expected, config):
+    options = {} if field is None else dict(dataset_text_field=field)
+    if expected is ValueError:
+        with pytest.raises(ValueError, match="dataset_text_field='body' is not a column"):
+            made("sft", Dataset.from_list([row] * 4), config, **options)
+        return
+    rows = made("sft", Dataset.from_list([row] * 4), config, **options).train_dataset
+    assert pocket.tokenizer().decode(rows[0]["input_ids"]) == expected
+
+
+@pytest.mark.parametrize("method, row, words", [
+    ("sft", {"prompt": "q", "context": "c", "completion": "a"}, ["'context'", "only 'prompt' and 'completion'"]),
+    ("dpo", pair(question="q?"), ["'question'"]),
+    ("grpo", {"prompt": "q", "context": "c"}, ["'context'", "only 'prompt' is read"]),
+    ("sft", {"prompt": "q", "completion": "a", "label": False}, ["'label'", "not liked"]),
+    ("dpo", pair(rejected="b"), ["twice the same answer", "row 0"])])
+def test_what_is_passed_over_is_said(method, row, words, config, heard):
+    made(method, Dataset.from_list([row] * 2), config)
+    assert all(word in heard.text for word in words), heard.text
+
+
+@pytest.mark.parametrize("method, row", [
+    ("sft", {"prompt": "c\n\nq", "context": "c", "question": "q", "completion": "a"}),
+    ("dpo", {"question": "q?", "chosen": "q? a", "rejected": "q? b"}),
+    ("grpo", {"prompt": [user("q? Think.")], "question": "q?", "context": None})])
+def test_what_is_read_is_not_said_to_be_passed_over(method, row, config, heard):
+    made(method, Dataset.from_list([row] * 2), config)
+    assert "may belong to what is asked" not in heard.text
+
+
+def test_a_column_that_a_reward_asks_for_is_not_passed_over(config, heard):
+    def reads(completions, context, **columns): return [0.0] * len(completions)
+    GRPOTrainer(pocket.model(0), reads, GRPOConfig(**config(num_generations=2, max_completion_length=2)),
+                train_dataset=Dataset.from_list([{"prompt": "q", "context": "c"}] * 4),
+                processing_class=pocket.tokenizer())
+    assert "may belong to what is asked" not in heard.text
+
+
+# ---------------------------------------------------------------- small things that stop a run
+def begins_with_bos():
+    "The pocket tokenizer with a beginning of sequence that it adds by itself, as Llama's does."
+    from tokenizers import processors
+    tokenizer = pocket.tokenizer()
+    begin = tokenizer.convert_tokens_to_ids("<|system|>")
+    tokenizer.bos_token = "<|system|>"
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|system|> $A", special_tokens=[("<|system|>", begin)])
+    return tokenizer
+
+
+def test_text_that_was_rendered_before_gets_no_second_beginning(config):
+    tokenizer = begins_with_bos()
+    begin = tokenizer.bos_token_id
+    def rows(method, **row):
+        trainer, of_config, fields = TRAINERS[method]
+        rewards = dict(reward_funcs=length) if method == "grpo" else {}
+        return trainer(pocket.model(0), args=of_config(**config(**fields)), processing_class=tokenizer,
+                       train_dataset=Dataset.from_list([row] * 4), **rewards)
+
+    assert rows("sft", text="<|system|>hi").train_dataset[0]["input_ids"].count(begin) == 1
+    assert rows("sft", text="hi").train_dataset[0]["input_ids"].count(begin) == 1
+    (row, *_) = rows("dpo", prompt="<|system|>hi", chosen=" a", rejected=" b").train_dataset
+    assert row["prompt_ids"].count(begin) == 1
+    trainer = rows("grpo", prompt="<|system|>hi")
+    assert trainer.encode([trainer.train_dataset[0]])[0].count(begin) == 1
+
+
+def test_a_margin_of_words_is_left_out(config):
+    trainer = made("dpo", Dataset.from_list([pair(margin="large")] * 4), config)
+    assert "margin" not in trainer.train_dataset.column_names
+    trainer.train()
+    numbers = made("dpo", Dataset.from_list([pair(margin=2.5)] * 4), config).train_dataset
+    assert numbers["margin"][:] == [2.5] * 4
+
+
+@pytest.mark.parametrize("method, row", [("sft", {"text": "abc"}), ("dpo", pair())])
+def test_rows_are_drawn_by_their_length(method, row, config):
+    rows = Dataset.from_list([{name: value * k for name, value in row.items()} for k in range(1, 9)])
+    trainer = made(method, rows, config, train_sampling_strategy="group_by_length", length_column_name="tokens")
+    if method == "dpo":
+        assert trainer.train_dataset["tokens"][:] == [2 * k + 1 for k in range(1, 9)]
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+@pytest.mark.parametrize("kind", [None, "numpy", "torch"])
+def test_prepared_rows_need_no_labels(kind, config):
+    rows = Dataset.from_list([{"input_ids": [5, 6, 7], "completion_mask": [0, 1, 1]}] * 4).with_format(kind)
+    options = dict(dataset_kwargs={"skip_prepare_dataset": True})
+    trainer = made("sft", rows, config, **options)
+    assert trainer.data_collator([rows[0]])["mask"].tolist() == [[0, 1, 1]]  # a first token has nothing before it
+    trainer.train()
+    masked = made("sft", Dataset.from_list([{"input_ids": [5, 6, 7, 8], "completion_mask": [0, 0, 1, 1]}] * 4), config,
+                  completion_only_loss=True, **options)
+    assert masked.data_collator([masked.train_dataset[0]])["mask"].tolist() == [[0, 0, 1, 1]]
+    with pytest.raises(ValueError, match="the train dataset must hold input_ids already, but it has 'text'"):
+        made("sft", Dataset.from_list([{"text": "a"}]), config, **options)
+
+
+def test_a_processor_gives_its_tokenizer(config):
+    class Processor:
+        def __init__(self): self.tokenizer, self.chat_template = pocket.tokenizer(), None
+        def __call__(self, *args, **kwargs): raise AssertionError("texts are for the tokenizer")
+    trainer = SFTTrainer(pocket.model(0), SFTConfig(**config()), train_dataset=Dataset.from_list([chat(*GOOD)] * 4),
+                         processing_class=Processor())
+    trainer.train()
+    with pytest.raises(TypeError, match="must be a tokenizer"):
+        SFTTrainer(pocket.model(0), SFTConfig(**config()), train_dataset=Dataset.from_list([chat(*GOOD)] * 4),
+                   processing_class=lambda text: text)
+
+
+@pytest.mark.parametrize("method, row", [("sft", {"text": "{} ab"}), ("dpo", pair(prompt="{}"))])
+def test_a_stream_goes_on_in_its_second_pass(method, row, config, tmp_path):
+    rows = Dataset.from_list([{name: value.format(i) for name, value in row.items()} for i in range(6)])
+    def run(resume=None):
+        trainer = made(method, rows.to_iterable_dataset(), config, max_steps=10, save_steps=4,
+                       per_device_train_batch_size=1, save_strategy="steps")
+        seen, step = [], trainer.training_step
+        def spy(model, inputs, *args, **kwargs):
+            seen.append([*inputs["prompt_ids"].flatten().tolist(), *inputs["completion_ids"].flatten().tolist()])
+            return step(model, inputs, *args, **kwargs)
+        trainer.training_step = spy
+        trainer.train(resume_from_checkpoint=resume)
+        return seen
+    whole = run()
+    assert whole[6:] == whole[:4] and run(f"{tmp_path}/checkpoint-8") == whole[8:]
+
+
+def test_whole_floats_and_short_fractions_are_answers():
+    from posttrain.rollout.rewards import accuracy_reward, exact_match_reward
+    assert exact_match_reward(["72", "0.5", "7"], answer=[72.0, 0.5, float("nan")]) == [1.0, 1.0, 0.0]
+    for said, solution in ((r"\frac12", r"\frac12"), (r"\frac12", r"$\frac{1}{2}$"), (r"\sqrt2", r"$\sqrt{2}$"),
+                           (r"2\sqrt 3", r"$2\sqrt{3}$"), (r"3\frac12", "3.5"), (r"\dfrac34", "0.75"), ("72", 72.0),
+                           (r"\frac{1}2", r"\frac12"), (r"-\frac12", "-0.5"), ("100000000000000000000", 1e20)):
+        assert accuracy_reward([rf"\boxed{{{said}}}"], [solution]) == [1.0], (said, solution)
+        assert accuracy_reward([r"\boxed{9999}"], [solution]) == [0.0]

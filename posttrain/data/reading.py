@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['TEXT', 'Reading', 'some_rows', 'check_table', 'refuse_media', 'say_unread', 'DefaultField', 'read_sft', 'check_sft',
-           'check_prompts', 'prompt_columns', 'read_prompts']
+           'check_prompts', 'prompt_columns', 'with_plain_prompts', 'read_prompts']
 
 # %% ../../nbs/data/01c_reading.ipynb #86d433dc
 import logging
@@ -112,7 +112,8 @@ def read_sft(
     "The columns to learn from. Raises ValueError when there are none, or not the ones that were asked for."
     row = first_row(dataset, who)
     refuse_media(dataset, f"{who}, {name} dataset")
-    if not isinstance(text_field, DefaultField):
+    asked_for = not isinstance(text_field, DefaultField)
+    if asked_for and (text_field in row or text_field != TEXT):  # other libraries' configs hold "text" by default
         return _read_field(dataset, text_field, row, f"{who}, {name} dataset")
     if "input_ids" in row:
         return Reading(dataset, ("input_ids",))
@@ -181,6 +182,17 @@ def prompt_columns(
 ) -> list[str]:
     "The columns that say how a prompt is asked."
     return [name for name in column_names(dataset) if name in ("prompt", *_BESIDE)]
+
+
+def with_plain_prompts(
+    dataset,  # a table, perhaps set to return arrays
+):
+    "The same table with prompts as plain Python values. Other columns stay arrays, where a row can hold them."
+    kind, columns = dataset.format["type"], dataset.format["columns"]
+    others = [name for name in columns if name not in prompt_columns(dataset)]
+    if kind in (None, "arrow", "pandas", "polars") or not others:
+        return dataset.with_format(None)
+    return dataset.with_format(kind, columns=others, output_all_columns=True, **dataset.format["format_kwargs"])
 
 
 def read_prompts(

@@ -135,10 +135,10 @@ def _check_spelling(batch, columns, indices, who):
         kinds = ["a string" if isinstance(v, str) else "a list of messages" for v in values]
         found = ", ".join(f"{name!r} is {kind}" for name, kind in zip(names, kinds))
         text = next((v for v in values if isinstance(v, str)), values[0])
-        raise TypeError(f"{who}: row {row}: {found}; it holds {short_repr(text)}. Make the columns all strings, or all "
-                        "lists of messages, in every row: a string is never put through the chat template. A message is made "
-                        "of a string by [{'role': 'user', 'content': row['prompt']}], of an answer with the role "
-                        "'assistant'.")
+        raise TypeError(
+            f"{who}: row {row}: {found}; it holds {short_repr(text)}. Make the columns all strings, or all lists of "
+            "messages, in every row: a string is never put through the chat template. A message is made of a string by "
+            "[{'role': 'user', 'content': row['prompt']}], of an answer with the role 'assistant'.")
 
 
 def _behind_system(value, system, place):

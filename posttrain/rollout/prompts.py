@@ -9,7 +9,7 @@ from functools import partial
 from datasets import IterableDataset
 
 from ..data.formats import column_names, first_row, require
-from ..data.reading import check_prompts, prompt_columns
+from ..data.reading import check_prompts, prompt_columns, with_plain_prompts
 from ..training.heads import unwrapped
 
 # %% ../../nbs/rollout/07c_prompts.ipynb #1b92e0f7
@@ -40,9 +40,8 @@ class ReadsPrompts:
         return {name for signature in self.rewards.signatures for name in signature.names or signature.required}
 
     def prepare(self, dataset, name, training):
-        """The rows as plain Python values. Prompts are encoded when they are asked, and once now, so that one that a
-        chat template refuses, or that is empty, is found before a model is loaded; those of a stream as they are read.
-        """
+        """The rows with prompts as plain Python values. They are encoded when they are asked, and once now, so that one
+        that a chat template refuses, or that is empty, is found before a model is loaded; of a stream as it is read."""
         if isinstance(dataset, IterableDataset):
             dataset = dataset.with_format(None).map(partial(self._streamed_row, name=name), with_indices=True)
             first_row(dataset, type(self).__name__)
@@ -50,12 +49,11 @@ class ReadsPrompts:
         if dataset.format["type"] == "custom":  # a transform may give another prompt each time
             self._note_lengths([dataset[0]], range(1), name)
             return dataset
-        dataset = dataset.with_format(None)
-        prompts = dataset.select_columns(prompt_columns(dataset))
+        prompts = dataset.with_format(None).select_columns(prompt_columns(dataset))
         for start in range(0, len(dataset), 1000):
             numbers = range(start, min(start + 1000, len(dataset)))
             self._note_lengths(list(prompts.select(numbers)), numbers, name)
-        return dataset
+        return with_plain_prompts(dataset)
 
     def _streamed_row(self, row: dict, number: int, name: str) -> dict:
         "A row of a stream, read and checked."
