@@ -317,8 +317,9 @@ ACCUMULATED = {**{name: of_type(name, 1.2, beta=.1) for name in LOSS_TYPES if na
                "GSPO": dict(loss_type="grpo", importance_sampling_level="sequence"), "twice": dict(num_iterations=2),
                "truncated": dict(mask_truncated_completions=True),
                "adaptive": dict(use_adaptive_entropy=True, entropy_target=1.6)}
+# (and it logs the mean of their extremes, where here the least and the greatest of the step are logged)
 PER_MICRO_BATCH = ("entropy", "kl", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean",
-                   "cispo_clip_ratio", "vespo/phi_seq_mean")
+                   "clip_ratio/low_min", "clip_ratio/high_max", "cispo_clip_ratio", "vespo/phi_seq_mean")
 
 
 @pytest.mark.parametrize("case", ACCUMULATED)
@@ -629,7 +630,7 @@ def our_loss(monkeypatch, accelerator, args, x, mask, sampler):
     self.model, self.accelerator, self.sampler_is_exact = SimpleNamespace(training=True), accelerator, False
     self.callback_handler = SimpleNamespace(callbacks=[])
     from posttrain.online.corrections import EntropyController, entropy_threshold, top_entropy_mask
-    from posttrain.training.metrics import Mean
+    from posttrain.training.metrics import Mean, MetricAccumulator
     self.entropy, self._entropy_of_step = EntropyController(args["entropy_coef"]), Mean(0., 0.)
     batch = dict(mask=mask, advantages=x["advantages"], old_logps=x["old"], ref_logps=x["ref"],
                  token_share=torch.tensor(61 / 4))
@@ -645,7 +646,9 @@ def our_loss(monkeypatch, accelerator, args, x, mask, sampler):
     totals = self.totals_of(batch) + self.totals_of(batch)
     loss, stats = self.loss(None, batch, totals)
     gradients = torch.autograd.grad(loss, (logps, entropies), allow_unused=True)
-    return loss, gradients, {k: (v.total / v.count if isinstance(v, Mean) else v) for k, v in stats.items()}
+    metrics = MetricAccumulator()
+    metrics.add(stats)
+    return loss, gradients, metrics.close()
 
 
 DEFAULTS = dict(loss_type="dapo", importance_sampling_level="token", beta=0.0, use_bias_correction_kl=True, epsilon=.2,
