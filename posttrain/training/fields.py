@@ -104,6 +104,7 @@ def closest(
     known: Collection,  # what there is
 ) -> str:  # ' Did you mean ...?', or '' when nothing is near
     "The known name that is most like a misspelt one."
+    if not isinstance(name, str): return ""
     plain = {str(k).lower().replace("-", "_"): k for k in known}
     found = difflib.get_close_matches(str(name).lower().replace("-", "_"), plain, 1, 0.6)
     return f" Did you mean {plain[found[0]]!r}?" if found else ""
