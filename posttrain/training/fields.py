@@ -171,7 +171,7 @@ def hints_of(
     hints = {}
     for base in reversed(cls.__mro__):
         try: hints.update(get_type_hints(base))
-        except NameError: hints = {k: v for k, v in hints.items() if k not in base.__dict__.get("__annotations__", {})}
+        except NameError: hints = {k: v for k, v in hints.items() if k not in inspect.get_annotations(base)}
     return hints | getattr(cls, "types", {})
 
 
