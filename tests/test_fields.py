@@ -198,3 +198,31 @@ def test_the_newer_name_of_checkpointing_is_set(tmp_path, monkeypatch):
 def test_tensors_are_no_numbers(tmp_path):
     with pytest.raises(TypeError, match="learning_rate of SFTConfig must be a number, got tensor"):
         make(posttrain.SFTConfig, tmp_path, learning_rate=torch.tensor(1e-3))
+
+
+GIVEN = [("data_collator", 5), ("compute_metrics", "x"), ("callbacks", "x"), ("callbacks", [3]), ("optimizers", "adam"),
+         ("optimizers", ("adam", None)), ("optimizer_cls_and_kwargs", 5), ("peft_config", {"r": 4}),
+         ("peft_config", "lora"), ("formatting_func", "x"), ("preprocess_logits_for_metrics", 1),
+         ("args", {"max_steps": 1}), ("args", "x"), ("processing_class", "x")]
+
+
+@pytest.mark.parametrize("name, value", GIVEN, ids=repr)
+def test_what_a_trainer_is_given_is_checked_before_a_model_is_loaded(name, value, tmp_path):
+    rows = posttrain.pocket.dataset("reverse", "prompt_completion", n=4)
+    given = {"args": make(posttrain.SFTConfig, tmp_path), name: value}
+    with pytest.raises(TypeError, match=f"{name} .*must be a"):
+        posttrain.SFTTrainer("/nowhere/model", train_dataset=rows, **given)
+
+
+def test_a_config_of_another_method_is_refused(tmp_path):
+    for cls, other in ((posttrain.SFTConfig, posttrain.DPOConfig), (posttrain.RLOOConfig, posttrain.GRPOConfig)):
+        with pytest.raises(TypeError, match=f"args is a {other.__name__}; expected a {cls.__name__}"):
+            cls.adopt(make(other, tmp_path))
+
+
+def test_a_model_that_is_not_there_is_named(tmp_path):
+    (tmp_path / "model").mkdir()
+    for path in (tmp_path / "modle", str(tmp_path / "modle")):
+        with pytest.raises(FileNotFoundError, match="modle.*no such folder. Did you mean 'model'"):
+            posttrain.SFTTrainer(path, args=make(posttrain.SFTConfig, tmp_path),
+                                 train_dataset=posttrain.pocket.dataset("reverse", "prompt_completion", n=4))

@@ -5,6 +5,7 @@ __all__ = ['ALIASES', 'TITLES', 'read_file', 'Silent', 'make_parser', 'parse', '
 
 # %% ../../nbs/command/02_flags.ipynb #edc1f75a
 import argparse
+import inspect
 import json
 import os
 import shutil
@@ -144,7 +145,7 @@ TITLES = {  # class that declares fields -> title of its group; other classes ar
 
 def _declares(cls, name) -> type:
     "The class that declares a field as it is, the last one that did."
-    return next(base for base in cls.__mro__ if name in base.__dict__.get("__annotations__", {}))
+    return next(base for base in cls.__mro__ if name in inspect.get_annotations(base))
 
 
 def _depth(pair) -> int:

@@ -89,11 +89,12 @@ def _check_lines(path: Path, flag) -> None:
     with _PACKED.get(path.suffix, open)(path, "rt", encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip(): continue
+            shown = repr(line.strip()[:60])
             try: row = json.loads(line)
-            except json.JSONDecodeError as e: raise ValueError(f"{flag} {path}: line {number} is no JSON: {e.msg}: "
-                                                               f"{line.strip()[:60]!r}") from e
+            except json.JSONDecodeError as e:
+                raise ValueError(f"{flag} {path}: line {number} is no JSON: {e.msg}: {shown}") from e
             if not isinstance(row, dict):
-                raise ValueError(f"{flag} {path}: line {number} is no object of columns: {line.strip()[:60]!r}")
+                raise ValueError(f"{flag} {path}: line {number} is no object of columns: {shown}")
 
 
 def _load_folder(path: Path, streaming, flag, more):
@@ -123,8 +124,8 @@ def get_dataset(
     try: whole = concatenate_datasets(parts)
     except ValueError as e:
         columns = "; ".join(f"{entry.path}: {part.features}" for entry, part in zip(mixture.datasets, parts))
-        raise ValueError(f"datasets: these do not fit together, give them the same columns (columns: [...]): {columns}"
-                         ) from e
+        raise ValueError("datasets: these do not fit together, give them the same columns (columns: [...]): "
+                         f"{columns}") from e
     kind = IterableDatasetDict if mixture.streaming else DatasetDict
     return split_off(kind({"train": whole}), mixture.test_split_size, seed)
 
@@ -145,8 +146,9 @@ def _in_shares(parts, fractions, streaming) -> list:
     "The first rows of each, so many that the shares are as asked."
     if not any(fractions): return parts
     if not all(fractions): raise ValueError("datasets: give a fraction to all of them, or to none")
-    if streaming: raise ValueError("datasets: fraction needs the number of rows, which a stream does not tell; set "
-                                   "streaming: false")
+    if streaming:
+        raise ValueError("datasets: fraction needs the number of rows, which a stream does not tell; set streaming to "
+                         "false")
     weights = [fraction / sum(fractions) for fraction in fractions]
     total = min(len(part) / weight for part, weight in zip(parts, weights))
     return [part.select(range(round(weight * total))) for part, weight in zip(parts, weights)]

@@ -104,6 +104,7 @@ def closest(
     known: Collection,  # what there is
 ) -> str:  # ' Did you mean ...?', or '' when nothing is near
     "The known name that is most like a misspelt one."
+    if not isinstance(name, str): return ""
     plain = {str(k).lower().replace("-", "_"): k for k in known}
     found = difflib.get_close_matches(str(name).lower().replace("-", "_"), plain, 1, 0.6)
     return f" Did you mean {plain[found[0]]!r}?" if found else ""
@@ -170,7 +171,7 @@ def hints_of(
     hints = {}
     for base in reversed(cls.__mro__):
         try: hints.update(get_type_hints(base))
-        except NameError: hints = {k: v for k, v in hints.items() if k not in base.__dict__.get("__annotations__", {})}
+        except NameError: hints = {k: v for k, v in hints.items() if k not in inspect.get_annotations(base)}
     return hints | getattr(cls, "types", {})
 
 
