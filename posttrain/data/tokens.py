@@ -11,6 +11,14 @@ from .formats import check_rows
 from .templates import encode_chats, split_prompts
 from .weights import has_weights, weight_mask
 
+
+def __getattr__(name: str):
+    "`prepare_sft` and its siblings stood here before they moved to `data.prepare`: scripts still find them."
+    if not name.startswith("prepare_"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from posttrain.data import prepare
+    return getattr(prepare, name)
+
 # %% ../../nbs/data/03_tokens.ipynb #0ef40fb1
 def check_tokenizer(
     tokenizer,                  # the tokenizer to look at
