@@ -14,7 +14,7 @@ from gsm8k import may_be_missing
 # first.
 COUNTS = {}
 LONG = ("test_online", "test_vllm", "test_grpo", "test_dpo", "test_browser", "test_grpo_parity", "test_dpo_parity",
-        "test_distributed", "test_parity", "test_sft", "test_compat", "test_sampling")
+        "test_distributed", "test_checkpoints", "test_seams", "test_parity", "test_sft", "test_compat", "test_sampling")
 
 
 def pytest_collection_modifyitems(items):
