@@ -243,7 +243,7 @@ BAD_ROWS = {
     "prompt text, completion chat": ("sft", [{"prompt": "a", "completion": GOOD[1:]}], ["row 0: 'prompt' is a string"]),
     "an image": ("sft", [chat(*GOOD) | {"image": "x.png"}], ["'image'", "remove_columns"]),
     "audio": ("sft", [{"text": "a", "audio": "x.wav"}], ["'audio'", "remove_columns"]),
-    "nothing known": ("sft", [{"a": "b"}], ["are missing", "The train dataset has: 'a'"]),
+    "nothing known": ("sft", [{"a": "b"}], ["are missing", "The dataset has: 'a'"]),
     "steps": ("sft", [{"prompt": "a", "completions": ["b"]}], ["'completion' is missing", "join"]),
     "ids below 0": ("sft", [{"input_ids": [1, -2]}], ["column 'input_ids', row 0", "not below 0"]),
     "ids of text": ("sft", [{"input_ids": "a b"}], ["column 'input_ids', row 0", "'a b' (str)"]),

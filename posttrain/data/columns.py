@@ -120,10 +120,11 @@ def joining_line(
     """The line that makes a prompt of several columns.
 
     With a system prompt the rows become messages: the column `system` is then read as their first message."""
-    texts = [name for name in asking if "system" not in _words(name)]
-    systems = [name for name in asking if name not in texts]
+    systems = [name for name in asking if "system" in _words(name)]
+    # a history is a list of turns: it can only become messages, and is said to be passed over as long as it is not
+    texts = [name for name in asking if not {"system", "history"} & set(_words(name))]
     if not texts:
-        texts, systems = systems, []
+        texts, systems = systems or asking, []
     prompt = f'row["{texts[0]}"]' if len(texts) == 1 else (
         f'"\\n\\n".join(row[c] for c in {tuple(texts)!r} if row[c])')
     sides = {name: f'row["{there.get(name, name)}"]' for name in need if name != "prompt"}
@@ -175,8 +176,9 @@ def missing_columns(
     spare = [c for c in there if c not in need]
     meant = _meant(missing, spare)
     columns, verb = "columns" if len(need) > 1 else "column", "is" if len(missing) == 1 else "are"
-    text = (f"{who} needs the {columns} {listed(need)}{kind}, but {listed(missing)} {verb} missing. "
-            f"The {name}{' ' * bool(name)}dataset has: {listed(there)}.")
+    where = f" in the {name} dataset" if name else ""
+    text = (f"{who} needs the {columns} {listed(need)}{where}{kind}, but {listed(missing)} {verb} missing. "
+            f"The dataset has: {listed(there)}.")
     if repair := _other_repair(missing, there, row or {}):
         return ValueError(f"{text} {repair}")
     if not meant:
