@@ -37,7 +37,6 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WithCallbacks, Traine
     auto_class = AutoModelForCausalLM  # what a path is loaded as
     averages_over = "tokens"      # which of Totals the loss divides by: "tokens" or "sequences"
     evaluating = False            # is `before_step` asked about a batch of an evaluation?
-    _go_on_at = None              # where a stream goes on after a stop: these two
     loss_is_scaled_for_ga = True  # transformers >= 5.19: our losses are shares of the whole step, do not divide again
 
     # ------------------------------------------------ what a method says
