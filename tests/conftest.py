@@ -74,3 +74,14 @@ def config(tmp_path):
                  logging_steps=1, save_strategy="no", max_steps=2, per_device_train_batch_size=4,
                  train_sampling_strategy="sequential", disable_tqdm=True, seed=0, warmup_steps=0)
     return lambda **kw: {**quiet, **kw}
+
+
+@pytest.fixture
+def heard(caplog):
+    """What is said to the logger `posttrain`; things that are said once may be said again in each test."""
+    import logging
+
+    from posttrain.data.formats import show_warnings_again
+    show_warnings_again()
+    caplog.set_level(logging.WARNING, logger="posttrain")
+    return caplog

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -217,13 +218,17 @@ def open_notebook(page, lab, name):
 def wait_for_kernel(page, lab):
     "Until the page is connected to an idle kernel; before that, running a cell asks which kernel to take."
     address, token, _ = lab
+    kernels, error = [], None
     for _ in range(300):
-        kernels = json.load(urllib.request.urlopen(f"{address}/api/kernels?token={token}", timeout=5))
+        try:
+            kernels = json.load(urllib.request.urlopen(f"{address}/api/kernels?token={token}", timeout=5))
+        except urllib.error.HTTPError as e:  # the server lists a kernel before its state is known, and answers 500
+            kernels, error = [], e
         if any(k["connections"] and k["execution_state"] == "idle" for k in kernels):
             page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]')
             return
         page.wait_for_timeout(100)
-    raise AssertionError(f"no idle kernel within 30 s: {kernels}")
+    raise AssertionError(f"no idle kernel within 30 s: {kernels or error}")
 
 
 def test_lab_live_slider_redraws(page, lab):

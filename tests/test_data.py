@@ -2,7 +2,6 @@
 
 What teaches is in the notebooks."""
 import json
-import logging
 import random
 import sys
 from pathlib import Path
@@ -14,7 +13,6 @@ from datasets import Dataset, DatasetDict, IterableDataset, disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny  # noqa: E402
-from posttrain.data import formats  # noqa: E402
 from posttrain.data.collate import collate_sft, show_batch  # noqa: E402
 from posttrain.data.conversions import (  # noqa: E402
     extract_prompt,
@@ -31,12 +29,7 @@ from posttrain.data.templates import CHATML, apply_chat_template  # noqa: E402
 disable_progress_bars()
 
 
-@pytest.fixture(autouse=True)
-def heard(caplog):
-    "What is said to the logger `posttrain`; things that are said once may be said again in each test."
-    formats._warned.clear()
-    caplog.set_level(logging.WARNING, logger="posttrain")
-    return caplog
+pytestmark = pytest.mark.usefixtures("heard")
 
 
 def user(text): return {"role": "user", "content": text}

@@ -1,25 +1,18 @@
 """The shapes of data that people have, through all trainers: read as they stand, or refused with the line that repairs
 them. And bad rows: each error names the dataset, the row, the column and the value, before a model is loaded."""
 import json
-import logging
 import re
 
 import pytest
 from datasets import Dataset, disable_progress_bars, load_dataset
 
 from posttrain import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer, pocket
-from posttrain.data import formats
 from posttrain.online.rloo_trainer import RLOOConfig, RLOOTrainer
 
 disable_progress_bars()
 
 
-@pytest.fixture(autouse=True)
-def heard(caplog):
-    "What is said to the logger `posttrain`."
-    formats._warned.clear()
-    caplog.set_level(logging.WARNING, logger="posttrain")
-    return caplog
+pytestmark = pytest.mark.usefixtures("heard")
 
 
 def user(text): return {"role": "user", "content": text}

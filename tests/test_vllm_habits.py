@@ -1,6 +1,5 @@
 """What people do to vLLM: interrupts, two engines, closed ones, two trainings on one server, unusual models."""
 import gc
-import importlib.util
 import os
 import socket
 import subprocess
@@ -19,11 +18,8 @@ from posttrain.rollout.vllm import VLLMEngine, engine_weights, positions
 from posttrain.rollout.vllm_colocated import VLLMColocated
 from posttrain.rollout.vllm_serve import serve
 from posttrain.rollout.vllm_server import VLLMServer, address, own
-from test_vllm import moved, worst
+from test_vllm import SAMPLING, moved, needs_vllm, worst
 
-needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None and not os.environ.get("CI"),
-                                reason="vLLM is not installed")
-SAMPLING = Sampling(max_tokens=16)
 ADDRESS = "http://127.0.0.1:1234"
 
 

@@ -15,7 +15,7 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import get_origin
 
-from ..training.fields import choices_of, closest, default_of, hints_of, limits_of, range_in_words
+from ..training.fields import choices_of, closest, closest_file, default_of, hints_of, limits_of, range_in_words
 from ..training.types import from_text, members
 
 # %% ../../nbs/command/02_flags.ipynb #2bb52da1
@@ -28,8 +28,7 @@ def read_file(
     if file.suffix.lower() not in (".yaml", ".yml", ".json"):
         raise ValueError(f"{path}: expected a config file that ends in .yaml, .yml or .json, or flags (--name value)")
     if not file.is_file():
-        near = [p.name for p in file.parent.glob("*")] if file.parent.is_dir() else []
-        raise FileNotFoundError(f"the config file {path} is not there.{closest(file.name, near)}")
+        raise FileNotFoundError(f"the config file {path} is not there.{closest_file(file)}")
     text = file.read_text(encoding="utf-8-sig", errors="replace")
     try: values = json.loads(text) if file.suffix.lower() == ".json" else yaml.safe_load(text)
     except json.JSONDecodeError as e: raise ValueError(f"{path} is no JSON: line {e.lineno}: {e.msg}") from e

@@ -12,7 +12,7 @@ import textwrap
 from pathlib import Path
 
 from .arguments import DatasetConfig, DatasetMixtureConfig, ScriptArguments
-from ..training.fields import closest
+from ..training.fields import closest, closest_file, is_path
 
 # %% ../../nbs/command/03_loading.ipynb #1569873a
 KINDS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
@@ -29,13 +29,7 @@ def kind_of_file(
 
 
 def _must_exist(path: Path, flag: str) -> None:
-    if path.exists(): return
-    near = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
-    raise FileNotFoundError(f"{flag} {path} is not there.{closest(path.name, near)}")
-
-
-def _looks_like_a_path(name: str) -> bool:
-    return name.startswith((".", "/", "~", "\\")) or name.count("/") > 1 or kind_of_file(name) is not None
+    if not path.exists(): raise FileNotFoundError(f"{flag} {path} is not there.{closest_file(path)}")
 
 
 def load_named(
@@ -52,7 +46,7 @@ def load_named(
     if config is not None and path.exists():
         raise ValueError(f"{flag} {name} is a file or folder here; a configuration ({config!r}) is for a hub dataset")
     if path.is_dir(): return _load_folder(path, streaming, flag, more)
-    if path.exists() or _looks_like_a_path(name):
+    if path.exists() or is_path(name) or kind_of_file(name) is not None:
         _must_exist(path, flag)
         return _load_file(path, split, streaming, flag)
     return _load(flag, name, name, config, streaming=streaming, **more)

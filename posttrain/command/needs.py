@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..training.fields import closest
+from ..training.fields import closest, closest_file, is_path
 
 # %% ../../nbs/command/04_needs.ipynb #f6feef7e
 LOGGERS = {"wandb": "wandb", "tensorboard": "tensorboard", "mlflow": "mlflow", "trackio": "trackio",
@@ -75,9 +75,7 @@ def check_model(
         if revision != "main":
             raise ValueError(f"--model_revision {revision}: {name} is a folder here, which has no revisions")
         return _check_folder(path, flag)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
-        near = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
-        raise FileNotFoundError(f"{flag} {name}: there is no such folder.{closest(path.name, near)}")
+    if is_path(name): raise FileNotFoundError(f"{flag} {name}: there is no such folder.{closest_file(path)}")
     from transformers import AutoConfig
     try: AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as e:  # of the hub, of a network, of a broken config

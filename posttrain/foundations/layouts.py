@@ -217,17 +217,30 @@ def lay_out(
     hidden_size: int = 1024,  # H of the model, for the cost only: changes no number
 ) -> Layout:
     "Lay a batch out for the model (steps 2 to 4). Raises ValueError for an unknown layout."
+    sizes = _sizes(batch)
+    return _fill(batch, sizes, _plan(sizes, layout, hidden_size))
+
+
+# Small integer work, on the CPU in numpy: a few dozen tiny operations cost less than as many launches on a device.
+def _sizes(batch: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "Tokens of each prompt (P,) and of each completion (B,), and the prompt that each completion answers (B,)."
+    return tuple(batch[name].cpu().numpy() for name in ("prompt_lengths", "completion_lengths", "prompt_index"))
+
+
+def _plan(sizes, layout: str, hidden_size: int) -> _Plan:
     if layout not in (*LAYOUTS, "auto"):
         raise ValueError(f"unknown layout {layout!r}; choose from {(*LAYOUTS, 'auto')}")
+    return _cheapest_plan(*sizes, layout, hidden_size)
+
+
+def _fill(batch: dict, sizes, plan: _Plan) -> Layout:
+    "The layout of a plan (step 4)."
     device = batch["completion_ids"].device
     (P, S), (B, T) = batch["prompt_ids"].shape, batch["completion_ids"].shape
-    # Small integer work, on the CPU in numpy: a few dozen tiny operations cost less than as many launches on a device.
-    names = ("prompt_lengths", "completion_lengths", "prompt_index")
-    prompt_len, comp_len, owner = (batch[name].cpu().numpy() for name in names)
+    prompt_len, comp_len, _ = sizes
     mask = batch["mask"].cpu().numpy().astype(bool)
     def to(x): return torch.from_numpy(x).to(device)
 
-    plan = _cheapest_plan(prompt_len, comp_len, owner, layout, hidden_size)
     R, L, blocks = int(plan.row_of.max(initial=-1)) + 1, plan.width, len(plan.heads)
     segments = _segments(plan, prompt_len, comp_len, R, S, T, P)
 
@@ -267,13 +280,13 @@ def lay_out_parts(
 
     So it is with short rows beside one of 16k tokens, which by itself needs no mask. Raises ValueError for an unknown
     layout."""
-    lengths, owner = batch["completion_lengths"].cpu(), batch["prompt_index"].cpu()
-    prompt_lengths = batch["prompt_lengths"].cpu()
-    plan = _cheapest_plan(*(x.numpy() for x in (prompt_lengths, lengths, owner)), layout, hidden_size)
+    sizes = _sizes(batch)
+    plan = _plan(sizes, layout, hidden_size)
     rows, blocks = int(plan.row_of.max(initial=-1)) + 1, len(plan.heads)
-    has_mask = blocks > rows or blocks < len(owner)
-    if not has_mask or rows * plan.width**2 <= MASK_CELLS: return [lay_out(batch, layout, hidden_size)]
-    if len(prompt_lengths) == 1: return [lay_out(batch, "padded", hidden_size)]
+    has_mask = blocks > rows or blocks < len(batch["completion_ids"])
+    if not has_mask or rows * plan.width**2 <= MASK_CELLS: return [_fill(batch, sizes, plan)]
+    if len(batch["prompt_ids"]) == 1: return [_fill(batch, sizes, _plan(sizes, "padded", hidden_size))]
+    prompt_lengths, lengths, owner = map(torch.from_numpy, sizes)
     whole = prompt_lengths.index_add(0, owner, lengths)  # of each prompt with all of its completions
     is_long = 2 * whole > whole.max()
     if is_long.all(): is_long = whole.argsort().argsort() >= len(whole) // 2

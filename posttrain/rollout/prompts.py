@@ -47,25 +47,34 @@ class ReadsPrompts:
             first_row(dataset, type(self).__name__)
             return dataset
         if dataset.format["type"] == "custom":  # a transform may give another prompt each time
-            self._note_lengths([dataset[0]], range(1), name)
+            self._look_at([dataset[0]], range(1), name)
             return dataset
         prompts = dataset.with_format(None).select_columns(prompt_columns(dataset))
         for start in range(0, len(dataset), 1000):
             numbers = range(start, min(start + 1000, len(dataset)))
-            self._note_lengths(list(prompts.select(numbers)), numbers, name)
+            self._look_at(list(prompts.select(numbers)), numbers, name)
         return with_plain_prompts(dataset)
 
     def _streamed_row(self, row: dict, number: int, name: str) -> dict:
         "A row of a stream, read and checked."
-        self._note_lengths([row], [number], name)
+        read = self.read([row], [number], self._place(name))
+        self._note_lengths(read, [number], name)
         if hasattr(self, "model"): self._refuse_long_prompt(name)
-        return self.read([row], [number], f"{type(self).__name__}, {name} dataset")[0]
+        return read[0]
+
+    def _place(self, name: str) -> str:
+        "Who asks and of what, for errors."
+        return f"{type(self).__name__}, {name} dataset"
+
+    def _look_at(self, rows: list[dict], numbers, name: str) -> None:
+        "Check rows of a table."
+        if not self.rollout_func: self._note_lengths(self.read(rows, numbers, self._place(name)), numbers, name)
 
     def _note_lengths(self, rows: list[dict], numbers, name: str) -> None:
-        "Remember the longest prompt of a dataset. Raises ValueError for an empty one."
+        "Remember the longest prompt of a dataset, of rows that were read. Raises ValueError for an empty one."
         if self.rollout_func: return
-        place = f"{type(self).__name__}, {name} dataset"
-        for number, ids in zip(numbers, self.encode(rows, numbers, place)):
+        place = self._place(name)
+        for number, ids in zip(numbers, self.tokens_of(rows, numbers, place)):
             if not ids:
                 raise ValueError(f"{place}: row {number}: the prompt is empty: a completion needs at least one token "
                                  "before it. Leave such rows out: dataset.filter(lambda row: row['prompt'])")
@@ -78,7 +87,7 @@ class ReadsPrompts:
         most = self.args.max_completion_length
         if not positions or length + most <= positions + 1: return  # the last token is never read
         lower = f"set max_completion_length={positions + 1 - length} or less, or " if length <= positions else ""
-        place = f"{type(self).__name__}, {name} dataset: row {number}"
+        place = f"{self._place(name)}: row {number}"
         raise ValueError(f"{place}: the prompt has {length} tokens, and with max_completion_length={most} it "
                          f"does not fit into the {positions} positions of the model: "
                          f"{lower}shorten the prompt, or leave such rows out (dataset.filter)")

@@ -85,7 +85,7 @@ class Stages:
             answer = self.rollout_func([copied(row["prompt"]) for row in rows], self)
             vocab_size = getattr(unwrapped(self.model).get_input_embeddings(), "num_embeddings", math.inf)
             return from_rollout(answer, rows, ends, G, decode, vocab_size)
-        prompt_ids = once_for_neighbours(self.encode, rows)
+        prompt_ids = once_for_neighbours(self.tokens_of, rows)
         samples = self.engine.sample(prompt_ids, seeds, self.args.sampling())
         return Generation(rows, prompt_ids, samples.completion_ids, samples.sampled_logps, samples.finished,
                           decode(samples.completion_ids), G)
@@ -168,8 +168,11 @@ class Stages:
         return read_prompts(rows, numbers or asked_now(rows), who or type(self).__name__)
 
     def encode(self, rows: list[dict], numbers=None, who: str = "") -> list[list[int]]:
-        "The tokens of the rows' prompts. Raises as `read` does, and ValueError where a chat template refuses a row."
-        rows = self.read(rows, numbers, who)
+        "The tokens of the rows' prompts. Raises as `read` and `tokens_of` do."
+        return self.tokens_of(self.read(rows, numbers, who), numbers, who)
+
+    def tokens_of(self, rows: list[dict], numbers=None, who: str = "") -> list[list[int]]:
+        "The tokens of prompts that were read. Raises ValueError where a chat template refuses a row."
         read = [name for name in ("prompt", "tools", "chat_template_kwargs") if name in rows[0]]
         columns = {name: [row.get(name) for row in rows] for name in read}
         if common := self.args.chat_template_kwargs:

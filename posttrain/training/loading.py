@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .config import PostConfig
-from .fields import closest
+from .fields import closest_file, is_path
 
 # %% ../../nbs/training/03b_loading.ipynb #c0b10f35
 def load_tokenizer(
@@ -49,13 +49,11 @@ def _path_or_model(model) -> str | nn.Module:
 
 
 def _existing(name: str) -> str:
-    "A hub id, or the path of a folder that is there. Of a path the hub would only say that it is no id."
-    is_path = name.startswith((".", "~", os.sep)) or name.count("/") > 1
+    "A hub id, or the path of a folder that is there."
+    if not is_path(name): return name
     path = os.path.expanduser(name)
-    if not is_path or os.path.isdir(path): return path if is_path else name
-    beside = os.path.dirname(path) or "."
-    near = closest(os.path.basename(path), os.listdir(beside)) if os.path.isdir(beside) else ""
-    raise FileNotFoundError(f"model {name!r}: there is no such folder.{near}")
+    if os.path.isdir(path): return path
+    raise FileNotFoundError(f"model {name!r}: there is no such folder.{closest_file(path)}")
 
 
 def load_model(
