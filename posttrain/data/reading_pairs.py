@@ -4,13 +4,11 @@
 __all__ = ['is_implicit', 'read_pairs', 'read_pair_rows', 'check_pairs']
 
 # %% ../../nbs/data/01e_reading_pairs.ipynb #1b91b05a
-import logging
-
 from .columns import asking_columns, joining_line, listed, unread_columns
 from .conversions import extract_prompt
 from .formats import dataset_type, first_row
 from .messages import looks_like_chat, short_repr, with_system
-from .reading import Reading, check_table, refuse_media, say_unread, some_rows
+from .reading import Reading, check_table, is_empty, refuse_media, say_odd, say_unread, some_rows
 from .values import check_rows, read_rows
 
 # %% ../../nbs/data/01e_reading_pairs.ipynb #b629f951
@@ -99,6 +97,16 @@ def _split(chosen, rejected, prompt, system, place, may_be_empty) -> dict:
     return {**row, "prompt": with_system(row["prompt"], system, place)} if row["prompt"] else row
 
 
+_ODD_PAIRS = (  # what `say_odd` says of pairs
+    (lambda row: row["chosen"] == row["rejected"], "twice the same answer, from which nothing can be learned",
+     "To leave them out: dataset = dataset.filter(lambda row: row['chosen'] != row['rejected'])"),
+    (lambda row: is_empty(row["chosen"]) or is_empty(row["rejected"]), "an empty answer, of which only the end is "
+     "learned", "To leave them out: dataset = dataset.filter(lambda row: row['chosen'] and row['rejected'])"),
+    (lambda row: "prompt" not in row and row["chosen"][:1] != row["rejected"][:1], "no prompt: there is no column "
+     "'prompt', and the two answers do not begin alike", "If there is one, give it in a column 'prompt'."),
+)
+
+
 def check_pairs(
     dataset,                  # as in `read_pairs`
     who: str = "DPOTrainer",  # who asks, for the error message
@@ -112,9 +120,8 @@ def check_pairs(
     check_table(reading.dataset, reading.columns, place, read_pair_rows)
     if "prompt" in reading.columns:
         say_unread(reading, place)
-    rows = some_rows(dataset, 1000)
-    if equal := [i for i, row in enumerate(rows) if row["chosen"] == row["rejected"]]:
-        logging.getLogger("posttrain").warning(
-            f"{place}: {len(equal)} of the first {len(rows)} pairs have twice the same answer (row {equal[0]} is the "
-            "first), from which nothing can be learned. To leave them out: "
-            "dataset = dataset.filter(lambda row: row['chosen'] != row['rejected'])")
+    for odd in _ODD_PAIRS: say_odd(some_rows(dataset, 1000), *odd, place)
+    one = {"ref_chosen_logps", "ref_rejected_logps"} & set(first_row(dataset))
+    if len(one) == 1:
+        raise ValueError(f"{place}: {listed(one)} is there without its twin: give the reference's log-probs of both "
+                         "answers, in 'ref_chosen_logps' and 'ref_rejected_logps', or remove the column")

@@ -60,7 +60,8 @@ class GRPOConfig(ClipFields, ReferenceFields, OnlineConfig):
         choices=("sum_then_normalize", "normalize_then_sum"))
     # which tokens learn
     top_entropy_quantile: float = option(
-        1.0, "Only so large a share of tokens, the most uncertain ones, gets a policy gradient.", low=0, high=1)
+        1.0, "Only so large a share of tokens, the most uncertain ones, gets a policy gradient.", above=0,
+        high=1)
     off_policy_mask_threshold: float | None = option(
         None, "Drop punished completions that the policy has left by so many nats per token.", low=0)
     # entropy bonus

@@ -59,7 +59,8 @@ def _check_class_and_keywords(owner, name, value) -> None:
 
 
 def _check_peft(owner, name, value) -> None:
-    if not hasattr(value, "peft_type"): _refuse(owner, name, "a config of peft, such as LoraConfig(r=16)", value)
+    is_config = hasattr(value, "peft_type") and not isinstance(value, type)
+    if not is_config: _refuse(owner, name, "a config of peft, such as LoraConfig(r=16)", value)
 
 
 _CHECKS = {"callbacks": _check_callbacks, "optimizers": _check_optimizers,

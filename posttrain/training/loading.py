@@ -27,7 +27,7 @@ def load_tokenizer(
     name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
     if not name:
         raise ValueError("this model was made in memory and names no tokenizer: pass processing_class=tokenizer")
-    return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    return _from_pretrained(AutoTokenizer, name, trust_remote_code=trust_remote_code)
 
 
 def _tokenizer_of(processing_class):
@@ -43,8 +43,8 @@ def _tokenizer_of(processing_class):
 
 def _path_or_model(model) -> str | nn.Module:
     "A path as text, or the model itself. Raises TypeError for anything else."
-    if isinstance(model, nn.Module): return model
-    if isinstance(model, (str, os.PathLike)): return _existing(os.fspath(model))
+    if isinstance(model, nn.Module) and hasattr(model, "config"): return model
+    if isinstance(model, (str, os.PathLike)) and os.fspath(model): return _existing(os.fspath(model))
     raise TypeError(f"model must be a path, a hub id or a causal LM of transformers, got {model!r}")
 
 
@@ -52,8 +52,16 @@ def _existing(name: str) -> str:
     "A hub id, or the path of a folder that is there."
     if not is_path(name): return name
     path = os.path.expanduser(name)
-    if os.path.isdir(path): return path
-    raise FileNotFoundError(f"model {name!r}: there is no such folder.{closest_file(path)}")
+    if not os.path.isdir(path): raise FileNotFoundError(f"model {name!r}: there is no such folder.{closest_file(path)}")
+    if any(os.path.exists(os.path.join(path, file)) for file in ("config.json", "adapter_config.json")): return path
+    raise FileNotFoundError(f"model {name!r}: the folder has no config.json; expected one that save_pretrained or a "
+                            "trainer's save_model wrote, such as out or out/checkpoint-100")
+
+
+def _from_pretrained(auto_class, name: str, **options):
+    "What is loaded; the hub's errors do not say of which name they are."
+    try: return auto_class.from_pretrained(name, **options)
+    except OSError as e: raise OSError(f"{name!r} could not be loaded: {e}") from e
 
 
 def load_model(
@@ -67,7 +75,7 @@ def load_model(
     model = _path_or_model(model)
     if isinstance(model, str):
         defaults = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code}
-        return auto_class.from_pretrained(model, **{**defaults, **(args.model_init_kwargs or {})})
+        return _from_pretrained(auto_class, model, **{**defaults, **(args.model_init_kwargs or {})})
     if args.model_init_kwargs:
         raise ValueError("model_init_kwargs are for a model given as a path; this one is already made")
     return model
