@@ -166,7 +166,8 @@ def reward_function(
     name: str,  # in posttrain.rollout.rewards, or module.function
 ):  # a function
     "The function that a name or an import path leads to. Raises ValueError where there is none."
-    module_name, _, function_name = name.rpartition(".")
+    # people also write file.py:function
+    module_name, _, function_name = name.replace(".py:", ".").rpartition(".")
     known = [] if module_name else _own_rewards()
     module = _imported(name, module_name or "posttrain.rollout.rewards")
     function = getattr(module, function_name, None)

@@ -80,15 +80,24 @@ def _has_text(row) -> bool: return bool(row["text"].strip())
 def _check_lines(path: Path, flag) -> None:
     "Find the line of a .jsonl file that is no JSON object. datasets says only that there is one."
     if ".json" in path.suffixes: return  # one value over all lines
-    with _PACKED.get(path.suffix, open)(path, "rt", encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip(): continue
-            shown = repr(line.strip()[:60])
-            try: row = json.loads(line)
-            except json.JSONDecodeError as e:
-                raise ValueError(f"{flag} {path}: line {number} is no JSON: {e.msg}: {shown}") from e
-            if not isinstance(row, dict):
-                raise ValueError(f"{flag} {path}: line {number} is no object of columns: {shown}")
+    for number, line in enumerate(_lines(path, flag), 1):
+        if not line.strip(): continue
+        shown = repr(line.strip()[:60])
+        try: row = json.loads(line)
+        except json.JSONDecodeError as e:
+            raise ValueError(f"{flag} {path}: line {number} is no JSON: {e.msg}: {shown}") from e
+        if not isinstance(row, dict):
+            raise ValueError(f"{flag} {path}: line {number} is no object of columns: {shown}")
+
+
+def _lines(path: Path, flag):
+    "Of a file of text, perhaps packed. Raises ValueError where it is something else."
+    with _PACKED.get(path.suffix, open)(path, "rt", encoding="utf-8") as lines:
+        try: yield from lines
+        except UnicodeDecodeError as e:
+            raise ValueError(f"{flag} {path} is no text in UTF-8 ({e.reason}): write it again in this encoding") from e
+        except (OSError, EOFError, lzma.LZMAError) as e:
+            raise ValueError(f"{flag} {path}: its ending says {path.suffix[1:]}, but it cannot be unpacked: {e}") from e
 
 
 def _load_folder(path: Path, streaming, flag, more):

@@ -7,6 +7,7 @@ __all__ = ['CHATML', 'has_generation_markers', 'check_template', 'encode_chats',
 
 # %% ../../nbs/data/02_templates.ipynb #3a7d7824
 import functools
+import os
 import re
 
 from .formats import dataset_type, is_conversational, warn_once
@@ -215,7 +216,10 @@ def _is_file(path) -> bool:
 def load_chat_template(
     path: str,  # a file that ends in .jinja or .j2, or a tokenizer: a folder or a name on the hub
 ) -> str:
-    "The chat template at `path`. Raises ValueError when a tokenizer there has none."
+    "The chat template at `path`. Raises FileNotFoundError when it is not there, ValueError when it has no template."
+    if (_is_file(path) or path.startswith(("/", ".", "~"))) and not os.path.exists(os.path.expanduser(path)):
+        raise FileNotFoundError(f"chat template {path!r}: there is no such file or folder; expected a file that ends "
+                                "in .jinja or .j2, or a tokenizer: a folder or a name on the hub")
     if _is_file(path):
         with open(path, encoding="utf-8") as file:
             return file.read()

@@ -144,6 +144,8 @@ class PostConfig(TrainingArguments):
                              "'bfloat16' or 'float16'")
 
     def _refuse_what_is_not_here(self):
+        if self.output_dir and os.path.exists(self.output_dir) and not os.path.isdir(self.output_dir):
+            raise FileExistsError(f"output_dir={self.output_dir!r} is a file; expected a folder, old or new")
         if self.n_gpu > 1:
             raise ValueError(f"one process sees {self.n_gpu} GPUs, which would train with DataParallel. Start with "
                              "`accelerate launch` or `torchrun` to use all, or set CUDA_VISIBLE_DEVICES=0 to use one")
