@@ -211,3 +211,15 @@ def test_how_many_tokens_a_model_can_read():
     assert positions(pocket.model().config) == pocket.model().config.max_position_embeddings
     assert positions(BloomConfig(seq_length=77)) == 77
     with pytest.raises(ValueError, match="vllm_max_model_length"): positions(BloomConfig())
+
+
+@needs_vllm
+def test_prompts_must_fit_into_vllm_before_anything_runs(tmp_path):
+    from posttrain import GRPOConfig, GRPOTrainer
+    from posttrain.rollout.rewards import exact_match_reward
+    model, tokenizer = pocket.start("reverse")
+    args = GRPOConfig(tmp_path, use_vllm=True, vllm_max_model_length=20, max_completion_length=12, num_generations=2,
+                      per_device_train_batch_size=2, report_to="none")
+    rows = pocket.dataset("reverse", "prompt_only", n=4)
+    with pytest.raises(ValueError, match="row [0-3]: the prompt has .* vllm_max_model_length=20 of vLLM"):
+        GRPOTrainer(model, exact_match_reward, args, rows, processing_class=tokenizer)

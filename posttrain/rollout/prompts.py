@@ -83,14 +83,23 @@ class ReadsPrompts:
     def _refuse_long_prompt(self, name: str) -> None:
         "Raise ValueError where the longest prompt leaves no room for a completion in the model's positions."
         length, number = self._longest.get(name, (0, 0))
-        positions = getattr(unwrapped(self.model).config.get_text_config(), "max_position_embeddings", None)
+        room, whose = self._room()
         most = self.args.max_completion_length
-        if not positions or length + most <= positions + 1: return  # the last token is never read
-        lower = f"set max_completion_length={positions + 1 - length} or less, or " if length <= positions else ""
+        if not room or length + most <= room: return
+        lower = f"set max_completion_length={room - length} or less, or " if length < room else ""
         place = f"{self._place(name)}: row {number}"
         raise ValueError(f"{place}: the prompt has {length} tokens, and with max_completion_length={most} it "
-                         f"does not fit into the {positions} positions of the model: "
+                         f"does not fit into the {whose}: "
                          f"{lower}shorten the prompt, or leave such rows out (dataset.filter)")
+
+    def _room(self) -> tuple[int | None, str]:
+        "How many tokens a prompt and its completion may have together, and who says so; None: nobody does."
+        positions = getattr(unwrapped(self.model).config.get_text_config(), "max_position_embeddings", None)
+        colocated = self.args.use_vllm and self.args.vllm_mode == "colocate"
+        served = self.args.vllm_max_model_length if colocated else None
+        if served and served <= (positions or served): return served - 1, f"vllm_max_model_length={served} of vLLM"
+        # the last token is never read
+        return positions and positions + 1, f"{positions} positions of the model"
 
     def with_model(self, dataset, name):
         self._refuse_long_prompt(name)

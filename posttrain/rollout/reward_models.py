@@ -101,8 +101,14 @@ class ModelReward:
         "What the model reads."
         return [self._text(prompt + completion) for prompt, completion in zip(prompts, completions, strict=True)]
 
+    def _beginning(self) -> str:
+        "The beginning of sequence that the tokenizer adds by itself; a text that has it already gets no second one."
+        tokenizer = self.processing_class
+        added = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+        return tokenizer.bos_token if added else ""
+
     def _text(self, whole) -> str:
-        if isinstance(whole, str): return whole
+        if isinstance(whole, str): return whole.removeprefix(self._beginning())
         return self.processing_class.apply_chat_template(whole, tokenize=False, **self.chat_template_kwargs)
 
     def __call__(

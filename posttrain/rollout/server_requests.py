@@ -18,6 +18,8 @@ from .background import run, start
 # %% ../../nbs/rollout/02e_server_requests.ipynb #a60a3231
 RESUME = ("Nothing is lost but this step: mend the server, then trainer.train(resume_from_checkpoint=True) "
           "goes on from the last checkpoint")
+_CHANGE = ("The server is well, it does not take what it was asked: change the setting that its answer names, or start "
+           "a server that takes it; trainer.train(resume_from_checkpoint=True) goes on from the last checkpoint")
 _NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # addresses are http: no certificates are read
 _KEPT = httpx.Limits(keepalive_expiry=2.0)  # seconds that an idle connection stays open
 _CUT_OFF = (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError)
@@ -89,14 +91,16 @@ class ServerRequests:
         "An error that names the server, what was asked of it, and how to go on."
         if isinstance(error, TimeoutError):
             return TimeoutError(f"{self} gave no answer for {self.timeout:g} s when asked for {what}. {RESUME}")
-        return RuntimeError(f"{self} {_what_happened(error)} when asked for {what}: {_told(error)}. {RESUME}")
+        advice = _CHANGE if isinstance(error, _Refused) else RESUME
+        return RuntimeError(f"{self} {_what_happened(error)} when asked for {what}: {_told(error)}. {advice}")
 
     async def _exchange(self, transport: httpx.AsyncHTTPTransport, method: str, path: str, body: dict | None):
         address = self.url.replace("//0.0.0.0", "//127.0.0.1")
         answer = await transport.handle_async_request(httpx.Request(method, address + path, json=body))
         await answer.aread()
         if answer.status_code != 200:
-            raise RuntimeError(f"it answered {answer.status_code} {answer.reason_phrase}: {answer.text[:500]}")
+            kind = _Refused if answer.is_client_error else RuntimeError
+            raise kind(f"it answered {answer.status_code} {answer.reason_phrase}: {answer.text[:500]}")
         return answer.json() if answer.content.strip() else None
 
     async def _one(self, method: str, path: str, body: dict | None, timeout: float):
@@ -139,10 +143,15 @@ def _close(transports: list[httpx.AsyncHTTPTransport]) -> None:
     start(close())
 
 
+class _Refused(RuntimeError):
+    "An answer of 400 to 499: what was asked is wrong, not the server."
+
+
 def _told(error: Exception) -> str: return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def _what_happened(error: Exception) -> str:
+    if isinstance(error, _Refused): return "refused"
     if isinstance(error, (httpx.NetworkError, ConnectionError)): return "is gone"
     if isinstance(error, (httpx.HTTPError, OSError)): return "broke off"
     if isinstance(error, (ValueError, KeyError, TypeError, IndexError)): return "answered what makes no sense"
