@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 BUILD_FILES := constraints.txt settings.ini setup.py pyproject.toml
 
-.PHONY: demo test test-all check lint notebooks pytest outputs bench clean
+.PHONY: demo test test-all check lint notebooks pytest outputs newest bench clean
 
 demo: $(VENV)/.ready-demo ## train the pocket model, print accuracy before and after, draw the curve
 	$(BIN)/posttrain demo
@@ -29,6 +29,14 @@ outputs: $(VENV)/.ready-dev ## run notebooks whose stamp is not true, keep their
 
 pytest: $(VENV)/.ready-dev ## two files at a time, each on one core, the longest first
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# Without constraints.txt, vLLM and a browser; parity is with the pinned TRL.
+newest: ## the newest releases of all that is needed, in .venv-newest, and the tests; PYTHON=python3.13 for another Python
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade -e '.[dev]'
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n 2 --dist loadfile \
+		-m "not browser and not parity" --ignore tests/test_vllm.py --ignore tests/test_vllm_habits.py \
+		--ignore tests/test_online.py --ignore tests/test_project.py
 
 bench: $(VENV)/.ready-dev ## posttrain against TRL, side by side in one run
 	$(BIN)/python benchmarks/sft.py

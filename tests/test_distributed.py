@@ -31,7 +31,7 @@ def data(method, **kw):
         return {"rejected": row["rejected"][: 2 + i % 3] if i % 2 else row["rejected"] + row["chosen"][:3]}
     return rows.map(unequal, with_indices=True)
 
-def train(out, method, size, accumulate, stream=False, n=64, **options):
+def train(out, method, size, accumulate, stream=False, shards=1, n=64, **options):
     os.makedirs(out, exist_ok=True)  # two processes make it
     rows = data(method, n=n, seed=1)
     backend = "gloo" if "WORLD_SIZE" in os.environ else None
@@ -41,8 +41,8 @@ def train(out, method, size, accumulate, stream=False, n=64, **options):
         report_to="none", disable_tqdm=True, train_sampling_strategy="sequential", learning_rate=1.0), **options})
     model, test = pocket.model(seed=0), data(method, n=13, seed=2, split="test")
     trainer = getattr(posttrain, method + "Trainer")(
-        model, args=args, train_dataset=rows.to_iterable_dataset() if stream else rows,
-        eval_dataset=test.to_iterable_dataset() if stream else test, processing_class=pocket.tokenizer())
+        model, args=args, train_dataset=rows.to_iterable_dataset(shards) if stream else rows,
+        eval_dataset=test.to_iterable_dataset(shards) if stream else test, processing_class=pocket.tokenizer())
     trainer.train()
     metrics = trainer.evaluate()
     if trainer.accelerator.is_main_process:
@@ -117,6 +117,9 @@ CASES = (("SFT", 11, {}), ("SFT", 9, {}), ("SFT", 11, dict(stream=True)), ("DPO"
          ("DPO", 11, dict(loss_type=["sigmoid", "aot", "aot_unpaired"])))
 PARTIAL = [dict(method=method, out=f"{method}, {n} rows, {' '.join(more)}", n=n, size=4, accumulate=1, max_steps=5,
                 learning_rate=.1, **more) for method, n, more in CASES]
+# Three shards for two processes: one has twice as many rows as the other. The weights stay, so both evaluate the same.
+SHARDS = dict(method="SFT", out="shards", n=48, size=4, accumulate=1, stream=True, shards=3, max_steps=10,
+              learning_rate=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +127,8 @@ def runs(tmp_path_factory):
     """All jobs in one process and in two: (processes, name) -> weights and log. To start a process takes seconds."""
     folder, found = tmp_path_factory.mktemp("runs"), {}
     (folder / "train.py").write_text(SCRIPT)
-    for processes, jobs in ((1, ALONE + PARTIAL), (2, TOGETHER + [dict(job, size=2) for job in PARTIAL])):
+    for processes, jobs in ((1, [*ALONE, *PARTIAL, SHARDS]),
+                            (2, [*TOGETHER, *(dict(job, size=2) for job in [*PARTIAL, SHARDS])])):
         here = folder / str(processes)
         here.mkdir()
         (here / "jobs.json").write_text(json.dumps(jobs))
@@ -147,12 +151,12 @@ def agree(one, two, keys):
             assert abs(a[key] - b[key]) <= 1e-4 * max(1, abs(a[key])), (key, a[key], b[key])
 
 
-def agree_in_evaluation(one, two):
+def agree_in_evaluation(one, two, but=()):
     """All metrics, of 13 rows in batches of 8: those that accelerate evaluates twice count once."""
     (_, log), (_, other) = one, two
     assert log["eval"].keys() == other["eval"].keys()
     for key, value in log["eval"].items():
-        if any(word in key for word in ("time", "per_second")): continue
+        if any(word in key for word in ("time", "per_second", *but)): continue
         assert abs(value - other["eval"][key]) <= 1e-4 * max(1, abs(value)), (key, value, other["eval"][key])
 
 
@@ -174,6 +178,12 @@ def test_rows_that_a_process_repeats_count_nothing(runs, job):
     assert len(one[1]["log"]) == 5
     agree(one, two, SFT_METRICS if job["method"] == "SFT" else DPO_METRICS)
     agree_in_evaluation(one, two)
+
+
+def test_a_pass_over_unequal_shards_ends_for_all(runs):
+    one, two = runs[1, "shards"], runs[2, "shards"]
+    assert len(two[1]["log"]) == 10 and two[1]["log"][-1]["epoch"] > 1  # nobody waits for rows that never come
+    agree_in_evaluation(one, two, but=["epoch"])
 
 
 @pytest.mark.parametrize("name", DPO)

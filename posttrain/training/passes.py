@@ -4,6 +4,9 @@
 __all__ = ['KnowsItsPass']
 
 # %% ../../nbs/training/03d_passes.ipynb #0b82e3d7
+import warnings
+
+import torch
 from datasets import IterableDataset
 
 # %% ../../nbs/training/03d_passes.ipynb #5e17bc90
@@ -12,6 +15,7 @@ class KnowsItsPass:
 
     _pass = _drawn = 0  # the pass over the training data, and the micro-batches drawn in it
     _go_on_at = None    # the same two numbers of a checkpoint
+    _is_over = False    # has a process come to the end of this pass?
 
     def train(self, *args, **kwargs):
         self._go_on_at = None
@@ -36,9 +40,24 @@ class KnowsItsPass:
             kwargs |= {"epochs_trained": number, "steps_trained_in_current_epoch": drawn}
         goes_on = kwargs["epoch"] == kwargs["epochs_trained"]
         self._pass, self._drawn = kwargs["epoch"], kwargs["steps_trained_in_current_epoch"] if goes_on else 0
+        self._is_over = False
         super()._run_epoch(**kwargs)
 
-    def get_batch_samples(self, *args, **kwargs):
-        batches, items = super().get_batch_samples(*args, **kwargs)
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        "The micro-batches of a step; none where a process has too few: a step takes all processes."
+        if self._is_over: return [], None
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        fewest = self._fewest(len(batches), device)
+        self._is_over = fewest < num_batches
+        if fewest < len(batches):
+            warnings.warn("the shards of the stream are not equally long: this pass ends with the shortest, and the "
+                          "rest of the others is not read. To read all rows, write the data in as many equal shards as "
+                          "there are processes, or in one", stacklevel=3)
+            batches = batches[:fewest]
         self._drawn += len(batches)
         return batches, items
+
+    def _fewest(self, n: int, device) -> int:
+        "The smallest such number of all processes. Those of a table have as many batches each."
+        if self.args.world_size == 1 or not isinstance(self.train_dataset, IterableDataset): return n
+        return int(self.accelerator.gather(torch.tensor([n], device=device)).min())
