@@ -291,7 +291,7 @@ def test_bad_input_is_named_before_a_model_is_loaded(what, config):
     (dict(packing_strategy="tetris"), "packing_strategy='tetris'.*'bfd'"),
     (dict(truncation_mode="middle"), "truncation_mode"), (dict(max_length=1), "max_length"),
     (dict(packing=True, max_length=None), "packing"),
-    (dict(router_aux_loss_coef=.1), "router_aux_loss_coef"),
+    (dict(router_aux_loss_coef=-.1), "router_aux_loss_coef"),
     (dict(label_smoothing_factor=.1), "label_smoothing_factor"), (dict(packing="yes"), "packing='yes'"),
     (dict(dataset_kwargs={"add_special_tokens": False}), "dataset_kwargs"),
 ])

@@ -85,8 +85,7 @@ class PostConfig(TrainingArguments):
     dataset_num_proc: int | None = option(None, "Processes that prepare the dataset.", low=1)
     activation_offloading: bool = option(False, "Keep activations in host memory until the backward pass needs them.")
     router_aux_loss_coef: float | None = option(
-        None, "The load-balancing loss of mixture-of-experts models.",
-        refused="the load-balancing loss of mixture-of-experts models is not computed here")
+        None, "Weight of the load-balancing loss of a mixture of experts; None: the model's own, 0: off.", low=0)
     chat_template_path: str | None = option(
         None, "A folder or hub id of a tokenizer, or a .jinja file, whose chat template is used.")
 

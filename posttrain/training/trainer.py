@@ -24,6 +24,7 @@ from .metrics import Mean, MetricAccumulator
 from .passes import KnowsItsPass
 from .progress import LastLog, WithCallbacks
 from .repeated_rows import CountsRowsOnce, SizedRows
+from .router import router_coefficient, router_losses
 
 # %% ../../nbs/training/04_trainer.ipynb #e916340f
 class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WithCallbacks, Trainer):
@@ -96,6 +97,7 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WithCallbacks, Traine
         train_dataset, eval_dataset = self._prepare_all(train_dataset, eval_dataset)
         model = self._make_model(model, peft_config)
         if train_dataset is not None: must_learn(model)
+        self.router_aux_loss_coef = router_coefficient(unwrapped(model), args.router_aux_loss_coef)
         if args.accelerator_config.dispatch_batches is None:
             # the tensors of our batches differ in length: each process reads its own
             args.accelerator_config.dispatch_batches = False
@@ -155,10 +157,6 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WithCallbacks, Traine
             warnings.warn(f"the chat template of {self.args.chat_template_path} brought {len(self.new_tokens)} new "
                           "tokens, whose embeddings start untrained. With an adapter, train them too: "
                           "LoraConfig(..., modules_to_save=['embed_tokens', 'lm_head'])", stacklevel=4)
-        coefficient = getattr(getattr(model, "config", None), "router_aux_loss_coef", 0)
-        if coefficient:
-            warnings.warn(f"{type(model).__name__} has a load-balancing loss (router_aux_loss_coef={coefficient}), "
-                          "which is not computed here; TRL adds it", stacklevel=4)
         return attach_head(add_adapter(model, peft_config))
 
     def _add_model_columns(self) -> None:
@@ -201,10 +199,15 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WithCallbacks, Traine
             warnings.warn(f"the last {len(batches)} micro-batches of the stream do not fill a step of {num_batches} "
                           "and are left out", stacklevel=2)
             return [], None
-        self.totals, tokens_read = self._count(batches, device)
-        self.state.num_input_tokens_seen += int(tokens_read)  # saved with checkpoints
+        self.totals, self.tokens_read = self._count(batches, device)
+        self.state.num_input_tokens_seen += int(self.tokens_read)  # saved with checkpoints
         if batches: batches = self.before_step(batches, self.totals)
         return batches, self.totals.tokens
+
+    @property
+    def aux_loss_enabled(self) -> bool:
+        "Is the load-balancing loss of a mixture of experts added to the method's?"
+        return self.router_aux_loss_coef != 0
 
     def _count(self, batches: list[dict], device) -> tuple[Totals, Tensor]:
         "Over all processes: what the step averages over, and how many tokens it reads."
@@ -228,7 +231,7 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WithCallbacks, Traine
         return (loss, stats) if return_outputs else loss
 
     def _training_loss(self, model, batch) -> tuple[Tensor, dict]:
-        loss, stats = self._loss(model, batch, self.totals)
+        loss, stats = self._loss(model, batch, self.totals, self.tokens_read)
         if not torch.isfinite(loss): self._stop_before_the_weights(loss)
         return loss * self.accelerator.num_processes, stats
 
@@ -237,13 +240,22 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WithCallbacks, Traine
         self.evaluating = True
         try: batch, = self.before_step([batch], totals)
         finally: self.evaluating = False
-        loss, stats = self._loss(model, batch, totals)
+        loss, stats = self._loss(model, batch, totals, _lengths(batch).sum())
         weight = getattr(totals, self.averages_over)
         return loss, {"loss": Mean(loss.detach() * weight, weight), **stats}
 
-    def _loss(self, model, batch, totals) -> tuple[Tensor, dict]:
-        try: return self.loss(model, batch, totals)
+    def _loss(self, model, batch, totals, tokens_read) -> tuple[Tensor, dict]:
+        try:
+            with router_losses(self.aux_loss_enabled) as found: loss, stats = self.loss(model, batch, totals)
         except IndexError as e: raise self._out_of_range(batch) or e from e
+        return self._with_router_loss(loss, stats, batch, found, tokens_read) if found else (loss, stats)
+
+    def _with_router_loss(self, loss, stats, batch, found, tokens_read) -> tuple[Tensor, dict]:
+        "The loss with the load-balancing loss of its forward passes. Each batch weighs as many tokens as it reads."
+        summed, tokens = map(sum, zip(*found))
+        aux_loss, read = summed / tokens, _lengths(batch).sum()
+        loss = loss + self.router_aux_loss_coef * aux_loss * read / tokens_read
+        return loss, {**stats, "aux_loss": Mean(aux_loss.detach() * read, read)}
 
     def compute_loss_context_manager(self):
         "Mixed precision for a reference as well as the policy, and on request activations that wait in host memory."
