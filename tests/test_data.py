@@ -394,9 +394,6 @@ BAD = {
     "max_length 0": (
         lambda t: prepare_sft(TEXT, t, max_length=0),
         ValueError, ["positive", "got 0"]),
-    "no pad": (
-        lambda t: prepare_sft(TEXT, tiny.tokenizer(pad=None)),
-        ValueError, ["no padding token", "tokenizer.pad_token = tokenizer.eos_token"]),
     "no end": (
         lambda t: prepare_sft(TEXT, tiny.tokenizer(eos=None)),
         ValueError, ["no end-of-sequence token", "eos_token"]),

@@ -259,8 +259,6 @@ BAD = {"a missing column": (dict(train_dataset=Dataset.from_dict({"prompt": ["a"
                                           dict(max_length=5), ValueError, "lose theirs to max_length=5.*max_length=20"),
        "a tokenizer without EOS": (dict(train_dataset=rows(), processing_class=without("eos_token")), {}, ValueError,
                                    "end-of-sequence.*eos_token"),
-       "a tokenizer without pad": (dict(train_dataset=rows(), processing_class=without("pad_token")), {}, ValueError,
-                                   "padding token.*pad_token"),
        "markers missing": (dict(train_dataset=rows(kind="language_modeling", conversational=True),
                                 processing_class=pocket.tokenizer()), dict(assistant_only_loss=True), ValueError,
                            "generation"),

@@ -109,17 +109,21 @@ class DPOTrainer(WithReference, PairTrainer):
     """
 
     config_class = DPOConfig
+    shown = ("beta", "loss_type", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef", "ld_alpha",
+             "use_weighting", "precompute_ref_log_probs")
 
     def __init__(self, model, ref_model=None, args=None, data_collator=None, train_dataset=None, eval_dataset=None,
                  processing_class=None, compute_metrics=None, callbacks=None, optimizers=(None, None),
-                 optimizer_cls_and_kwargs=None, preprocess_logits_for_metrics=None, peft_config=None):
+                 optimizer_cls_and_kwargs=None, preprocess_logits_for_metrics=None, quantization_config=None,
+                 peft_config=None):
         args = self.config_class.adopt(args)
         self.note_reference(model, ref_model, args, peft_config)
         # a model that the caller still has can be asked later, and one that nobody has needs no memory
         self._ref_model_given = weakref.ref(ref_model) if isinstance(ref_model, nn.Module) else lambda: ref_model
         self._policy_is_reference = ref_model is None
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics,
-                         callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics, peft_config)
+                         callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics,
+                         quantization_config, peft_config)
         if isinstance(getattr(self.reference, "source", None), ModelReference):
             self.reference.source = None  # it has said all that it will be asked, unless new data come
 
@@ -200,10 +204,14 @@ class DPOTrainer(WithReference, PairTrainer):
         weights = verbosity_weights(batch["mask"], args.ld_alpha)
         return make_pairs(logps, ref_logps, batch, totals, weights=weights, score=score)
 
+    @property
+    def loss_weights(self) -> list[float]:
+        "One for each loss_type."
+        return self.args.loss_weights or [1.0] * len(self.loss_type)
+
     def pair_loss(self, pairs):
-        args, losses = self.args, [PAIR_LOSSES[name] for name in self.args.loss_type]
-        weights = args.loss_weights or [1.0] * len(losses)
-        return sum(weight * loss(pairs, **args.options_of(loss)) for loss, weight in zip(losses, weights))
+        losses = [PAIR_LOSSES[name] for name in self.loss_type]
+        return sum(weight * loss(pairs, **self.args.options_of(loss)) for loss, weight in zip(losses, self.loss_weights))
 
     def statistics(self): return (*super().statistics(), *["log_sum_sq_probs"] * self.args.use_weighting)
 

@@ -87,11 +87,12 @@ class SFTTrainer(PostTrainer):
 
     def __init__(self, model, args=None, data_collator=None, train_dataset=None, eval_dataset=None,
                  processing_class=None, compute_metrics=None, callbacks=None, optimizers=(None, None),
-                 optimizer_cls_and_kwargs=None, preprocess_logits_for_metrics=None, peft_config=None,
-                 formatting_func=None):
+                 optimizer_cls_and_kwargs=None, preprocess_logits_for_metrics=None, quantization_config=None,
+                 peft_config=None, formatting_func=None):
         self.formatting_func, self._collates_itself = formatting_func, data_collator is None
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics,
-                         callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics, peft_config)
+                         callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics,
+                         quantization_config, peft_config)
 
     def _skips_preparing(self) -> bool: return bool((self.args.dataset_kwargs or {}).get("skip_prepare_dataset"))
 

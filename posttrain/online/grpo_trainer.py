@@ -28,7 +28,7 @@ from .grpo import grpo_loss
 from .policy_zoo import LOSS_TYPES
 from ..rollout.config import OnlineConfig
 from ..rollout.trainer import OnlineTrainer
-from ..training.config import ClipFields, ReferenceFields, option
+from ..training.config import ClipFields, ReferenceFields, ShowsClip, option
 from ..training.heads import completion_logps, scoring
 from ..training.metrics import Greatest, Least, Mean, policy_metrics
 
@@ -96,7 +96,7 @@ class GRPOConfig(ClipFields, ReferenceFields, OnlineConfig):
         self._check_limits()
 
     def _check_limits(self):
-        kind, high = LOSS_TYPES[self.loss_type], 1 + (self.epsilon if self.epsilon_high is None else self.epsilon_high)
+        kind, high = LOSS_TYPES[self.loss_type], 1 + self.clip_range[1]
         if self.delta is not None and kind.trust_region == "clip" and not self.delta > high:
             raise ValueError(f"delta={self.delta} caps the ratio beyond the clip and must be above 1 + epsilon_high = "
                              f"{high:g}")
@@ -119,14 +119,14 @@ class GRPOConfig(ClipFields, ReferenceFields, OnlineConfig):
     def limits(self) -> dict:
         "The settings of `grpo_loss` that are the same for every loss type, and the limits of this one."
         # of a loss that caps the ratio, TRL's epsilon_high is the cap itself, not its distance from 1
-        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        _, high = self.clip_range
         capped = LOSS_TYPES[self.loss_type].caps_ratio
         return dict(epsilon=self.epsilon, epsilon_high=high - 1 if capped else self.epsilon_high, delta=self.delta,
                     importance_sampling_level=self.importance_sampling_level,
                     use_bias_correction_kl=self.use_bias_correction_kl, max_length=self.max_completion_length)
 
 # %% ../../nbs/online/09_grpo_trainer.ipynb #ca9898d7
-class GRPOTrainer(OnlineTrainer):
+class GRPOTrainer(ShowsClip, OnlineTrainer):
     """
     Group relative policy optimisation (https://arxiv.org/abs/2402.03300) and its family. Call it as TRL's.
 
@@ -136,6 +136,10 @@ class GRPOTrainer(OnlineTrainer):
     """
 
     config_class = GRPOConfig
+    shown = ("loss_type", "scale_rewards", "importance_sampling_level", "multi_objective_aggregation",
+             "off_policy_mask_threshold", "top_entropy_quantile", "use_adaptive_entropy",
+             "vllm_importance_sampling_correction", "vllm_importance_sampling_mode",
+             "vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min")
 
     # ------------------------------------------------ what rewards mean
     def credit(self, generation, batches):
@@ -249,6 +253,11 @@ class GRPOTrainer(OnlineTrainer):
         return math.prod(factors) if factors else None
 
     # ------------------------------------------------ the entropy bonus
+    @property
+    def entropy_coef(self) -> float:
+        "The reward for a nat of entropy, as it is now."
+        return self.entropy.coef
+
     def after_building(self):
         args = self.args
         self.entropy = EntropyController(args.entropy_coef, args.use_adaptive_entropy, args.entropy_target,

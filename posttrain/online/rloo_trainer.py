@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from .reinforce_plus_plus import ESTIMATORS
 from ..rollout.config import OnlineConfig
 from ..rollout.trainer import OnlineTrainer
-from ..training.config import ClipFields, ReferenceFields, option
+from ..training.config import ClipFields, ReferenceFields, ShowsClip, option
 from ..training.heads import completion_logps
 from ..training.metrics import Mean, policy_metrics
 
@@ -44,12 +44,13 @@ def _is_range(limits) -> bool:
     return all(numbers) and limits[0] < limits[1]
 
 
-class RLOOTrainer(OnlineTrainer):
+class RLOOTrainer(ShowsClip, OnlineTrainer):
     """REINFORCE leave-one-out (https://arxiv.org/abs/2402.14740), and REINFORCE++ (https://arxiv.org/abs/2501.03262).
 
     Call it as TRL's. The parameters are those of `OnlineTrainer`."""
 
     config_class = RLOOConfig
+    shown = ("normalize_advantages", "reward_clip_range")
     needs_old_logps = True  # the KL in the reward is that of the policy that sampled
 
     def total_rewards(self, generation):

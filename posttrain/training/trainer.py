@@ -27,6 +27,11 @@ from .repeated_rows import CountsRowsOnce, SizedRows
 from .router import router_coefficient, router_losses
 
 # %% ../../nbs/training/04_trainer.ipynb #e916340f
+def _of_config(name: str) -> property:
+    "A field of the config as an attribute of the trainer."
+    return property(lambda self: getattr(self.args, name), doc=f"`{name}` of the config.")
+
+
 class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WithCallbacks, Trainer):
     """transformers' Trainer with one rule of normalisation.
 
@@ -37,8 +42,13 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WithCallbacks, Traine
     config_class = PostConfig
     auto_class = AutoModelForCausalLM  # what a path is loaded as
     averages_over = "tokens"      # which of Totals the loss divides by: "tokens" or "sequences"
+    shown = ()                    # fields of the config that are also attributes: scripts read `trainer.beta`
     evaluating = False            # is `before_step` asked about a batch of an evaluation?
     loss_is_scaled_for_ga = True  # transformers >= 5.19: our losses are shares of the whole step, do not divide again
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        for name in vars(cls).get("shown", ()): setattr(cls, name, _of_config(name))
 
     # ------------------------------------------------ what a method says
     def check(self, dataset, name: str) -> None:
@@ -80,6 +90,7 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WithCallbacks, Traine
         optimizers=(None, None), # (optimizer, scheduler)
         optimizer_cls_and_kwargs=None,  # (optimizer class, its keywords)
         preprocess_logits_for_metrics=None,  # (logits, labels) -> what compute_metrics gets as predictions
+        quantization_config=None,  # of transformers: load a path's weights in fewer bits, below an adapter
         peft_config=None,        # of peft: train an adapter
     ):
         self.args = args = self.config_class.adopt(args)
@@ -95,6 +106,7 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WithCallbacks, Traine
         self._check_all(train_dataset, eval_dataset)
         self._make_tokenizer(model, processing_class)
         train_dataset, eval_dataset = self._prepare_all(train_dataset, eval_dataset)
+        self.quantization_config = quantization_config
         model = self._make_model(model, peft_config)
         if train_dataset is not None: must_learn(model)
         self.router_aux_loss_coef = router_coefficient(unwrapped(model), args.router_aux_loss_coef)
@@ -140,6 +152,8 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WithCallbacks, Traine
         path = self.args.chat_template_path
         self.new_tokens = adopt_chat_template(self.processing_class, path) if path else []
         self.before_preparing()
+        # nothing is padded by value here, so the end of sequence is still trained on
+        if self.processing_class.pad_token is None: self.processing_class.pad_token = self.processing_class.eos_token
 
     def _prepare_all(self, train_dataset, eval_dataset):
         if train_dataset is not None: train_dataset = self._prepared(train_dataset, "train", training=True)
@@ -151,7 +165,7 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WithCallbacks, Traine
             return self.prepare(dataset, name, training)
 
     def _make_model(self, model, peft_config) -> nn.Module:
-        model = load_model(model, self.args, self.auto_class)
+        model = load_model(model, self.args, self.auto_class, self.quantization_config)
         if self.new_tokens:
             resize_embeddings_to_tokenizer(model, self.processing_class)
             warnings.warn(f"the chat template of {self.args.chat_template_path} brought {len(self.new_tokens)} new "

@@ -1,0 +1,118 @@
+"""What scripts written for TRL pass and read, beside datasets and losses."""
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from posttrain import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+    SFTConfig,
+    SFTTrainer,
+    pocket,
+)
+
+ONLINE = dict(num_generations=4, max_completion_length=8)
+
+
+def lengths(completions, **kwargs): return [float(len(text)) for text in completions]
+
+
+def rows(kind, n=8): return pocket.dataset("add", kind, n=n, seed=3, conversational=False)
+
+
+METHODS = {  # trainer, config, rows, options, arguments
+    "sft": (SFTTrainer, SFTConfig, "prompt_completion", {}, {}),
+    "dpo": (DPOTrainer, DPOConfig, "preference", {}, {}),
+    "grpo": (GRPOTrainer, GRPOConfig, "prompt_only", ONLINE, dict(reward_funcs=lengths)),
+    "rloo": (RLOOTrainer, RLOOConfig, "prompt_only", ONLINE, dict(reward_funcs=lengths)),
+}
+
+
+def made(method, config, model=None, tokenizer=None, arguments=None, **options):
+    trainer, config_class, columns, own, always = METHODS[method]
+    return trainer(pocket.model(seed=0) if model is None else model, args=config_class(**config(**own, **options)),
+                   train_dataset=rows(columns), processing_class=tokenizer or pocket.tokenizer(),
+                   **{**always, **(arguments or {})})
+
+
+# ---------------------------------------------------------------- quantisation
+@pytest.fixture
+def loaded(monkeypatch, tmp_path):
+    """What `from_pretrained` was asked for; no quantiser runs on a CPU here."""
+    asked, original = [], AutoModelForCausalLM.from_pretrained
+
+    def without_quantiser(name, quantization_config=None, **options):
+        asked.append(quantization_config)
+        return original(name, **options)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", without_quantiser)
+    pocket.model(seed=0).save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model"), asked
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_quantization_config_reaches_the_model(method, config, loaded):
+    path, asked = loaded
+    made(method, config, path, arguments=dict(quantization_config=None))
+    assert asked and set(asked) == {None}
+    made(method, config, path, arguments=dict(quantization_config="4 bits"))
+    assert "4 bits" in asked
+    with pytest.raises(ValueError, match="quantization_config: .* already made"):
+        made(method, config, arguments=dict(quantization_config="4 bits"))
+    with pytest.raises(ValueError, match="leave one of them out"):
+        made(method, config, path, arguments=dict(quantization_config="4 bits"),
+             model_init_kwargs={"quantization_config": "8 bits"})
+
+
+def test_a_reference_from_a_path_is_quantised_too(config, loaded):
+    path, asked = loaded
+    made("dpo", config, path, arguments=dict(quantization_config="4 bits", ref_model=path))
+    assert asked == ["4 bits", "4 bits"]
+
+
+# ---------------------------------------------------------------- a tokenizer without a pad token
+@pytest.mark.parametrize("method", METHODS)
+def test_without_a_pad_token_eos_is_taken_and_still_trained_on(method, config):
+    bare = pocket.tokenizer()
+    bare.pad_token = None
+    trainer, usual = made(method, config, tokenizer=bare), made(method, config)
+    assert trainer.processing_class.pad_token_id == trainer.processing_class.eos_token_id
+    for t in (trainer, usual): t.train()
+    assert all(map(torch.equal, trainer.model.parameters(), usual.model.parameters()))
+
+
+def test_eos_is_a_label_where_it_is_the_pad_token(config):
+    bare = pocket.tokenizer()
+    bare.pad_token = None
+    trainer = made("sft", config, tokenizer=bare)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    ends = batch["completion_lengths"] - 1
+    assert (batch["completion_ids"].gather(1, ends[:, None]) == bare.eos_token_id).all()
+    assert batch["mask"].gather(1, ends[:, None]).all()
+
+
+# ---------------------------------------------------------------- settings as attributes
+SHOWN = {
+    "sft": dict(aux_loss_enabled=False, router_aux_loss_coef=0),
+    "dpo": dict(beta=.2, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 1.0], label_smoothing=0.0,
+                f_divergence_type="reverse_kl", aux_loss_enabled=False),
+    "grpo": dict(beta=0.0, loss_type="dapo", num_generations=4, num_generations_eval=4, temperature=1.0, top_p=1.0,
+                 max_completion_length=8, epsilon_low=.2, epsilon_high=.3, entropy_coef=.01, reward_funcs=[lengths],
+                 ref_model=None, num_iterations=1, scale_rewards="group", aux_loss_enabled=False, use_vllm=False),
+    "rloo": dict(beta=0.0, epsilon_low=.2, epsilon_high=.2, normalize_advantages=False, num_generations=4,
+                 ref_model=None),
+}
+OPTIONS = {"sft": {}, "dpo": dict(beta=.2, loss_type=["sigmoid", "sft"]), "rloo": dict(beta=0.0),
+           "grpo": dict(epsilon_high=.3, entropy_coef=.01)}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_settings_are_attributes_that_nobody_sets(method, config):
+    trainer = made(method, config, **OPTIONS[method])
+    for name, value in SHOWN[method].items():
+        assert getattr(trainer, name) == value, name
+        if name in ("ref_model", "reward_funcs", "router_aux_loss_coef"): continue
+        with pytest.raises(AttributeError): setattr(trainer, name, value)
