@@ -116,3 +116,59 @@ def test_settings_are_attributes_that_nobody_sets(method, config):
         assert getattr(trainer, name) == value, name
         if name in ("ref_model", "reward_funcs", "router_aux_loss_coef"): continue
         with pytest.raises(AttributeError): setattr(trainer, name, value)
+
+
+# ---------------------------------------------------------------- model cards
+def card_in(folder):
+    from huggingface_hub import ModelCard
+    return ModelCard.load(folder / "README.md")
+
+
+SAID = {"sft": ["\\log \\pi_\\theta", "all counted tokens of the optimizer step", "2203.02155", "`completion`"],
+        "dpo": ["weight beta = 0.1, divergence `reverse_kl`", "the pairs of the optimizer step", "`sigmoid`, weight 1"],
+        "grpo": ["k3 times the ratio, weight beta = 0.02", "the tokens of the generation", "1 * lengths", "2503.14476"],
+        "rloo": ["k1 in the reward, weight beta = 0.05", "the completions of the optimizer step", "`rloo`"]}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_saved_model_says_how_it_was_made(method, config, tmp_path):
+    trainer = made(method, config, **(dict(beta=.02) if method == "grpo" else {}))
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    card = card_in(tmp_path / "saved")
+    about = card.data.to_dict()
+    assert {"posttrain", method} <= set(about["tags"]) and about["library_name"] == "transformers"
+    assert "base_model" not in about, "it was made in memory"
+    expected = [*SAID[method], "| 2 | ", "2 optimizer steps", "`learning_rate`"]
+    assert all(text in card.text for text in expected), card.text
+    assert all(name in card.text for name in rows(METHODS[method][2]).column_names) and "{{" not in card.text
+
+
+def test_what_push_to_hub_is_told_stands_in_the_card(config, hub, tmp_path):
+    model = pocket.model(seed=0)
+    model.config._name_or_path = "me/base"
+    trainer = made("sft", config, model, hub_model_id="me/adder")
+    trainer.push_to_hub(dataset_name="me/sums", model_name="Adder", tags="sums")
+    card, about = card_in(tmp_path), card_in(tmp_path).data.to_dict()
+    assert hub == [("create_repo", "me/adder"), ("upload_folder", "me/adder")]
+    assert about["datasets"] == ["me/sums"] and "sums" in about["tags"] and about["model_name"] == "Adder"
+    assert about["base_model"] == "me/base" and about["base_model_relation"] == "finetune"
+    assert "# Adder" in card.text and 'model="me/adder"' in card.text and "huggingface.co/datasets/me/sums" in card.text
+
+
+def test_the_card_of_an_adapter_and_of_a_resumed_run(config, tmp_path):
+    from peft import LoraConfig
+    def adapted(**options):
+        model = pocket.model(seed=0)
+        model.config._name_or_path = "me/base"
+        return made("sft", config, model, arguments=dict(peft_config=LoraConfig(r=2, target_modules=["q_proj"])),
+                    **options)
+    first = adapted(save_strategy="steps", save_steps=1)
+    first.train()
+    resumed = adapted(save_strategy="steps", save_steps=1)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    resumed.create_model_card("Adder", dataset_name=["me/sums", "me/products"])
+    card, about = card_in(tmp_path), card_in(tmp_path).data.to_dict()
+    assert about["library_name"] == "peft" and about["base_model_relation"] == "adapter"
+    assert about["datasets"] == ["me/sums", "me/products"]
+    assert "| 1 | " in card.text and "| 2 | " in card.text and "an adapter for [me/base]" in card.text

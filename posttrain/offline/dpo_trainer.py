@@ -27,6 +27,7 @@ from posttrain.offline.preference_zoo import (
     rank_mates,
     verbosity_weights,
 )
+from ..training.card import Method
 from ..training.config import LengthFields, PostConfig, ReferenceFields, option
 from ..training.heads import completion_logps, unwrapped
 from ..training.pairs import PairTrainer, make_pairs
@@ -135,6 +136,22 @@ class DPOTrainer(WithReference, PairTrainer):
 
     def before_preparing(self): self.adopt_tokens("pad_token")
 
+    def method(self):
+        args = self.args
+        says = {name: " ".join((PAIR_LOSSES[name].__doc__ or "").split()).split(". ")[0] for name in self.loss_type}
+        losses = "".join(f"\n- `{name}`, weight {weight:g}: {says[name]}"
+                         for name, weight in zip(self.loss_type, self.loss_weights))
+        return Method(
+            "DPO", "Direct Preference Optimization: Your Language Model is Secretly a Reward Model", "2305.18290",
+            r"L = \frac1P \sum_{\text{pairs}} \sum_k w_k\, \ell_k(\delta),\quad \delta = "
+            r"\log\frac{\pi_\theta(y_w \mid x)}{\pi_{\text{ref}}(y_w \mid x)} - "
+            r"\log\frac{\pi_\theta(y_l \mid x)}{\pi_{\text{ref}}(y_l \mid x)}",
+            f"$y_w$ is the chosen answer and $y_l$ the rejected one. The losses of a pair:{losses}",
+            "the pairs of the optimizer step",
+            f"implicit in the loss, weight beta = {args.beta:g}, divergence `{args.f_divergence_type}`",
+            {name: getattr(args, name) for name in ("beta", "label_smoothing", "ld_alpha", "use_weighting",
+                                                    "max_length", "precompute_ref_log_probs", "sync_ref_model")})
+
     # ------------------------------------------------ the reference
     def after_building(self):
         precompute = self.args.precompute_ref_log_probs
@@ -211,7 +228,8 @@ class DPOTrainer(WithReference, PairTrainer):
 
     def pair_loss(self, pairs):
         losses = [PAIR_LOSSES[name] for name in self.loss_type]
-        return sum(weight * loss(pairs, **self.args.options_of(loss)) for loss, weight in zip(losses, self.loss_weights))
+        weighted = zip(losses, self.loss_weights)
+        return sum(weight * loss(pairs, **self.args.options_of(loss)) for loss, weight in weighted)
 
     def statistics(self): return (*super().statistics(), *["log_sum_sq_probs"] * self.args.use_weighting)
 

@@ -28,6 +28,7 @@ from ..data.packing import PACKING_STRATEGIES, pack_dataset
 from ..data.prepare import prepare_sft
 from ..data.reading import TEXT, check_sft
 from ..foundations.masks import token_weights
+from ..training.card import NORMALISERS, Method
 from ..training.config import LengthFields, PostConfig, option
 from ..training.heads import completion_loss
 from ..training.metrics import Mean
@@ -121,6 +122,19 @@ class SFTTrainer(PostTrainer):
             formatting_func=self.formatting_func, num_proc=args.dataset_num_proc, name=name, who=type(self).__name__)
         if training and args.shuffle_dataset: dataset = dataset.shuffle(seed=args.seed)
         return pack_dataset(dataset, args.max_length, args.packing_strategy) if packing else dataset
+
+    def method(self):
+        args = self.args
+        is_dft = args.loss_type == "dft"
+        return Method(
+            "SFT", "Training language models to follow instructions with human feedback", "2203.02155",
+            r"L = -\frac1N \sum_t " + r"\operatorname{sg}(\pi_\theta(x_t \mid x_{<t}))\," * is_dft
+            + r"\log \pi_\theta(x_t \mid x_{<t})",
+            "The sum runs over the counted tokens." + " $\\operatorname{sg}$ takes its argument as a number "
+            "([DFT](https://arxiv.org/abs/2508.05629))." * is_dft, NORMALISERS["token"],
+            values={name: getattr(args, name) for name in (
+                "loss_type", "max_length", "packing", "packing_strategy", "completion_only_loss",
+                "assistant_only_loss")})
 
     def default_collator(self): return partial(collate_sft, completion_only=bool(self.args.completion_only_loss))
 

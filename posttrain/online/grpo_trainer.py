@@ -28,6 +28,7 @@ from .grpo import grpo_loss
 from .policy_zoo import LOSS_TYPES
 from ..rollout.config import OnlineConfig
 from ..rollout.trainer import OnlineTrainer
+from ..training.card import NORMALISERS, Method
 from ..training.config import ClipFields, ReferenceFields, ShowsClip, option
 from ..training.heads import completion_logps, scoring
 from ..training.metrics import Greatest, Least, Mean, policy_metrics
@@ -251,6 +252,24 @@ class GRPOTrainer(ShowsClip, OnlineTrainer):
                                            args.off_policy_mask_threshold))
         if "top_entropy" in batch: factors.append(batch["top_entropy"])
         return math.prod(factors) if factors else None
+
+    def method(self):
+        args, kind = self.args, LOSS_TYPES[self.args.loss_type]
+        region = getattr(kind.trust_region, "__name__", kind.trust_region)
+        weighs = " times the ratio" if args.use_bias_correction_kl else ""
+        return Method(
+            "GRPO", "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models", "2402.03300",
+            r"L = -\operatorname{average}_t\, f(\rho_t, A)"
+            + r" + \beta\, \operatorname{average}_t\, k_3" * bool(args.beta),
+            rf"$\rho$ is the ratio of policies, of a {args.importance_sampling_level}. $f$ is the surrogate "
+            rf"`{region}` of `loss_type={args.loss_type!r}`"
+            + f" ([paper](https://arxiv.org/abs/{kind.paper}))" * bool(kind.paper)
+            + rf". $A$ is the reward minus the mean of its group, scaled by `{args.scale_rewards}`.",
+            "the tokens of the generation" if kind.whole_generation else NORMALISERS[kind.average],
+            f"k3{weighs}, weight beta = {args.beta:g}" if args.beta else "none (beta = 0)",
+            {**{name: getattr(args, name) for name in (
+                "loss_type", "beta", "epsilon", "epsilon_high", "delta", "importance_sampling_level", "scale_rewards",
+                "entropy_coef", "top_entropy_quantile")}, **self.sampling_values()})
 
     # ------------------------------------------------ the entropy bonus
     @property

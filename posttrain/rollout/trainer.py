@@ -178,6 +178,14 @@ class OnlineTrainer(Stages, ReadsPrompts, WithReference, PostTrainer):
                                   "evaluate(dataset)")
 
     # ------------------------------------------------ logs
+    def sampling_values(self) -> dict:
+        "For the model card: rewards, and how completions were sampled."
+        names = ("num_generations", "num_iterations", "max_completion_length", "temperature", "top_p", "top_k",
+                 "mask_truncated_completions", "dynamic_sampling", "use_vllm")
+        rewards = {"rewards": ", ".join(f"{weight:g} * {name}" for name, weight in zip(
+            self.rewards.names, self.reward_weights.tolist()))} if self.rewards else {}
+        return rewards | {name: getattr(self.args, name) for name in names}
+
     def report_rounds(self, rounds: Rounds) -> None:
         "How dynamic sampling went, for the log; and once a warning, when groups that teach something ran out."
         asked, kept = sum(rounds.asked), sum(rounds.kept)

@@ -16,6 +16,7 @@ from ..data.templates import adopt_chat_template, resize_embeddings_to_tokenizer
 from ..foundations.layouts import lay_out
 from ..foundations.masks import Totals
 from .arguments import check_arguments, never_fail_to_print
+from .card import WritesCard
 from .checkpoints import Resumable
 from .config import PostConfig
 from .heads import attach_head, unwrapped
@@ -32,7 +33,7 @@ def _of_config(name: str) -> property:
     return property(lambda self: getattr(self.args, name), doc=f"`{name}` of the config.")
 
 
-class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WithCallbacks, Trainer):
+class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WritesCard, WithCallbacks, Trainer):
     """transformers' Trainer with one rule of normalisation.
 
     Subclasses say what a row must have, how it is prepared, and what the loss is. Raises ValueError and TypeError for
@@ -145,6 +146,7 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WithCallbacks, Traine
             raise TypeError(f"train_dataset must be one dataset, got a dict of {', '.join(train_dataset)}; pass one of "
                             "its splits, e.g. dataset['train']")
         if train_dataset is not None: self.check(train_dataset, "train")
+        self.data_columns = getattr(train_dataset, "column_names", None) or ()
         for name, dataset in _by_name(eval_dataset).items(): self.check(dataset, name)
 
     def _make_tokenizer(self, model, processing_class) -> None:
