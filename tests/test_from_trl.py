@@ -118,6 +118,50 @@ def test_settings_are_attributes_that_nobody_sets(method, config):
         with pytest.raises(AttributeError): setattr(trainer, name, value)
 
 
+# ---------------------------------------------------------------- sampling, data, scripts
+@pytest.mark.parametrize("sampler", ["own", "transformers"])
+def test_stop_token_ids_end_completions(sampler, config):
+    trainer = made("grpo", config, sampler=sampler, generation_kwargs={"stop_token_ids": [*range(5, 20)]})
+    generation = trainer.generate(list(trainer.train_dataset), list(range(8)), 1)
+    ended = [ids for ids, done in zip(generation.completion_ids, generation.finished) if done]
+    assert ended and all(5 <= ids[-1] < 20 or ids[-1] == trainer.processing_class.eos_token_id for ids in ended)
+    assert all(not 5 <= i < 20 for ids in generation.completion_ids for i in ids[:-1])
+
+
+def test_fields_of_sampling_may_come_in_generation_kwargs(config):
+    args = GRPOConfig(**config(**ONLINE, generation_kwargs={"temperature": .7, "max_new_tokens": 4, "do_sample": True}))
+    assert (args.temperature, args.max_completion_length, args.sampling().temperature) == (.7, 4, .7)
+    with pytest.raises(ValueError, match="do_sample': False is unknown"):
+        GRPOConfig(**config(**ONLINE, generation_kwargs={"do_sample": False}))
+
+
+@pytest.mark.parametrize("loss_type, warned", [("dapo", True), ("bnpo", True), ("dr_grpo", True), ("grpo", False)])
+def test_ratios_of_sequences_warn_of_losses_of_tokens(loss_type, warned, config, recwarn):
+    GRPOConfig(**config(**ONLINE, importance_sampling_level="sequence", loss_type=loss_type))
+    assert any("set loss_type='grpo'" in str(w.message) for w in recwarn) == warned
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_images_are_refused(method, config):
+    trainer, config_class, columns, own, always = METHODS[method]
+    dataset = rows(columns).add_column("image", ["a.png"] * 8)
+    with pytest.raises(ValueError, match="'image', but only text"):
+        trainer(pocket.model(seed=0), args=config_class(**config(**own)), train_dataset=dataset,
+                processing_class=pocket.tokenizer(), **always)
+
+
+def test_a_script_for_trl_parses_its_arguments(tmp_path):
+    from posttrain import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+    (tmp_path / "run.yaml").write_text("learning_rate: 1e-4\nuse_peft: true\nlora_r: 4\n")
+    parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig))
+    script, args, model = parser.parse_args_and_config([
+        "--config", str(tmp_path / "run.yaml"), "--dataset_name", "rows.jsonl", "--output_dir", str(tmp_path),
+        "--lora_r", "8"])
+    assert (script.dataset_name, args.learning_rate, get_peft_config(model).r) == ("rows.jsonl", 1e-4, 8)
+    assert get_quantization_config(model) is None
+    assert TrlParser(ModelConfig).parse_args_and_config([])[0].use_peft is False
+
+
 # ---------------------------------------------------------------- model cards
 def card_in(folder):
     from huggingface_hub import ModelCard

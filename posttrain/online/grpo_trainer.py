@@ -104,6 +104,11 @@ class GRPOConfig(ClipFields, ReferenceFields, OnlineConfig):
         if kind.caps_ratio and self.epsilon_high is None:
             warnings.warn(f"loss_type={self.loss_type!r} takes epsilon_high as the cap of the ratio itself; left out "
                           f"it is epsilon={self.epsilon}, far below 1: set it, e.g. to 5.0 (ScaleRL)", stacklevel=4)
+        if self.importance_sampling_level == "sequence" and kind.average in ("token", "constant") \
+                and not kind.weighs_answers:
+            warnings.warn(f"importance_sampling_level='sequence' gives a completion one ratio, but loss_type="
+                          f"{self.loss_type!r} gives longer completions more weight. GSPO averages over completions: "
+                          "set loss_type='grpo'", stacklevel=4)
         mode, corrects = self.vllm_importance_sampling_mode, self.vllm_importance_sampling_correction
         if kind.weighs_answers and corrects and self.use_vllm and not mode.startswith("token"):
             raise ValueError(f"loss_type={self.loss_type!r} takes the sampler's correction into its own weight, token "
