@@ -274,12 +274,9 @@ BAD = {"a missing column": (dict(train_dataset=Dataset.from_dict({"prompt": ["a"
 @pytest.mark.parametrize("what", BAD)
 def test_bad_input_is_named_before_a_model_is_loaded(what, config):
     arguments, options, kind, message = BAD[what]
-    if what == "markers missing":
-        tokenizer = arguments["processing_class"]
-        for marker in ("{% generation %}", "{% endgeneration %}", "{%- generation %}", "{%- endgeneration %}",
-                       "{%- generation -%}", "{%- endgeneration -%}"):
-            tokenizer.chat_template = tokenizer.chat_template.replace(marker, "")
-        assert "generation %}" not in tokenizer.chat_template.replace("add_generation_prompt", "")
+    if what == "markers missing":  # and no token ends a turn
+        plain = "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
+        arguments["processing_class"].chat_template = plain
     with pytest.raises(kind, match=f"(?s){message}"):
         SFTTrainer(NOWHERE, SFTConfig(**config(**options)), **arguments)
 

@@ -49,7 +49,7 @@ class SFTConfig(LengthFields, PostConfig):
     completion_only_loss: bool | None = option(
         None, "Train on completions alone; None: where the dataset has prompts and completions.")
     assistant_only_loss: bool = option(
-        False, "Train on what the assistant says alone; needs generation markers in the chat template.")
+        False, "Train on what the assistant says alone; the chat template must mark it, or end it with a token.")
     packing: bool = option(False, "Put several examples into one row of max_length.", choices=(True, False))
     packing_strategy: str = option(
         "bfd", "'bfd' (best-fit-decreasing, cuts what is too long), 'bfd_split' (splits it), "
