@@ -15,10 +15,16 @@ _HOMES = {
     # what scripts written for TRL import besides
     "ModelConfig": "command.arguments", "ScriptArguments": "command.arguments",
     "DatasetMixtureConfig": "command.arguments", "get_peft_config": "command.arguments",
-    "get_quantization_config": "command.arguments", "get_dataset": "command.loading",
+    "get_quantization_config": "command.arguments", "get_dataset": "command.loading", "TrlParser": "command.flags",
+    "apply_chat_template": "data.templates", "maybe_apply_chat_template": "data.templates",
+    "clone_chat_template": "data.templates", "is_conversational": "data.formats",
+    "is_conversational_from_value": "data.conversions", "maybe_convert_to_chatml": "data.conversions",
+    "extract_prompt": "data.conversions", "maybe_extract_prompt": "data.conversions",
+    "unpair_preference_dataset": "data.conversions", "maybe_unpair_preference_dataset": "data.conversions",
+    "pack_dataset": "data.packing", "SyncRefModelCallback": "training.with_reference",
 }
 _ROOMS = ("foundations", "data", "pocket", "training", "rollout", "offline", "online", "explore", "command",
-          "cli")
+          "cli", "rewards")
 __all__ = [*_HOMES, *_ROOMS, "__version__"]
 
 

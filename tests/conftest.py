@@ -85,3 +85,21 @@ def heard(caplog):
     show_warnings_again()
     caplog.set_level(logging.WARNING, logger="posttrain")
     return caplog
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """The hub as transformers' Trainer sees it, without a network: this is the one place where it is replaced.
+
+    It lists what was created and uploaded."""
+    from types import SimpleNamespace
+    calls = []
+
+    def create_repo(name, **options):
+        calls.append(("create_repo", name))
+        return SimpleNamespace(repo_id=name if "/" in name else f"me/{name}")
+
+    def upload_folder(**options): calls.append(("upload_folder", options["repo_id"]))
+    api = SimpleNamespace(create_repo=create_repo, upload_folder=upload_folder)
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: api)
+    return calls

@@ -432,7 +432,7 @@ def test_bad_data_is_named_before_a_model_is_loaded(data, options, kind, message
     (dict(ld_alpha=1.5), "ld_alpha=1.5"), (dict(ref_model_mixup_alpha=2), "ref_model_mixup_alpha=2"),
     (dict(ref_model_sync_steps=0), "ref_model_sync_steps=0"),
     (dict(truncation_mode="drop"), "truncation_mode"), (dict(max_length=1), "max_length"),
-    (dict(router_aux_loss_coef=.1), "router_aux_loss_coef"),
+    (dict(router_aux_loss_coef=-.1), "router_aux_loss_coef"),
 ])
 def test_bad_config_is_named(options, message, config):
     with pytest.raises(ValueError, match=f"(?s){message}"): DPOConfig(**config(**options))

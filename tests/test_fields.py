@@ -89,7 +89,7 @@ SILENT = [
     dict(per_device_train_batch_size=0), dict(per_device_eval_batch_size=-1), dict(seed=-1), dict(seed=2**32),
     dict(dataloader_num_workers=-1), dict(lr_scheduler_type="cosin"), dict(optim="adam"), dict(eval_strategy="step"),
     dict(train_sampling_strategy="length"), dict(log_level="loud"), dict(neftune_noise_alpha=-1),
-    dict(label_smoothing_factor=.1), dict(include_for_metrics=["inputs"]), dict(router_aux_loss_coef=.1),
+    dict(label_smoothing_factor=.1), dict(include_for_metrics=["inputs"]), dict(router_aux_loss_coef=-.1),
 ]
 
 

@@ -259,8 +259,6 @@ BAD = {"a missing column": (dict(train_dataset=Dataset.from_dict({"prompt": ["a"
                                           dict(max_length=5), ValueError, "lose theirs to max_length=5.*max_length=20"),
        "a tokenizer without EOS": (dict(train_dataset=rows(), processing_class=without("eos_token")), {}, ValueError,
                                    "end-of-sequence.*eos_token"),
-       "a tokenizer without pad": (dict(train_dataset=rows(), processing_class=without("pad_token")), {}, ValueError,
-                                   "padding token.*pad_token"),
        "markers missing": (dict(train_dataset=rows(kind="language_modeling", conversational=True),
                                 processing_class=pocket.tokenizer()), dict(assistant_only_loss=True), ValueError,
                            "generation"),
@@ -276,12 +274,9 @@ BAD = {"a missing column": (dict(train_dataset=Dataset.from_dict({"prompt": ["a"
 @pytest.mark.parametrize("what", BAD)
 def test_bad_input_is_named_before_a_model_is_loaded(what, config):
     arguments, options, kind, message = BAD[what]
-    if what == "markers missing":
-        tokenizer = arguments["processing_class"]
-        for marker in ("{% generation %}", "{% endgeneration %}", "{%- generation %}", "{%- endgeneration %}",
-                       "{%- generation -%}", "{%- endgeneration -%}"):
-            tokenizer.chat_template = tokenizer.chat_template.replace(marker, "")
-        assert "generation %}" not in tokenizer.chat_template.replace("add_generation_prompt", "")
+    if what == "markers missing":  # and no token ends a turn
+        plain = "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
+        arguments["processing_class"].chat_template = plain
     with pytest.raises(kind, match=f"(?s){message}"):
         SFTTrainer(NOWHERE, SFTConfig(**config(**options)), **arguments)
 
@@ -291,7 +286,7 @@ def test_bad_input_is_named_before_a_model_is_loaded(what, config):
     (dict(packing_strategy="tetris"), "packing_strategy='tetris'.*'bfd'"),
     (dict(truncation_mode="middle"), "truncation_mode"), (dict(max_length=1), "max_length"),
     (dict(packing=True, max_length=None), "packing"),
-    (dict(router_aux_loss_coef=.1), "router_aux_loss_coef"),
+    (dict(router_aux_loss_coef=-.1), "router_aux_loss_coef"),
     (dict(label_smoothing_factor=.1), "label_smoothing_factor"), (dict(packing="yes"), "packing='yes'"),
     (dict(dataset_kwargs={"add_special_tokens": False}), "dataset_kwargs"),
 ])

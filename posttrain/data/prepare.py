@@ -91,7 +91,7 @@ def _first_label(prompt, parts) -> int | None:
 
 def prepare_sft(
     dataset,    # Dataset or IterableDataset: text, messages, conversations, prompt and completion, or input_ids
-    tokenizer,  # with an end-of-sequence and a padding token
+    tokenizer,  # with an end-of-sequence token
     *,
     max_length: int = 1024,                # tokens of a row, TRL's default; None: no limit, as packing wants
     truncation_mode: str = "keep_start",   # which end of a long row to keep: a key of `TRUNCATION`
@@ -178,7 +178,7 @@ def _is_numeric(value) -> bool:
 
 def prepare_pairs(
     dataset,    # Dataset or IterableDataset of preference rows, or of prompt_ids, chosen_ids, rejected_ids
-    tokenizer,  # with an end-of-sequence and a padding token
+    tokenizer,  # with an end-of-sequence token
     *,
     max_length: int = 1024,                # tokens of the prompt with either side, TRL's default; None: no limit
     truncation_mode: str = "keep_start",   # a key of `TRUNCATION`; reward models use "drop"
@@ -199,7 +199,7 @@ def prepare_pairs(
 
 def prepare_unpaired(
     dataset,    # Dataset or IterableDataset of unpaired preferences, or of pairs, which are taken apart
-    tokenizer,  # with an end-of-sequence and a padding token
+    tokenizer,  # with an end-of-sequence token
     *,
     max_length: int = 1024,                # tokens of the prompt with the completion, TRL's default; None: no limit
     truncation_mode: str = "keep_start",   # a key of `TRUNCATION`
@@ -237,7 +237,7 @@ def _first_verdict(prompt, parts) -> int | None:
 
 def prepare_steps(
     dataset,    # Dataset or IterableDataset of stepwise rows, or of input_ids and labels
-    tokenizer,  # with an end-of-sequence and a padding token
+    tokenizer,  # with an end-of-sequence token
     *,
     max_length: int = 1024,                # tokens of a row, TRL's default; None: no limit
     max_completion_length: int = None,     # most tokens of all steps of a row; None: no limit

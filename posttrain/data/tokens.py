@@ -24,18 +24,13 @@ def check_tokenizer(
     tokenizer,                  # the tokenizer to look at
     who: str = "this trainer",  # who asks, for the error message
 ):
-    "Raise ValueError, naming the tokenizer and the repair, when it has no end-of-sequence token or no padding token."
+    "Raise ValueError, naming the tokenizer and the repair, when it has no end-of-sequence token."
     name = tokenizer.name_or_path or type(tokenizer).__name__
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"{who}: the tokenizer {name!r} has no end-of-sequence token, so a model trained with it could never learn "
             "to stop. Name one that is in its vocabulary: tokenizer.eos_token = '<|im_end|>' (or eos_token= in the "
             "config).")
-    if tokenizer.pad_token_id is None:
-        raise ValueError(
-            f"{who}: the tokenizer {name!r} has no padding token. Set one: tokenizer.pad_token = tokenizer.eos_token. "
-            "That is safe here: padding is told by the length of a sequence and never by its value, so the end of "
-            "sequence stays trained on.")
 
 
 def encode_texts(

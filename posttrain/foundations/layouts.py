@@ -61,6 +61,7 @@ class Layout:
     targets: Tensor         # (N,) that token
     places: Tensor          # (N,) its place in the flattened (B * T)
     shape: tuple            # (B, T)
+    times: Tensor           # (R, L) how many sequences each position is part of; a padding is part of none
 
     def scatter(
         self,
@@ -253,6 +254,10 @@ def _fill(batch: dict, sizes, plan: _Plan) -> Layout:
     input_ids, position_ids = ids.new_zeros(R * L), np.zeros(R * L, np.int64)
     input_ids[to(place)] = ids[to(segments.source[segment_of] + within)]
     position_ids[place] = segments.position[segment_of] + within
+    # a prompt is part of each sequence of its block
+    sequences = np.concatenate([np.bincount(plan.block_of, minlength=blocks), np.ones(len(comp_len), np.int64)])
+    times = np.zeros(R * L, np.int64)
+    times[place] = sequences[segment_of]
 
     # With one sequence a row, and right padding behind it, plain causal attention is right.
     several = blocks > R or blocks < B
@@ -265,7 +270,7 @@ def _fill(batch: dict, sizes, plan: _Plan) -> Layout:
     reads, places = comp_place[b] + t, to(b * T + t)
     predicts = np.where(t > 0, reads - 1, prompt_end[b])
     return Layout(input_ids.view(R, L), to(position_ids).view(R, L), visible, to(predicts), to(reads),
-                  batch["completion_ids"].flatten()[places], places, (B, T))
+                  batch["completion_ids"].flatten()[places], places, (B, T), to(times).view(R, L))
 
 
 MASK_CELLS = 2**27  # 128 MiB of booleans, which attention turns into 512 MiB of numbers, in each layer

@@ -27,6 +27,7 @@ from posttrain.offline.preference_zoo import (
     rank_mates,
     verbosity_weights,
 )
+from ..training.card import Method
 from ..training.config import LengthFields, PostConfig, ReferenceFields, option
 from ..training.heads import completion_logps, unwrapped
 from ..training.pairs import PairTrainer, make_pairs
@@ -109,17 +110,21 @@ class DPOTrainer(WithReference, PairTrainer):
     """
 
     config_class = DPOConfig
+    shown = ("beta", "loss_type", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef", "ld_alpha",
+             "use_weighting", "precompute_ref_log_probs")
 
     def __init__(self, model, ref_model=None, args=None, data_collator=None, train_dataset=None, eval_dataset=None,
                  processing_class=None, compute_metrics=None, callbacks=None, optimizers=(None, None),
-                 optimizer_cls_and_kwargs=None, preprocess_logits_for_metrics=None, peft_config=None):
+                 optimizer_cls_and_kwargs=None, preprocess_logits_for_metrics=None, quantization_config=None,
+                 peft_config=None):
         args = self.config_class.adopt(args)
         self.note_reference(model, ref_model, args, peft_config)
         # a model that the caller still has can be asked later, and one that nobody has needs no memory
         self._ref_model_given = weakref.ref(ref_model) if isinstance(ref_model, nn.Module) else lambda: ref_model
         self._policy_is_reference = ref_model is None
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics,
-                         callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics, peft_config)
+                         callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics,
+                         quantization_config, peft_config)
         if isinstance(getattr(self.reference, "source", None), ModelReference):
             self.reference.source = None  # it has said all that it will be asked, unless new data come
 
@@ -130,6 +135,22 @@ class DPOTrainer(WithReference, PairTrainer):
                              "is a stream: load it as a Dataset, or set it False")
 
     def before_preparing(self): self.adopt_tokens("pad_token")
+
+    def method(self):
+        args = self.args
+        says = {name: " ".join((PAIR_LOSSES[name].__doc__ or "").split()).split(". ")[0] for name in self.loss_type}
+        losses = "".join(f"\n- `{name}`, weight {weight:g}: {says[name]}"
+                         for name, weight in zip(self.loss_type, self.loss_weights))
+        return Method(
+            "DPO", "Direct Preference Optimization: Your Language Model is Secretly a Reward Model", "2305.18290",
+            r"L = \frac1P \sum_{\text{pairs}} \sum_k w_k\, \ell_k(\delta),\quad \delta = "
+            r"\log\frac{\pi_\theta(y_w \mid x)}{\pi_{\text{ref}}(y_w \mid x)} - "
+            r"\log\frac{\pi_\theta(y_l \mid x)}{\pi_{\text{ref}}(y_l \mid x)}",
+            f"$y_w$ is the chosen answer and $y_l$ the rejected one. The losses of a pair:{losses}",
+            "the pairs of the optimizer step",
+            f"implicit in the loss, weight beta = {args.beta:g}, divergence `{args.f_divergence_type}`",
+            {name: getattr(args, name) for name in ("beta", "label_smoothing", "ld_alpha", "use_weighting",
+                                                    "max_length", "precompute_ref_log_probs", "sync_ref_model")})
 
     # ------------------------------------------------ the reference
     def after_building(self):
@@ -200,10 +221,15 @@ class DPOTrainer(WithReference, PairTrainer):
         weights = verbosity_weights(batch["mask"], args.ld_alpha)
         return make_pairs(logps, ref_logps, batch, totals, weights=weights, score=score)
 
+    @property
+    def loss_weights(self) -> list[float]:
+        "One for each loss_type."
+        return self.args.loss_weights or [1.0] * len(self.loss_type)
+
     def pair_loss(self, pairs):
-        args, losses = self.args, [PAIR_LOSSES[name] for name in self.args.loss_type]
-        weights = args.loss_weights or [1.0] * len(losses)
-        return sum(weight * loss(pairs, **args.options_of(loss)) for loss, weight in zip(losses, weights))
+        losses = [PAIR_LOSSES[name] for name in self.loss_type]
+        weighted = zip(losses, self.loss_weights)
+        return sum(weight * loss(pairs, **self.args.options_of(loss)) for loss, weight in weighted)
 
     def statistics(self): return (*super().statistics(), *["log_sum_sq_probs"] * self.args.use_weighting)
 

@@ -28,6 +28,7 @@ from ..data.packing import PACKING_STRATEGIES, pack_dataset
 from ..data.prepare import prepare_sft
 from ..data.reading import TEXT, check_sft
 from ..foundations.masks import token_weights
+from ..training.card import NORMALISERS, Method
 from ..training.config import LengthFields, PostConfig, option
 from ..training.heads import completion_loss
 from ..training.metrics import Mean
@@ -48,7 +49,7 @@ class SFTConfig(LengthFields, PostConfig):
     completion_only_loss: bool | None = option(
         None, "Train on completions alone; None: where the dataset has prompts and completions.")
     assistant_only_loss: bool = option(
-        False, "Train on what the assistant says alone; needs generation markers in the chat template.")
+        False, "Train on what the assistant says alone; the chat template must mark it, or end it with a token.")
     packing: bool = option(False, "Put several examples into one row of max_length.", choices=(True, False))
     packing_strategy: str = option(
         "bfd", "'bfd' (best-fit-decreasing, cuts what is too long), 'bfd_split' (splits it), "
@@ -87,11 +88,12 @@ class SFTTrainer(PostTrainer):
 
     def __init__(self, model, args=None, data_collator=None, train_dataset=None, eval_dataset=None,
                  processing_class=None, compute_metrics=None, callbacks=None, optimizers=(None, None),
-                 optimizer_cls_and_kwargs=None, preprocess_logits_for_metrics=None, peft_config=None,
-                 formatting_func=None):
+                 optimizer_cls_and_kwargs=None, preprocess_logits_for_metrics=None, quantization_config=None,
+                 peft_config=None, formatting_func=None):
         self.formatting_func, self._collates_itself = formatting_func, data_collator is None
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics,
-                         callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics, peft_config)
+                         callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics,
+                         quantization_config, peft_config)
 
     def _skips_preparing(self) -> bool: return bool((self.args.dataset_kwargs or {}).get("skip_prepare_dataset"))
 
@@ -120,6 +122,19 @@ class SFTTrainer(PostTrainer):
             formatting_func=self.formatting_func, num_proc=args.dataset_num_proc, name=name, who=type(self).__name__)
         if training and args.shuffle_dataset: dataset = dataset.shuffle(seed=args.seed)
         return pack_dataset(dataset, args.max_length, args.packing_strategy) if packing else dataset
+
+    def method(self):
+        args = self.args
+        is_dft = args.loss_type == "dft"
+        return Method(
+            "SFT", "Training language models to follow instructions with human feedback", "2203.02155",
+            r"L = -\frac1N \sum_t " + r"\operatorname{sg}(\pi_\theta(x_t \mid x_{<t}))\," * is_dft
+            + r"\log \pi_\theta(x_t \mid x_{<t})",
+            "The sum runs over the counted tokens." + " $\\operatorname{sg}$ takes its argument as a number "
+            "([DFT](https://arxiv.org/abs/2508.05629))." * is_dft, NORMALISERS["token"],
+            values={name: getattr(args, name) for name in (
+                "loss_type", "max_length", "packing", "packing_strategy", "completion_only_loss",
+                "assistant_only_loss")})
 
     def default_collator(self): return partial(collate_sft, completion_only=bool(self.args.completion_only_loss))
 

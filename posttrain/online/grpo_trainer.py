@@ -28,7 +28,8 @@ from .grpo import grpo_loss
 from .policy_zoo import LOSS_TYPES
 from ..rollout.config import OnlineConfig
 from ..rollout.trainer import OnlineTrainer
-from ..training.config import ClipFields, ReferenceFields, option
+from ..training.card import NORMALISERS, Method
+from ..training.config import ClipFields, ReferenceFields, ShowsClip, option
 from ..training.heads import completion_logps, scoring
 from ..training.metrics import Greatest, Least, Mean, policy_metrics
 
@@ -97,13 +98,18 @@ class GRPOConfig(ClipFields, ReferenceFields, OnlineConfig):
         self._check_limits()
 
     def _check_limits(self):
-        kind, high = LOSS_TYPES[self.loss_type], 1 + (self.epsilon if self.epsilon_high is None else self.epsilon_high)
+        kind, high = LOSS_TYPES[self.loss_type], 1 + self.clip_range[1]
         if self.delta is not None and kind.trust_region == "clip" and not self.delta > high:
             raise ValueError(f"delta={self.delta} caps the ratio beyond the clip and must be above 1 + epsilon_high = "
                              f"{high:g}")
         if kind.caps_ratio and self.epsilon_high is None:
             warnings.warn(f"loss_type={self.loss_type!r} takes epsilon_high as the cap of the ratio itself; left out "
                           f"it is epsilon={self.epsilon}, far below 1: set it, e.g. to 5.0 (ScaleRL)", stacklevel=4)
+        if self.importance_sampling_level == "sequence" and kind.average in ("token", "constant") \
+                and not kind.weighs_answers:
+            warnings.warn(f"importance_sampling_level='sequence' gives a completion one ratio, but loss_type="
+                          f"{self.loss_type!r} gives longer completions more weight. GSPO averages over completions: "
+                          "set loss_type='grpo'", stacklevel=4)
         mode, corrects = self.vllm_importance_sampling_mode, self.vllm_importance_sampling_correction
         if kind.weighs_answers and corrects and self.use_vllm and not mode.startswith("token"):
             raise ValueError(f"loss_type={self.loss_type!r} takes the sampler's correction into its own weight, token "
@@ -120,14 +126,14 @@ class GRPOConfig(ClipFields, ReferenceFields, OnlineConfig):
     def limits(self) -> dict:
         "The settings of `grpo_loss` that are the same for every loss type, and the limits of this one."
         # of a loss that caps the ratio, TRL's epsilon_high is the cap itself, not its distance from 1
-        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        _, high = self.clip_range
         capped = LOSS_TYPES[self.loss_type].caps_ratio
         return dict(epsilon=self.epsilon, epsilon_high=high - 1 if capped else self.epsilon_high, delta=self.delta,
                     importance_sampling_level=self.importance_sampling_level,
                     use_bias_correction_kl=self.use_bias_correction_kl, max_length=self.max_completion_length)
 
 # %% ../../nbs/online/09_grpo_trainer.ipynb #ca9898d7
-class GRPOTrainer(OnlineTrainer):
+class GRPOTrainer(ShowsClip, OnlineTrainer):
     """
     Group relative policy optimisation (https://arxiv.org/abs/2402.03300) and its family. Call it as TRL's.
 
@@ -137,6 +143,10 @@ class GRPOTrainer(OnlineTrainer):
     """
 
     config_class = GRPOConfig
+    shown = ("loss_type", "scale_rewards", "importance_sampling_level", "multi_objective_aggregation",
+             "off_policy_mask_threshold", "top_entropy_quantile", "use_adaptive_entropy",
+             "vllm_importance_sampling_correction", "vllm_importance_sampling_mode",
+             "vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min")
 
     # ------------------------------------------------ what rewards mean
     def credit(self, generation, batches):
@@ -249,7 +259,30 @@ class GRPOTrainer(OnlineTrainer):
         if "top_entropy" in batch: factors.append(batch["top_entropy"])
         return math.prod(factors) if factors else None
 
+    def method(self):
+        args, kind = self.args, LOSS_TYPES[self.args.loss_type]
+        region = getattr(kind.trust_region, "__name__", kind.trust_region)
+        weighs = " times the ratio" if args.use_bias_correction_kl else ""
+        return Method(
+            "GRPO", "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models", "2402.03300",
+            r"L = -\operatorname{average}_t\, f(\rho_t, A)"
+            + r" + \beta\, \operatorname{average}_t\, k_3" * bool(args.beta),
+            rf"$\rho$ is the ratio of policies, of a {args.importance_sampling_level}. $f$ is the surrogate "
+            rf"`{region}` of `loss_type={args.loss_type!r}`"
+            + f" ([paper](https://arxiv.org/abs/{kind.paper}))" * bool(kind.paper)
+            + rf". $A$ is the reward minus the mean of its group, scaled by `{args.scale_rewards}`.",
+            "the tokens of the generation" if kind.whole_generation else NORMALISERS[kind.average],
+            f"k3{weighs}, weight beta = {args.beta:g}" if args.beta else "none (beta = 0)",
+            {**{name: getattr(args, name) for name in (
+                "loss_type", "beta", "epsilon", "epsilon_high", "delta", "importance_sampling_level", "scale_rewards",
+                "entropy_coef", "top_entropy_quantile")}, **self.sampling_values()})
+
     # ------------------------------------------------ the entropy bonus
+    @property
+    def entropy_coef(self) -> float:
+        "The reward for a nat of entropy, as it is now."
+        return self.entropy.coef
+
     def after_building(self):
         args = self.args
         self.entropy = EntropyController(args.entropy_coef, args.use_adaptive_entropy, args.entropy_target,

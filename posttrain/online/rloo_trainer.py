@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from .reinforce_plus_plus import ESTIMATORS
 from ..rollout.config import OnlineConfig
 from ..rollout.trainer import OnlineTrainer
-from ..training.config import ClipFields, ReferenceFields, option
+from ..training.card import NORMALISERS, Method
+from ..training.config import ClipFields, ReferenceFields, ShowsClip, option
 from ..training.heads import completion_logps
 from ..training.metrics import Mean, policy_metrics
 
@@ -44,13 +45,33 @@ def _is_range(limits) -> bool:
     return all(numbers) and limits[0] < limits[1]
 
 
-class RLOOTrainer(OnlineTrainer):
+class RLOOTrainer(ShowsClip, OnlineTrainer):
     """REINFORCE leave-one-out (https://arxiv.org/abs/2402.14740), and REINFORCE++ (https://arxiv.org/abs/2501.03262).
 
     Call it as TRL's. The parameters are those of `OnlineTrainer`."""
 
     config_class = RLOOConfig
+    shown = ("normalize_advantages", "reward_clip_range")
     needs_old_logps = True  # the KL in the reward is that of the policy that sampled
+
+    def method(self):
+        args, estimator = self.args, ESTIMATORS[self.args.advantage_estimator]
+        of_completions = estimator.of_completions
+        names = ("advantage_estimator", "beta", "epsilon", "epsilon_high", "normalize_advantages", "reward_clip_range")
+        return Method(
+            "RLOO", "Back to Basics: Revisiting REINFORCE Style Optimization for Learning from Human Feedback in LLMs",
+            "2402.14740", r"L = -\operatorname{mean}\, \min(\rho A, \operatorname{clip}(\rho, 1 - \epsilon, "
+            r"1 + \epsilon_{\text{high}}) A)",
+            rf"$\rho$ is the ratio of policies, of a {'completion' if of_completions else 'token'}. $A$ is the "
+            f"advantage of `{args.advantage_estimator}`.",
+            "the completions of the optimizer step" if of_completions else NORMALISERS["token"],
+            self._kl_in_words(), {**{name: getattr(args, name) for name in names}, **self.sampling_values()})
+
+    def _kl_in_words(self) -> str:
+        args = self.args
+        if not args.beta: return "none (beta = 0)"
+        in_loss = "ref_logps" in ESTIMATORS[args.advantage_estimator].loss.__kwdefaults__
+        return f"{'k2 in the loss' if in_loss else 'k1 in the reward'}, weight beta = {args.beta:g}"
 
     def total_rewards(self, generation):
         "Also what dynamic sampling looks at: rewards that differ beyond a limit only do not differ."

@@ -4,10 +4,12 @@
 __all__ = ['TRLFields', 'VLLMFields', 'OnlineConfig']
 
 # %% ../../nbs/rollout/06_config.ipynb #aec89127
+import warnings
 from dataclasses import dataclass
 
 from .sampling import Sampling
-from ..training.config import PostConfig, option
+from ..training.config import UNCHECKED, PostConfig, option
+from ..training.fields import check_fields, closest
 
 # %% ../../nbs/rollout/06_config.ipynb #f5b13315
 _BATCHING = ("the own sampler (sampler='own') lets finished completions go and shares prompts by itself, or choose "
@@ -69,6 +71,10 @@ class VLLMFields:
 
 # %% ../../nbs/rollout/06_config.ipynb #a5a4b821
 _STOPS = ("stop", "stop_strings")  # vLLM's name and transformers'
+_STOP_IDS = ("stop_token_ids", "eos_token_id")  # the same
+_FIELDS = {"max_tokens": "max_completion_length", "max_new_tokens": "max_completion_length", **{
+    name: name for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}}  # key -> field
+_ALWAYS = {"do_sample": True, "num_beams": 1, "n": 1, "use_cache": True}  # what is done anyway
 
 
 @dataclass
@@ -89,7 +95,8 @@ class OnlineConfig(TRLFields, VLLMFields, PostConfig):
     min_p: float | None = option(None, "Least probability, as a share of the likeliest token's.", low=0, high=1)
     repetition_penalty: float = option(1.0, "Penalty of tokens that were there; 1: off.", above=0)
     generation_kwargs: dict | str | None = option(
-        None, "More for the sampler: 'stop' (or 'stop_strings'), a list of strings at which a completion ends.")
+        None, "More for the sampler: 'stop' (or 'stop_strings') and 'stop_token_ids' (or 'eos_token_id') also end a "
+        "completion; temperature and other fields of sampling, by transformers' or vLLM's name, come in their place.")
     chat_template_kwargs: dict | str | None = option(
         None, "For the chat template of prompts; a row's own column of this name comes on top.")
     sampler: str = option(
@@ -128,23 +135,33 @@ class OnlineConfig(TRLFields, VLLMFields, PostConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        # batches are sampled by the model: a worker process has none, and could not log
+        if self.dataloader_num_workers:
+            # a worker process has no model, and could not log
+            warnings.warn(f"dataloader_num_workers={self.dataloader_num_workers} is taken as 0: batches are sampled "
+                          "by the model, in the training process", stacklevel=4)
         self.dataloader_num_workers, self.dataloader_prefetch_factor = 0, None
         self.dataloader_persistent_workers = False
         if self.auto_find_batch_size:
             raise ValueError("auto_find_batch_size=True is not supported: a smaller batch would cut groups of "
                              "completions apart. Lower per_device_train_batch_size and raise "
                              "gradient_accumulation_steps: the gradient is the same")
-        for name in self.generation_kwargs or ():
-            if name not in _STOPS:
-                raise ValueError(f"generation_kwargs: {name!r} is unknown to the samplers; expected {_STOPS[0]!r}. "
-                                 "Temperature, top_p, top_k, min_p, repetition_penalty and max_completion_length are "
-                                 f"fields of {type(self).__name__}")
+        self._take_generation_kwargs()
         self.sampling()  # raises for stop strings that are none
         if self.dynamic_sampling and self.num_generations < 2:
             raise ValueError(f"dynamic_sampling=True with num_generations={self.num_generations}: it keeps groups "
                              "whose rewards differ, and a group of one never does. Set num_generations to 2 or more")
         self._set_size_of_generation()
+
+    def _take_generation_kwargs(self):
+        "Fields that come by another name. Raises ValueError for what no sampler here can do."
+        for name, value in (self.generation_kwargs or {}).items():
+            if name in _STOPS or name in _STOP_IDS or name in _ALWAYS and value == _ALWAYS[name]: continue
+            if name not in _FIELDS:
+                known = (*_STOPS, *_STOP_IDS, *_FIELDS)
+                raise ValueError(f"generation_kwargs: {name!r}: {value!r} is unknown to the samplers; expected "
+                                 f"{', '.join(map(repr, known))}.{closest(name, known)}")
+            setattr(self, _FIELDS[name], value)
+        check_fields(self, UNCHECKED)
 
     def _set_size_of_generation(self):
         "generation_batch_size from steps_per_generation, or the other way round."
@@ -169,9 +186,11 @@ class OnlineConfig(TRLFields, VLLMFields, PostConfig):
 
     def sampling(self) -> Sampling:
         "How completions are sampled, as the engines want it."
-        stop = next((self.generation_kwargs[k] for k in _STOPS if k in (self.generation_kwargs or {})), ())
+        more = self.generation_kwargs or {}
+        stop, stop_ids = (next((more[name] for name in names if name in more), ()) for names in (_STOPS, _STOP_IDS))
         return Sampling(max_tokens=self.max_completion_length, temperature=self.temperature, top_p=self.top_p,
-                        top_k=self.top_k, min_p=self.min_p, repetition_penalty=self.repetition_penalty, stop=stop)
+                        top_k=self.top_k, min_p=self.min_p, repetition_penalty=self.repetition_penalty, stop=stop,
+                        stop_ids=stop_ids)
 
     @property
     def prompts_per_generation(self) -> int: return self.generation_batch_size // self.num_generations

@@ -115,7 +115,8 @@ class GenerateSampler(Engine):
         vocabulary = len(self.lm.get_output_embeddings().weight)
         logits_fit = completions * s.max_tokens * vocabulary * 4 <= self.LOGITS_BYTES
         return GenerationConfig(max_new_tokens=s.max_tokens, do_sample=s.temperature > 0, **how,
-                                repetition_penalty=float(s.repetition_penalty), eos_token_id=self.eos or None,
+                                repetition_penalty=float(s.repetition_penalty),
+                                eos_token_id=[*self.eos, *s.stop_ids] or None,
                                 pad_token_id=pad, use_cache=True, return_dict_in_generate=True,
                                 output_logits=logits_fit)
 
@@ -123,9 +124,10 @@ class GenerateSampler(Engine):
         "Completions without what `generate` has put behind their ends."
         tokens, ends = out.sequences[:, stops.width:], stops.ends.tolist()
         rows = tokens.tolist()
-        lengths = [_length(row, self.eos, end) for row, end in zip(rows, ends)]
+        last = [*self.eos, *sampling.stop_ids]
+        lengths = [_length(row, last, end) for row, end in zip(rows, ends)]
         rows = [row[:n] for row, n in zip(rows, lengths)]
-        finished = [row[-1] in self.eos or end <= stops.limit for row, end in zip(rows, ends)]
+        finished = [row[-1] in last or end <= stops.limit for row, end in zip(rows, ends)]
         if out.logits is None: return Samples(rows, None, finished)
         logps = _token_logps(out.logits, tokens, sampling.temperature)
         return Samples(rows, [row[:n] for row, n in zip(logps, lengths)], finished)

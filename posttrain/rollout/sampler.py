@@ -151,7 +151,7 @@ class Sampler(Engine):
         # the first completion of a row always exists
         logits = decoder.start([prompts[i] for i in grid[:, 0].tolist()], grid.shape[1])
         completions = _Completions(prompts, seeds, sampling, grid.to(logits.device), logits.shape[1])
-        has_ended = self._ends(sampling.stop, logits)
+        has_ended = self._ends(sampling, logits)
         for t in range(sampling.max_tokens):
             if t: logits = decoder.step(completions.tokens)
             completions.append(logits)
@@ -165,12 +165,12 @@ class Sampler(Engine):
                 completions.keep(*kept)
         return completions.samples()
 
-    def _ends(self, stop: tuple, logits: Tensor) -> Callable:
+    def _ends(self, sampling: Sampling, logits: Tensor) -> Callable:
         "A function that tells which places of the grid, (U * g,), have just got their last token."
         is_eos = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
-        is_eos[self.eos] = True
-        if not stop: return lambda completions: is_eos[completions.tokens]
-        is_complete = _stops(self.tokenizer, stop)
+        is_eos[[*self.eos, *sampling.stop_ids]] = True
+        if not sampling.stop: return lambda completions: is_eos[completions.tokens]
+        is_complete = _stops(self.tokenizer, sampling.stop)
         return lambda completions: is_eos[completions.tokens] | is_complete(completions.texts())
 
 # %% ../../nbs/rollout/01c_sampler.ipynb #4fbdcde2

@@ -24,10 +24,13 @@ class Sampling:
     min_p: float | None = None       # keep tokens at least so likely, as a share of the likeliest
     repetition_penalty: float = 1.0  # divides positive logits of tokens that were there, multiplies negative ones
     stop: tuple[str, ...] = ()       # a completion ends with the token that completes one of these
+    stop_ids: tuple[int, ...] = ()   # tokens that end a completion, beside the EOS
 
     def __post_init__(self):
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         object.__setattr__(self, "stop", stop)
+        stop_ids = (self.stop_ids,) if isinstance(self.stop_ids, int) else tuple(self.stop_ids or ())
+        object.__setattr__(self, "stop_ids", stop_ids)
         self._expect("max_tokens", self.max_tokens >= 1, "at least 1")
         self._expect("temperature", self.temperature >= 0, "0 (greedy) or more")
         self._expect("top_p", 0 < self.top_p <= 1, "in (0, 1]; 1 turns it off")
@@ -35,6 +38,7 @@ class Sampling:
         self._expect("min_p", self.min_p is None or 0 <= self.min_p <= 1, "None (off) or in [0, 1]")
         self._expect("repetition_penalty", self.repetition_penalty > 0, "above 0; 1 turns it off")
         self._expect("stop", all(self.stop), "strings that are not empty")
+        self._expect("stop_ids", all(isinstance(i, int) and i >= 0 for i in stop_ids), "numbers of tokens")
 
     def _expect(self, name: str, ok: bool, expected: str) -> None:
         if not ok: raise ValueError(f"{name}={getattr(self, name)!r}: expected {expected}")

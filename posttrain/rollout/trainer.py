@@ -37,11 +37,30 @@ class OnlineTrainer(Stages, ReadsPrompts, WithReference, PostTrainer):
     config_class = OnlineConfig
     averages_over = "sequences"
     needs_rewards = True
+    shown = ("beta", "num_generations", "num_iterations", "max_completion_length", "temperature", "top_p", "top_k",
+             "min_p", "repetition_penalty", "use_vllm", "vllm_mode", "mask_truncated_completions", "shuffle_dataset",
+             "log_completions", "log_unique_prompts", "num_completions_to_print")
+
+    @property
+    def reward_funcs(self) -> list:
+        "The reward functions, in their order; models are wrapped in `ModelReward`."
+        return self.rewards.functions if self.rewards else []
+
+    @property
+    def reward_weights(self) -> torch.Tensor:
+        "One for each reward function."
+        return self.rewards.weights if self.rewards else torch.zeros(0)
+
+    @property
+    def num_generations_eval(self) -> int:
+        "Completions of a prompt in an evaluation."
+        return self.args.num_generations_eval or self.args.num_generations
 
     # ------------------------------------------------ construction
     def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None,
                  processing_class=None, reward_processing_classes=None, callbacks=None, optimizers=(None, None),
-                 peft_config=None, tools=None, rollout_func=None, environment_factory=None, *, ref_model=None):
+                 quantization_config=None, peft_config=None, tools=None, rollout_func=None, environment_factory=None,
+                 *, ref_model=None):
         for name, value in (("tools", tools), ("environment_factory", environment_factory)):
             if value:
                 raise ValueError(f"{name} is not supported here: write the conversation with the tool in a "
@@ -61,7 +80,7 @@ class OnlineTrainer(Stages, ReadsPrompts, WithReference, PostTrainer):
         self._warned_of_rounds = False
         self.note_reference(model, ref_model, args, peft_config)
         super().__init__(model, args, None, train_dataset, eval_dataset, processing_class, None, callbacks, optimizers,
-                         peft_config=peft_config)
+                         quantization_config=quantization_config, peft_config=peft_config)
 
     def needs_reference(self) -> bool:
         "Does this run ask a reference? Only where its KL has a price."
@@ -135,8 +154,7 @@ class OnlineTrainer(Stages, ReadsPrompts, WithReference, PostTrainer):
 
     def evaluation_batch(self, rows: list[dict]) -> dict:
         "The stages of a generation, for rows of an evaluation dataset."
-        args = self.args
-        G = args.num_generations_eval or args.num_generations
+        args, G = self.args, self.num_generations_eval
         # processes take batches in turn, so each row has its seeds however many processes there are
         before = (self._evaluated * args.world_size + args.process_index) * args.eval_batch_size
         self._evaluated += 1
@@ -160,6 +178,14 @@ class OnlineTrainer(Stages, ReadsPrompts, WithReference, PostTrainer):
                                   "evaluate(dataset)")
 
     # ------------------------------------------------ logs
+    def sampling_values(self) -> dict:
+        "For the model card: rewards, and how completions were sampled."
+        names = ("num_generations", "num_iterations", "max_completion_length", "temperature", "top_p", "top_k",
+                 "mask_truncated_completions", "dynamic_sampling", "use_vllm")
+        rewards = {"rewards": ", ".join(f"{weight:g} * {name}" for name, weight in zip(
+            self.rewards.names, self.reward_weights.tolist()))} if self.rewards else {}
+        return rewards | {name: getattr(self.args, name) for name in names}
+
     def report_rounds(self, rounds: Rounds) -> None:
         "How dynamic sampling went, for the log; and once a warning, when groups that teach something ran out."
         asked, kept = sum(rounds.asked), sum(rounds.kept)

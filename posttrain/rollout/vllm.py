@@ -60,7 +60,8 @@ def request(
     s = sampling
     filters = dict(top_p=s.top_p, top_k=s.top_k, min_p=s.min_p or 0.0)
     penalties = dict(repetition_penalty=s.repetition_penalty, presence_penalty=0.0, frequency_penalty=0.0)
-    ends = dict(max_tokens=s.max_tokens, stop=list(s.stop), include_stop_str_in_output=True, stop_token_ids=list(eos))
+    ends = dict(max_tokens=s.max_tokens, stop=list(s.stop), include_stop_str_in_output=True,
+                stop_token_ids=[*eos, *s.stop_ids])
     # logprobs=0: of the chosen token alone
     answer = dict(skip_special_tokens=False, logprobs=0)
     return dict(temperature=s.temperature, seed=seed % 2**63, **filters, **penalties, **ends, **answer)

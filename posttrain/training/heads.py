@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..foundations.layouts import Layout, lay_out, lay_out_parts, make_batch
 from ..foundations.logps import token_logps
+from .router import router_losses, routers_asked, summed_balance
 from posttrain.training.states import (
     HeadSpec,
     Reader,
@@ -46,11 +47,13 @@ def unwrapped(
 def scoring(
     model: nn.Module,  # any
 ):
-    "Dropout off and no gradients while a model is only asked; the mode of each part is as before afterwards."
+    """Dropout off and no gradients while a model is only asked; the mode of each part is as before afterwards.
+
+    Its routers are not asked how they spread their tokens."""
     modules = [m for m in model.modules() if m.training]
     model.eval()
     try:
-        with torch.no_grad(): yield
+        with torch.no_grad(), router_losses(False): yield
     finally:
         for m in modules: m.training = True
 
@@ -61,6 +64,7 @@ class Query(NamedTuple):
     layout: Layout
     at: str  # "predicts": the state that bets on each counted token; "token": the state that has read it
     more: tuple = ()  # further parts of the batch: the keywords of the model, and their layout
+    router: bool = False  # also answer "router_loss", as `router.summed_balance` has it
 
 
 @cache
@@ -72,9 +76,13 @@ def _forward_of(cls: type):
         if read is None: return cls.forward(self, *args, **kwargs)
         kwargs = {k: v for k, v in kwargs.items() if v is not None}  # PEFT passes labels=None and the like
         def answer(lay, *args, **kwargs):
-            hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state.flatten(0, 1)
+            if read.router: kwargs["output_router_logits"] = True
+            body = self.base_model(*args, use_cache=False, **kwargs)
+            hidden = body.last_hidden_state.flatten(0, 1)
             places = lay.predicts if read.at == "predicts" else lay.reads
-            return read.reader(States(hidden[places], *output_layer(self), self._posttrain_head, lay))
+            out = read.reader(States(hidden[places], *output_layer(self), self._posttrain_head, lay))
+            if read.router: out = {**out, "router_loss": summed_balance(self, body.router_logits, lay.times)}
+            return out
         first = answer(read.layout, *args, **kwargs)
         return [first, *[answer(lay, **inputs) for inputs, lay in read.more]] if read.more else first
     return forward
@@ -137,8 +145,11 @@ def read(
     # in shards all processes must run the same layers equally often
     joins = getattr(reader, "joins", False) and not hasattr(lm, "reshard")
     lay, *others = (lay_out_parts if joins else _one_layout)(batch, layout, spec.hidden_size)
-    out = model(**_inputs(lm, lay), read=Query(reader, lay, at, tuple((_inputs(lm, o), o) for o in others)))
+    routers, tokens = routers_asked(), sum(part.times.sum() for part in (lay, *others))
+    more = tuple((_inputs(lm, other), other) for other in others)
+    out = model(**_inputs(lm, lay), read=Query(reader, lay, at, more, routers is not None))
     if others: lay, out = _joined([lay, *others], out)
+    if routers is not None: routers.append((out.pop("router_loss"), tokens))
     return {k: lay.scatter(v) if isinstance(v, Tensor) and v.dim() else v for k, v in out.items()}
 
 

@@ -68,17 +68,22 @@ def load_model(
     model: str | nn.Module,  # the model or where it lies
     args: PostConfig,        # its model_init_kwargs and trust_remote_code are used
     auto_class=AutoModelForCausalLM,  # of transformers; a reward model's is AutoModelForSequenceClassification
+    quantization_config=None,  # of transformers, such as BitsAndBytesConfig; None: the weights as they are
 ) -> nn.Module:
     """The model to train.
 
-    Raises ValueError when model_init_kwargs come with a model that is made already, TypeError for what is no model."""
-    model = _path_or_model(model)
-    if isinstance(model, str):
-        defaults = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code}
-        return _from_pretrained(auto_class, model, **{**defaults, **(args.model_init_kwargs or {})})
-    if args.model_init_kwargs:
-        raise ValueError("model_init_kwargs are for a model given as a path; this one is already made")
-    return model
+    Raises ValueError when options of loading come with a model that is made already, or the quantisation comes twice;
+    TypeError for what is no model."""
+    model, options = _path_or_model(model), args.model_init_kwargs or {}
+    asked = {} if quantization_config is None else {"quantization_config": quantization_config}
+    if not isinstance(model, str):
+        for name, value in (("model_init_kwargs", options), ("quantization_config", asked)):
+            if value: raise ValueError(f"{name}: this is for a model given as a path; this one is already made")
+        return model
+    if asked and options.get("quantization_config") is not None:
+        raise ValueError("quantization_config was given to the trainer and in model_init_kwargs: leave one of them out")
+    defaults = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code}
+    return _from_pretrained(auto_class, model, **{**defaults, **options, **asked})
 
 
 def add_adapter(

@@ -16,6 +16,7 @@ from ..data.templates import adopt_chat_template, resize_embeddings_to_tokenizer
 from ..foundations.layouts import lay_out
 from ..foundations.masks import Totals
 from .arguments import check_arguments, never_fail_to_print
+from .card import WritesCard
 from .checkpoints import Resumable
 from .config import PostConfig
 from .heads import attach_head, unwrapped
@@ -24,9 +25,15 @@ from .metrics import Mean, MetricAccumulator
 from .passes import KnowsItsPass
 from .progress import LastLog, WithCallbacks
 from .repeated_rows import CountsRowsOnce, SizedRows
+from .router import router_coefficient, router_losses
 
 # %% ../../nbs/training/04_trainer.ipynb #e916340f
-class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WithCallbacks, Trainer):
+def _of_config(name: str) -> property:
+    "A field of the config as an attribute of the trainer."
+    return property(lambda self: getattr(self.args, name), doc=f"`{name}` of the config.")
+
+
+class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WritesCard, WithCallbacks, Trainer):
     """transformers' Trainer with one rule of normalisation.
 
     Subclasses say what a row must have, how it is prepared, and what the loss is. Raises ValueError and TypeError for
@@ -36,8 +43,13 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WithCallbacks, Traine
     config_class = PostConfig
     auto_class = AutoModelForCausalLM  # what a path is loaded as
     averages_over = "tokens"      # which of Totals the loss divides by: "tokens" or "sequences"
+    shown = ()                    # fields of the config that are also attributes: scripts read `trainer.beta`
     evaluating = False            # is `before_step` asked about a batch of an evaluation?
     loss_is_scaled_for_ga = True  # transformers >= 5.19: our losses are shares of the whole step, do not divide again
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        for name in vars(cls).get("shown", ()): setattr(cls, name, _of_config(name))
 
     # ------------------------------------------------ what a method says
     def check(self, dataset, name: str) -> None:
@@ -79,6 +91,7 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WithCallbacks, Traine
         optimizers=(None, None), # (optimizer, scheduler)
         optimizer_cls_and_kwargs=None,  # (optimizer class, its keywords)
         preprocess_logits_for_metrics=None,  # (logits, labels) -> what compute_metrics gets as predictions
+        quantization_config=None,  # of transformers: load a path's weights in fewer bits, below an adapter
         peft_config=None,        # of peft: train an adapter
     ):
         self.args = args = self.config_class.adopt(args)
@@ -94,8 +107,10 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WithCallbacks, Traine
         self._check_all(train_dataset, eval_dataset)
         self._make_tokenizer(model, processing_class)
         train_dataset, eval_dataset = self._prepare_all(train_dataset, eval_dataset)
+        self.quantization_config = quantization_config
         model = self._make_model(model, peft_config)
         if train_dataset is not None: must_learn(model)
+        self.router_aux_loss_coef = router_coefficient(unwrapped(model), args.router_aux_loss_coef)
         if args.accelerator_config.dispatch_batches is None:
             # the tensors of our batches differ in length: each process reads its own
             args.accelerator_config.dispatch_batches = False
@@ -131,6 +146,7 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WithCallbacks, Traine
             raise TypeError(f"train_dataset must be one dataset, got a dict of {', '.join(train_dataset)}; pass one of "
                             "its splits, e.g. dataset['train']")
         if train_dataset is not None: self.check(train_dataset, "train")
+        self.data_columns = getattr(train_dataset, "column_names", None) or ()
         for name, dataset in _by_name(eval_dataset).items(): self.check(dataset, name)
 
     def _make_tokenizer(self, model, processing_class) -> None:
@@ -138,6 +154,8 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WithCallbacks, Traine
         path = self.args.chat_template_path
         self.new_tokens = adopt_chat_template(self.processing_class, path) if path else []
         self.before_preparing()
+        # nothing is padded by value here, so the end of sequence is still trained on
+        if self.processing_class.pad_token is None: self.processing_class.pad_token = self.processing_class.eos_token
 
     def _prepare_all(self, train_dataset, eval_dataset):
         if train_dataset is not None: train_dataset = self._prepared(train_dataset, "train", training=True)
@@ -149,16 +167,12 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WithCallbacks, Traine
             return self.prepare(dataset, name, training)
 
     def _make_model(self, model, peft_config) -> nn.Module:
-        model = load_model(model, self.args, self.auto_class)
+        model = load_model(model, self.args, self.auto_class, self.quantization_config)
         if self.new_tokens:
             resize_embeddings_to_tokenizer(model, self.processing_class)
             warnings.warn(f"the chat template of {self.args.chat_template_path} brought {len(self.new_tokens)} new "
                           "tokens, whose embeddings start untrained. With an adapter, train them too: "
                           "LoraConfig(..., modules_to_save=['embed_tokens', 'lm_head'])", stacklevel=4)
-        coefficient = getattr(getattr(model, "config", None), "router_aux_loss_coef", 0)
-        if coefficient:
-            warnings.warn(f"{type(model).__name__} has a load-balancing loss (router_aux_loss_coef={coefficient}), "
-                          "which is not computed here; TRL adds it", stacklevel=4)
         return attach_head(add_adapter(model, peft_config))
 
     def _add_model_columns(self) -> None:
@@ -201,10 +215,15 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WithCallbacks, Traine
             warnings.warn(f"the last {len(batches)} micro-batches of the stream do not fill a step of {num_batches} "
                           "and are left out", stacklevel=2)
             return [], None
-        self.totals, tokens_read = self._count(batches, device)
-        self.state.num_input_tokens_seen += int(tokens_read)  # saved with checkpoints
+        self.totals, self.tokens_read = self._count(batches, device)
+        self.state.num_input_tokens_seen += int(self.tokens_read)  # saved with checkpoints
         if batches: batches = self.before_step(batches, self.totals)
         return batches, self.totals.tokens
+
+    @property
+    def aux_loss_enabled(self) -> bool:
+        "Is the load-balancing loss of a mixture of experts added to the method's?"
+        return self.router_aux_loss_coef != 0
 
     def _count(self, batches: list[dict], device) -> tuple[Totals, Tensor]:
         "Over all processes: what the step averages over, and how many tokens it reads."
@@ -228,7 +247,7 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WithCallbacks, Traine
         return (loss, stats) if return_outputs else loss
 
     def _training_loss(self, model, batch) -> tuple[Tensor, dict]:
-        loss, stats = self._loss(model, batch, self.totals)
+        loss, stats = self._loss(model, batch, self.totals, self.tokens_read)
         if not torch.isfinite(loss): self._stop_before_the_weights(loss)
         return loss * self.accelerator.num_processes, stats
 
@@ -237,13 +256,22 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WithCallbacks, Traine
         self.evaluating = True
         try: batch, = self.before_step([batch], totals)
         finally: self.evaluating = False
-        loss, stats = self._loss(model, batch, totals)
+        loss, stats = self._loss(model, batch, totals, _lengths(batch).sum())
         weight = getattr(totals, self.averages_over)
         return loss, {"loss": Mean(loss.detach() * weight, weight), **stats}
 
-    def _loss(self, model, batch, totals) -> tuple[Tensor, dict]:
-        try: return self.loss(model, batch, totals)
+    def _loss(self, model, batch, totals, tokens_read) -> tuple[Tensor, dict]:
+        try:
+            with router_losses(self.aux_loss_enabled) as found: loss, stats = self.loss(model, batch, totals)
         except IndexError as e: raise self._out_of_range(batch) or e from e
+        return self._with_router_loss(loss, stats, batch, found, tokens_read) if found else (loss, stats)
+
+    def _with_router_loss(self, loss, stats, batch, found, tokens_read) -> tuple[Tensor, dict]:
+        "The loss with the load-balancing loss of its forward passes. Each batch weighs as many tokens as it reads."
+        summed, tokens = map(sum, zip(*found))
+        aux_loss, read = summed / tokens, _lengths(batch).sum()
+        loss = loss + self.router_aux_loss_coef * aux_loss * read / tokens_read
+        return loss, {**stats, "aux_loss": Mean(aux_loss.detach() * read, read)}
 
     def compute_loss_context_manager(self):
         "Mixed precision for a reference as well as the policy, and on request activations that wait in host memory."

@@ -125,7 +125,8 @@ class WithReference:
     def add_reference(self) -> None:
         "Make the reference as `make_reference` does, put its model where the policy is, and let it follow if it shall."
         given, self._given_reference = self._given_reference, None
-        if isinstance(given, str): given = load_model(given, self.args)
+        if isinstance(given, str):
+            given = load_model(given, self.args, quantization_config=self.quantization_config)
         self.reference = make_reference(self.model, given, self._fresh_adapter)
         if self.ref_model is None: return
         self.reference.model = prepare_frozen(self.ref_model, self.accelerator)
