@@ -59,7 +59,7 @@ def read(path: Path):
 
 
 def write(nb, path: Path) -> None:
-    for cell in filter(cells.is_unfolded, nb.cells): cells.fold(cell)
+    for cell in nb.cells: cells.tidy(cell)
     nbformat.write(nb, path)
     # nbdev's own cleaner, so that its git hooks agree with what is committed.
     subprocess.run([tool("nbdev-clean"), "--fname", str(path)], check=True, cwd=ROOT)
@@ -473,9 +473,8 @@ def readme_parts() -> tuple[list[str], dict[Path, bytes]]:
         if re.search(r"^#\|\s*hide", cell.source, re.M) or not cell.source.strip():
             continue
         parts += readme_code(cell)
-        alt = re.search(r"^#\|\s*fig-alt:\s*(.+)$", cell.source, re.M)
         for out in cell.outputs:
-            part = readme_output(out, alt[1].strip() if alt else "figure", pictures)
+            part = readme_output(out, cells.directive(cell.source, "fig-alt") or "figure", pictures)
             if part.startswith("```\n") and parts[-1].startswith("```\n"):  # printed by the same run: one block
                 part = parts.pop().removesuffix("```") + part.removeprefix("```\n")
             parts += [part] if part else []
