@@ -108,8 +108,8 @@ def wrong_pictures(cell) -> list[str]:
     if not (pictures := pictures_of(cell)): return []
     text = directive(cell.source, "fig-alt")
     if text is None:
-        return ['a picture has no text: write `#| fig-alt: "..."` at the top of its cell, what is plotted against what, '
-                "and what one should notice"]
+        return ['a picture has no text: write `#| fig-alt: "..."` at the top of its cell: what is plotted against '
+                "what, and what one should notice"]
     if len(text) not in ALT_LENGTHS:
         return [f"the text of a picture has {len(text)} letters, expected {ALT_LENGTHS[0]} to {ALT_LENGTHS[-1]}: "
                 f"{text[:60]!r}"]
