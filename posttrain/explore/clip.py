@@ -169,7 +169,7 @@ def _words(name: str, ratios: Tensor, push: Tensor) -> str:
     at, most = svg.short(ratios[strongest].item()), svg.short(push[strongest].item())
     return f"{name}: {where}, strongest at ratio {at}, {most}"
 
-# %% ../../nbs/explore/11_clip.ipynb #be40a330
+# %% ../../nbs/explore/11_clip.ipynb #d63d515a
 def fates(
     tokens: Tokens,  # of a run
     variant: str = CLIP,  # a key of VARIANTS
@@ -271,9 +271,13 @@ def clip_explorer(
     tokens: Tokens | None = None,  # of a run, as from `KeepTokens`; None: curves alone
 ) -> Explorer:
     "The explorer of trust regions."
+    drawn = lru_cache(maxsize=None)(partial(draw_clip, tokens=tokens))
+
+    def draw(variant, **limits):  # all values of a limit that a variant does not have share one frame
+        return drawn(variant, **{name: v for name, v in limits.items() if name in VARIANTS[variant].limits})
     return Explorer(
-        lru_cache(maxsize=None)(partial(draw_clip, tokens=tokens)), title="The clip as a picture of gradients",
+        draw, title="The clip as a picture of gradients",
         question=_ASK_CURVES if tokens is None else _ASK_TOKENS, variant=choice(*VARIANTS),
-        epsilon=slider(0.1, 0.3, value=0.2, steps=3, label=LABELS["epsilon"]),
+        epsilon=slider(0.1, 0.3, value=0.2, steps=9, label=LABELS["epsilon"]),
         epsilon_high=choice(0.1, 0.2, 0.28, 0.5, value=0.2, label=LABELS["epsilon_high"]),
         delta=choice("none", 2.0, label=LABELS["delta"]))

@@ -115,7 +115,7 @@ def cosine(
     length = (a.norm() * b.norm()).item()
     return (a @ b).item() / length if a.norm() > 1e-10 and b.norm() > 1e-10 else math.nan
 
-# %% ../../nbs/explore/04_kl.ipynb #f33aade3
+# %% ../../nbs/explore/04_kl.ipynb #630672a6
 @cache
 def draw_kl(
     drift: float = 1.5,  # how far the policy has moved
@@ -171,5 +171,5 @@ def kl_explorer() -> Explorer:
                 "and does that still hold on samples of an older policy?")
     return Explorer(
         draw_kl, title="k1, k2, k3: values and gradients", question=question,
-        drift=slider(0.5, 3.5, value=1.5, steps=4), n=choice(8, 32, 256, value=32, label="samples in a batch"),
+        drift=slider(0.5, 3.5, value=1.5, steps=7), n=choice(8, 32, 256, value=32, label="samples in a batch"),
         sampler=choice(*SAMPLERS, label="sampled by"), place=choice(*PLACES, label="the estimator stands"))

@@ -45,7 +45,7 @@ def pulls(
         -value.sum(), (chosen, rejected), allow_unused=True, materialize_grads=True)
     return value.detach(), by_chosen, by_rejected
 
-# %% ../../nbs/explore/08_pair_losses.ipynb #a1d078fe
+# %% ../../nbs/explore/08_pair_losses.ipynb #d1875674
 # In nats; finer about 0, where every run starts.
 MARGINS = torch.cat([torch.arange(-20, -4, 2), torch.arange(-4, 4, .25), torch.arange(4, 41, 2)]).double()
 
@@ -121,7 +121,10 @@ def pair_loss_curves() -> Explorer:
     "The explorer of the pulls of every pair loss."
     question = ("Let the margin grow because only the rejected answer falls. Under which losses does the pull on the "
                 "chosen answer fade as under DPO, though nothing has happened to it, and which go on pulling it up?")
+    def draw(loss, beta, label_smoothing, path):
+        takes = "label_smoothing" in inspect.signature(PAIR_LOSSES[loss]).parameters
+        return draw_pair_loss(loss, beta, label_smoothing if takes else 0.0, path)
     return Explorer(
-        draw_pair_loss, title="How hard a loss of pairs pulls", question=question, loss=choice(*PAIR_LOSSES),
-        beta=slider(.1, .5, value=.1, steps=2, label="β"),
-        label_smoothing=slider(0., .2, value=0., steps=2, label="label smoothing"), path=choice(*PATHS))
+        draw, title="How hard a loss of pairs pulls", question=question, loss=choice(*PAIR_LOSSES),
+        beta=slider(.1, .5, value=.1, steps=9, label="β"),
+        label_smoothing=choice(0., .2, label="label smoothing"), path=choice(*PATHS))

@@ -51,7 +51,7 @@ def token_push(
         (loss if counts_of_step else loss / micro_batches).backward(retain_graph=True)
     return -logps.grad
 
-# %% ../../nbs/explore/05_weights.ipynb #15cc4524
+# %% ../../nbs/explore/05_weights.ipynb #2e4c4a94
 @cache
 def draw_weights(
     how: str = "token",  # a key of AVERAGES
@@ -95,5 +95,5 @@ def weights_explorer() -> Explorer:
     return Explorer(
         draw_weights, title="Where a token's weight comes from", question=question,
         how=choice(*AVERAGES, value="token", label="average"),
-        long=slider(3, 12, value=12, steps=4, label="tokens of the long ones"),
+        long=slider(3, 12, value=12, steps=10, label="tokens of the long ones"),
         method=choice(*METHODS), split=choice(*SPLITS, label="the step is"))

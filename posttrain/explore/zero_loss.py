@@ -100,7 +100,7 @@ def look_inside(
         gradient=whole.norm().item(), ratios=ratios, clipped=clipped,
         before=_probabilities(logits), after=_probabilities(logits - rate * whole))
 
-# %% ../../nbs/explore/10_zero_loss.ipynb #5495a562
+# %% ../../nbs/explore/10_zero_loss.ipynb #a36b0b1e
 _TOP, _ROW = 46, 26  # px, where the first row begins, and its height
 _BOTTOM, _WIDTH = _TOP + 8 * _ROW, 672  # px
 _FINE, _BAD = svg.COOL, svg.WARM  # grounds of the box
@@ -198,6 +198,9 @@ def say_which_zero(
     return f"Loss {_number(loss)}. The gradient is not 0, and the mean reward {moves}.", True
 
 
+_steps_on = cache(inner_steps)  # all frames of a group share its steps
+
+
 @cache
 def draw_zero_loss(
     rewards: tuple = (1, 1, 0, 0, 0, 0, 0, 0),  # (8,) of each completion
@@ -206,7 +209,7 @@ def draw_zero_loss(
     rate: float = RATE,  # step size
 ) -> str:  # SVG
     "What each completion does in a step, their sums, and all steps on the group."
-    path, losses = inner_steps(rewards, average, rate=rate)
+    path, losses = _steps_on(rewards, average, rate=rate)
     now, r = look_inside(path[step - 1], rewards, average, rate=rate), torch.tensor(rewards, dtype=torch.float64)
     earned = [(_probabilities(z) @ r).item() for z in path]
     verdict, learns = say_which_zero(now, rewards)
@@ -230,7 +233,7 @@ def zero_loss_explorer() -> Explorer:
         draw, title="The loss is 0 and that is fine, or not", question=question,
         one=toggle(True, label="1 and 2 tokens: right"), two=toggle(label="3 and 4: right"),
         three=toggle(label="5 and 6: right"), four=toggle(label="7 and 7: right"),
-        average=choice(*SHOWN), step=slider(1, STEPS, value=1, steps=3, label="step"))
+        average=choice(*SHOWN), step=slider(1, STEPS, value=1, steps=STEPS, label="step"))
 
 
 def eight_checkboxes():
