@@ -106,6 +106,8 @@ def describe(cell) -> None:
 def wrong_pictures(cell) -> list[str]:
     """What is wrong with the texts of a cell's pictures."""
     if not (pictures := pictures_of(cell)): return []
+    if any(kind == "image/svg+xml" for _, kind in pictures):
+        return ["JupyterLab shows no SVG of a notebook that is not trusted: display posttrain.explore.svg.Picture(svg)"]
     text = directive(cell.source, "fig-alt")
     if text is None:
         return ['a picture has no text: write `#| fig-alt: "..."` at the top of its cell: what is plotted against '
