@@ -96,14 +96,22 @@ def a_microscope():
     return microscope.microscope([look(s) for s in range(5)])
 
 
-@pytest.mark.parametrize("make", [
-    tokens.tokens_explorer, kl.kl_explorer, weights.weights_explorer, beta.beta_explorer, plane.dpo_plane,
+def a_plane():
+    "The plane with two made-up paths."
+    return plane.dpo_plane({"a run": ([0, -1, -2], [0, -2, -5]), "another": ([0, 1, 2], [0, -1, -1])})
+
+
+EXPLORERS = [
+    tokens.tokens_explorer, kl.kl_explorer, weights.weights_explorer, beta.beta_explorer, a_plane,
     pair_losses.pair_loss_curves, zero_loss.zero_loss_explorer, groups.groups_explorer, clip.clip_explorer, a_run,
-    a_microscope])
+    a_microscope]
+
+
+@pytest.mark.parametrize("make", EXPLORERS)
 def test_static_page_moves_by_keyboard(page, tmp_path, make):
     explorer = make()
     page.goto(explorer.save(tmp_path / "page.html").as_uri())
-    picture = page.locator('[data-role="view"] > svg')
+    picture = page.locator('[data-role="view"] > [role=img]')
     assert shown(picture) in html.unescape(explorer.frame()) and page.locator('[data-role="view"] img').count() == 0
     # A slider if there is one.
     name, control = min(explorer.controls.items(), key=lambda item: item[1].kind != "slider")
@@ -132,6 +140,82 @@ def test_static_page_moves_by_keyboard(page, tmp_path, make):
     assert page.errors == []
 
 
+# ---------------------------------------------------------------- on a phone, and in the dark
+# What each text of a page looks like: [text, px of its letters, contrast with its ground or null where it cannot be
+# seen, whether it leaves its panel]. The ground is what lies below the middle of the text, or the halo about it.
+MEASURE = """() => {
+  const parts = c => c.match(/[\\d.]+/g).map(Number);
+  const light = c => { const [r, g, b] = c.slice(0, 3).map(v => v / 255)
+    .map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4); return .2126 * r + .7152 * g + .0722 * b; };
+  const contrast = (a, b) => { const [low, high] = [light(a), light(b)].sort((p, q) => p - q);
+    return (high + .05) / (low + .05); };
+  const ground = (x, y) => {
+    let under = [255, 255, 255];
+    for (const el of document.elementsFromPoint(x, y).reverse()) {
+      const s = getComputedStyle(el), drawn = el instanceof SVGElement;
+      if (["text", "tspan", "line", "svg", "g"].includes(el.tagName) || (drawn && s.fill == "none")) continue;
+      const c = parts(drawn ? s.fill : s.backgroundColor), a = (c[3] ?? 1) * (drawn ? +s.fillOpacity : 1);
+      under = under.map((v, i) => v * (1 - a) + c[i] * a);
+    }
+    return under;
+  };
+  const texts = [...document.querySelectorAll("svg text")].filter(t => t.textContent.trim()).map(t => {
+    const m = t.getScreenCTM(), s = getComputedStyle(t), box = t.getBoundingClientRect();
+    const x = box.x + box.width / 2, y = box.y + box.height / 2;
+    const seen = x > 0 && x < innerWidth && y > 0 && y < innerHeight;
+    const halo = s.paintOrder.startsWith("stroke") && s.stroke != "none";
+    const panel = t.closest(".pt-panel > svg").getBoundingClientRect();
+    const leaves = box.left < panel.left - 1 || box.right > panel.right + 1 || box.bottom > panel.bottom + 1;
+    return [t.textContent, parseFloat(s.fontSize) * Math.hypot(m.a, m.b),
+            seen ? contrast(parts(s.fill), halo ? parts(s.stroke) : ground(x, y)) : null, leaves];
+  });
+  const card = getComputedStyle(document.querySelector(".pt-card"));
+  return {texts, wider: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+          card: contrast(parts(card.color), parts(card.backgroundColor)), paper: light(parts(card.backgroundColor))};
+}"""
+
+
+def measured(browser, address: str, **context) -> dict:
+    "MEASURE of a page in a browser of this size and colour scheme."
+    one = browser.new_page(**context)
+    try:
+        one.goto(address)
+        one.wait_for_selector('[data-role="view"] > [role=img] svg')
+        return one.evaluate(MEASURE)
+    finally:
+        one.close()
+
+
+@pytest.mark.parametrize("make", EXPLORERS)
+def test_is_readable_on_a_phone_and_in_the_dark(browser, tmp_path, make):
+    """At 390 px nothing is wider than the page and no text is smaller than 11 px; at 1000 px every text stays in its
+    panel. On white and on dark its contrast is at least 4.5."""
+    address = make().save(tmp_path / "page.html").as_uri()
+    phone = measured(browser, address, viewport={"width": 390, "height": 844}, color_scheme="light")
+    assert phone["wider"] <= 0
+    assert min((round(px, 2), text) for text, px, _, _ in phone["texts"]) >= (11, "")
+    for scheme in ("light", "dark"):
+        desk = measured(browser, address, viewport={"width": 1000, "height": 2000}, color_scheme=scheme)
+        assert (desk["paper"] < 0.1) == (scheme == "dark") and desk["card"] >= 4.5 and desk["wider"] <= 0
+        assert [text for text, _, _, leaves in desk["texts"] if leaves] == []
+        worst = min((contrast, text) for text, _, contrast, _ in desk["texts"] if contrast is not None)
+        assert worst >= (4.5, ""), (scheme, worst)
+        assert sum(contrast is not None for _, _, contrast, _ in desk["texts"]) == len(desk["texts"])
+
+
+@pytest.mark.parametrize("tag, mark, dark", [
+    ("body", 'data-jp-theme-light="false"', True), ("body", 'class="vscode-dark"', True),
+    ("html", 'theme="dark"', True), ("body", 'data-jp-theme-light="true"', False),
+    ("body", 'class="vscode-light"', False), ("html", 'theme="light"', False)])
+def test_a_page_that_says_its_theme_is_believed(browser, tmp_path, tag, mark, dark):
+    "JupyterLab, VS Code and Colab, each while the reader's system says the opposite."
+    page = beta.beta_explorer().page().replace(f"<{tag}", f"<{tag} {mark}", 1)
+    path = tmp_path / "page.html"
+    path.write_text(page, encoding="utf-8")
+    found = measured(browser, path.as_uri(), color_scheme="light" if dark else "dark")
+    assert (found["paper"] < 0.1) == dark and found["card"] >= 4.5
+
+
 # ---------------------------------------------------------------- JupyterLab
 RUN = """
 from posttrain import GRPOConfig, GRPOTrainer, pocket
@@ -153,6 +237,13 @@ FOLDERS = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUP
            "JUPYTERLAB_SETTINGS_DIR")
 
 
+def a_dashboard() -> str:
+    "What a dashboard leaves in a notebook."
+    from types import SimpleNamespace
+    log = [{"step": s, "loss": 1 / s, "reward": s / 9} for s in range(1, 9)]
+    return dashboard.Dashboard(live=True).picture(SimpleNamespace(log_history=log))
+
+
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     "A JupyterLab server of its own: (address, token, folder). It is ended by its own process id."
@@ -172,11 +263,14 @@ def lab(tmp_path_factory):
           "nbformat_minor": 5}
     (folder / "live.ipynb").write_text(json.dumps(nb))
     (folder / "run.ipynb").write_text(json.dumps({**nb, "cells": [{**nb["cells"][0], "source": RUN}]}))
-    committed = json.loads((ROOT / "nbs/explore/05_weights.ipynb").read_text())
-    # As committed, outputs included. Trust goes by the content, so the two must differ.
+    saved = [weights.weights_explorer().html(), a_dashboard(), a_microscope().html()]
+    cells = [{**code, "id": f"cell{i}", "outputs": [
+        {"output_type": "display_data", "metadata": {}, "data": {"text/html": shown, "text/plain": "words"}}]}
+        for i, shown in enumerate(saved)]
+    # Trust goes by the content, so the two must differ.
     for name in ("untrusted", "trusted"):
-        metadata = {**committed["metadata"], "copy": name}
-        (folder / f"{name}.ipynb").write_text(json.dumps({**committed, "metadata": metadata}))
+        metadata = {**nb["metadata"], "copy": name}
+        (folder / f"{name}.ipynb").write_text(json.dumps({**nb, "cells": cells, "metadata": metadata}))
     subprocess.run([sys.executable, "-m", "jupyter", "trust", str(folder / "trusted.ipynb")], env=env, check=True,
                    capture_output=True)
     log = open(root / "log", "w")
@@ -238,7 +332,7 @@ def test_lab_live_slider_redraws(page, lab):
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
     handle = page.locator(".jp-OutputArea .noUi-handle").first
     handle.wait_for()
-    picture = page.locator(".jp-OutputArea .widget-html svg[role=img]").first
+    picture = page.locator(".jp-OutputArea .widget-html [role=img]").first
     explorer = weights.weights_explorer()
     control = explorer.controls["long"]
     assert page.locator(".jp-OutputArea .noUi-base").first.bounding_box()["width"] > 100  # a track that can be grabbed
@@ -254,12 +348,16 @@ def test_lab_live_slider_redraws(page, lab):
 
 def test_lab_shows_a_picture_of_an_untrusted_notebook(page, lab):
     open_notebook(page, lab, "untrusted.ipynb")
-    image = page.locator('.jp-OutputArea img[src^="data:image/svg+xml"]').first
-    image.wait_for()
-    image.scroll_into_view_if_needed()
-    assert page.evaluate("i => i.complete && i.naturalWidth > 300", image.element_handle())
-    # nothing that looks alive and is not
-    assert image.get_attribute("alt") and page.locator(".jp-OutputArea input").count() == 0
+    for i in range(3):  # an explorer, a dashboard, the microscope
+        output = page.locator(".jp-Notebook .jp-Cell").nth(i).locator(".jp-OutputArea")
+        images = output.locator('img[src^="data:image/svg+xml"]')
+        images.first.wait_for()
+        for image in images.all():
+            image.scroll_into_view_if_needed()
+            assert page.evaluate("i => i.complete && i.naturalWidth > 200", image.element_handle())
+            assert image.get_attribute("alt")
+        # nothing that looks alive and is not
+        assert output.locator("input").count() == output.locator("svg[role=img]").count() == 0
     assert "model not found" not in page.content()
 
 
@@ -267,12 +365,14 @@ def test_lab_moves_a_trusted_notebook_without_running_it(page, lab):
     open_notebook(page, lab, "trusted.ipynb")
     slider = page.locator('.jp-OutputArea input[data-name="long"]')
     slider.wait_for()
-    picture = page.locator('.jp-OutputArea [data-role="view"] > svg')
+    picture = page.locator('.jp-OutputArea [data-role="view"] > [role=img]').first
     before = shown(picture)
     slider.focus()
     page.keyboard.press("ArrowLeft")
-    assert has_changed(page, picture, before) in weights.weights_explorer().frame(long=9)
-    assert slider.input_value() == "2" and page.errors == []
+    assert has_changed(page, picture, before) in weights.weights_explorer().frame(long=11)
+    assert slider.input_value() == "8"
+    assert page.locator(".jp-OutputArea .pt-picture svg[role=img]").count() == 2  # the dashboard's two panels
+    assert page.locator(".jp-OutputArea img").count() == 0 and page.errors == []
 
 
 def test_lab_dashboard_grows_in_place(page, lab):
@@ -282,16 +382,20 @@ def test_lab_dashboard_grows_in_place(page, lab):
     wait_for_kernel(page, lab)
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-    picture, seen = page.locator(".jp-OutputArea svg[role=img]").first, set()
-    picture.wait_for(timeout=60_000)
+    panels, seen = page.locator(".jp-OutputArea .pt-picture svg[role=img]"), set()
+    panels.first.wait_for(timeout=60_000)
+
+    def words():
+        return page.evaluate("() => [...document.querySelectorAll('.jp-OutputArea .pt-picture svg[role=img]')]"
+                             ".map(svg => svg.getAttribute('aria-label')).join(' ')")
     deadline = time.monotonic() + 90
-    while "after step 40" not in (now := shown(picture)) and time.monotonic() < deadline:
+    while "after step 40" not in (now := words()) and time.monotonic() < deadline:
         seen.add(now)
         page.wait_for_timeout(50)
     wanted = ("greedy answers after step 40", "sampled in step 40", "kl (nats per token)", "dead groups")
-    assert all(text in shown(picture) for text in wanted)
+    assert all(text in words() for text in wanted)
     assert len(seen) > 1
-    assert page.locator(".jp-OutputArea :not(svg) > svg[role=img]").count() == 1
+    assert page.locator(".jp-OutputArea .pt-picture").count() == 1
     assert page.locator(".jp-OutputArea pre", has_text="step 40/40").count() == 1
     wait_for_kernel(page, lab)
     assert (lab[2] / "out" / "dashboard.svg").exists()

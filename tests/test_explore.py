@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import zlib
 from itertools import product
 from xml.dom import minidom
 
@@ -11,6 +12,8 @@ import pytest
 
 from posttrain.explore import clip, groups, kl, svg, tokens, weights, zero_loss
 from posttrain.explore.core import WIDGET_VIEW, Explorer, choice, slider, toggle
+from posttrain.explore.panels import Picture, rows_of
+from posttrain.explore.theme import image_css
 
 EXPLORERS = {"tokens": tokens.tokens_explorer, "kl": kl.kl_explorer, "weights": weights.weights_explorer,
              "zero loss": zero_loss.zero_loss_explorer, "groups": groups.groups_explorer, "clip": clip.clip_explorer}
@@ -50,19 +53,22 @@ def test_corners_are_finite_and_differ(explorer):
 
 def test_every_saved_frame_is_in_the_page_and_the_page_is_small(explorer):
     html = explorer.html()
-    assert len(html.encode()) < 250_000
+    assert len(html.encode()) < 150_000
     # the same bytes from a new object
     assert html == EXPLORERS[next(k for k, v in EXPLORERS.items() if v().title == explorer.title)]().html()
-    data = json.loads(re.search(r"const data = (.*);\n", html)[1].replace("<\\/", "</"))
+    packed = re.search(r'atob\("(.*?)"\)', html)[1]
+    data = json.loads(zlib.decompress(base64.b64decode(packed)))
     rebuilt = ["\n".join(data["lines"][k] for k in data["frames"][i]) for i in data["index"]]
-    assert rebuilt == [explorer.frame(**v) for v in explorer.grid()]
+    assert rebuilt == [explorer.view(**v) for v in explorer.grid()]
     assert re.search(r"\bid=", html) is None and "src=\"http" not in html and "@import" not in html
 
 
 def test_without_scripts_there_is_one_right_picture(explorer):
     bare = re.sub(r"<script>.*?</script>", "", explorer.html(), flags=re.S)
-    image = re.search(r'<img alt="([^"]+)" src="data:image/svg\+xml;base64,([^"]+)"', bare)
-    assert base64.b64decode(image[2]).decode() == explorer.frame() and len(image[1]) > 20
+    images = re.findall(r'<img alt="([^"]+)" src="data:image/svg\+xml;base64,([^"]+)"', bare)
+    style, panels = f"<style>{image_css()}</style>\n", [p for row in rows_of(explorer.frame()) for p in row]
+    assert [base64.b64decode(content).decode().replace(style, "") for _, content in images] == panels
+    assert len(" ".join(alt for alt, _ in images)) > 20
     assert "<input" not in bare and "<select" not in bare  # no dead controls
     for name in explorer.controls:
         assert explorer._label(name) in bare  # but what they are set to
@@ -71,12 +77,12 @@ def test_without_scripts_there_is_one_right_picture(explorer):
 def test_widget_follows_its_controls(explorer):
     explorer = Explorer(explorer.draw, title=explorer.title, question=explorer.question, **explorer.controls)
     box = explorer.widget()
-    assert box.view.value == explorer.frame()
+    assert box.view.value == explorer.view()
     for name, control in explorer.controls.items():
         box.inputs[name].value = other = next(v for v in reversed(control.values) if v != control.value)
-        assert box.view.value == explorer.frame(**{name: other}) != explorer.frame()
+        assert box.view.value == explorer.view(**{name: other}) != explorer.view()
         box.inputs[name].value = control.value
-        assert box.view.value == explorer.frame()
+        assert box.view.value == explorer.view()
 
 
 def test_each_asks_one_question(explorer):
@@ -115,8 +121,25 @@ def test_mistakes_say_what_to_do():
     draw = lambda a: svg.line_plot([0], {"y": [a]})
     for wrong, hint in [(lambda: Explorer(draw, a=0.5), "expected slider"),
                         (lambda: Explorer(draw, a=toggle()).frame(b=1), "there are: a"),
-                        (lambda: Explorer(draw, a=slider(0, 1, steps=200)), "fewer steps"),
+                        (lambda: Explorer(draw, a=slider(0, 1, steps=900)), "fewer steps"),
                         (lambda: slider(0, 1, log=True), "low > 0"),
                         (lambda: choice("a", value="b"), "among them")]:
         with pytest.raises(ValueError, match=re.escape(hint)):
             wrong()
+
+
+def test_sliders_have_seven_stops(explorer):
+    "As many where the whole numbers between both ends allow."
+    for name, control in explorer.controls.items():
+        if control.kind == "slider":
+            whole = all(isinstance(v, int) for v in control.values)
+            most = control.fine[-1] - control.fine[0] + 1 if whole else 7
+            assert len(control.values) >= min(7, most), name
+
+
+def test_a_picture_is_shown_where_scripts_may_not_run():
+    "An image with its words for each panel; what the script makes of it is seen in the browser."
+    left, right = (svg.line_plot([0, 1], {"y": [0, v]}, title=f"up to {v}") for v in (1, 2))
+    shown = Picture(svg.stack(svg.beside(left, right), left))._repr_html_()
+    bare = re.sub(r"<(script|style)>.*?</\1>", "", shown, flags=re.S)
+    assert re.findall(r'alt="up to (\d)', bare) == ["1", "2", "1"] and "<svg" not in bare

@@ -236,7 +236,7 @@ def test_the_explorer_of_a_run(config, tmp_path):
     assert set(one.controls) == {"what"} and "step" not in one.controls
     box = explorer.widget()
     box.inputs["what"].value = "KL"
-    assert box.view.value == explorer.frame(what="KL")
+    assert box.view.value == explorer.view(what="KL")
 
 
 def test_a_long_run_makes_a_page_of_bounded_size():

@@ -1,8 +1,9 @@
 """Cells that many notebooks have alike.
 
-    python tools/cells.py     write the cell for Colab into every notebook, at the version that settings.ini names
+    python tools/cells.py     bring them up to date in every notebook: the cell for Colab to the version that
+                              settings.ini names, folds and texts of pictures to what directives say
 
-`check` of tools/notebooks.py says where one is missing or of another version."""
+`check` of tools/notebooks.py says where one is missing or wrong."""
 import ast
 import configparser
 import re
@@ -51,17 +52,85 @@ def is_guarded(code: str) -> bool:
     except SyntaxError: return False  # a line for the shell
 
 
+def directive(code: str, name: str) -> str | None:
+    """What a cell's `#| name: ...` says, without quotes; "" for the bare name, None where it is not there."""
+    found = re.search(rf"^#\|[ \t]*{name}\b[ \t]*:?[ \t]*(.*?)[ \t]*$", code, re.M)
+    return found and found[1].strip("\"'")
+
+
+def wants_fold(cell) -> bool:
+    """What a rendered page hides or folds is folded in the notebook too: setup, solutions, what only draws."""
+    code = cell.source if cell.cell_type == "code" else ""
+    return directive(code, "hide") == "" or directive(code, "code-fold") == "true"
+
+
 def fold(cell) -> None:
     """Fold a cell in Jupyter and in Colab."""
     cell.metadata["jupyter"] = {"source_hidden": True}
     cell.metadata["cellView"] = "form"
 
 
-def is_unfolded(cell) -> bool:
-    """What the page of a notebook hides is folded in the notebook: setup, solutions, what only checks or draws."""
-    hidden = cell.cell_type == "code" and bool(re.match(r"#\|\s*hide\b", cell.source))
+def is_folded(cell) -> bool:
+    """Is it folded in Jupyter and in Colab?"""
     in_jupyter = cell.metadata.get("jupyter", {}).get("source_hidden", False)
-    return hidden and not (in_jupyter and cell.metadata.get("cellView") == "form")
+    return in_jupyter and cell.metadata.get("cellView") == "form"
+
+
+def is_unfolded(cell) -> bool:
+    """Does a directive ask for a fold that is missing?"""
+    return wants_fold(cell) and not is_folded(cell)
+
+
+def is_folded_in_silence(cell) -> bool:
+    """Is it folded, in Jupyter or in Colab, though no directive asks for it?"""
+    return not wants_fold(cell) and bool({"jupyter", "cellView"} & set(cell.metadata))
+
+
+# ---------------------------------------------------------------- what pictures show, in words
+PICTURES = ("image/png", "image/jpeg", "image/svg+xml")
+ALT_LENGTHS = range(40, 401)  # letters; shorter says too little, and nobody listens longer to one picture
+
+
+def pictures_of(cell) -> list[tuple]:
+    """(output, its kind) of each saved picture."""
+    return [(out, kind) for out in cell.get("outputs", []) for kind in PICTURES if kind in out.get("data", {})]
+
+
+def describe(cell) -> None:
+    """Write the cell's `#| fig-alt: ...` beside its pictures, where nbconvert reads it. Quarto reads the directive."""
+    text = directive(cell.source, "fig-alt")
+    for out, kind in pictures_of(cell) if text else []:
+        out.metadata[kind] = {"alt": text}
+
+
+def wrong_pictures(cell) -> list[str]:
+    """What is wrong with the texts of a cell's pictures."""
+    if not (pictures := pictures_of(cell)): return []
+    if any(kind == "image/svg+xml" for _, kind in pictures):
+        return ["JupyterLab shows no SVG of a notebook that is not trusted: display posttrain.explore.svg.Picture(svg)"]
+    text = directive(cell.source, "fig-alt")
+    if text is None:
+        return ['a picture has no text: write `#| fig-alt: "..."` at the top of its cell: what is plotted against '
+                "what, and what one should notice"]
+    if len(text) not in ALT_LENGTHS:
+        return [f"the text of a picture has {len(text)} letters, expected {ALT_LENGTHS[0]} to {ALT_LENGTHS[-1]}: "
+                f"{text[:60]!r}"]
+    if any(out.metadata.get(kind, {}).get("alt") != text for out, kind in pictures):
+        return ["a picture was saved without its #| fig-alt: run `python tools/cells.py`"]
+    return []
+
+
+def undescribed_images(cell) -> list[str]:
+    """Images in the HTML that a cell shows, without a text of their own."""
+    shown = "".join(out.get("data", {}).get("text/html", "") for out in cell.get("outputs", []))
+    images = re.findall(r"<img\b[^>]*>", re.sub(r"<script>.*?</script>", "", shown, flags=re.S))
+    return [image[:60] for image in images if not re.search(r"\balt=([\"']).+?\1", image)]
+
+
+def tidy(cell) -> None:
+    """Give a cell the metadata that its directives ask for."""
+    if is_unfolded(cell): fold(cell)
+    if cell.cell_type == "code": describe(cell)
 
 
 def wrong_cells(cells: list) -> list[str]:
@@ -74,8 +143,11 @@ def wrong_cells(cells: list) -> list[str]:
         elif is_left_out(cell.source) and not is_guarded(cell.source):
             bad.append("a cell that is not run here does something on any machine: put it under "
                        "`if torch.cuda.is_available():`")
+        bad += wrong_pictures(cell) + [f"an image has no alt text: {image}" for image in undescribed_images(cell)]
     if any(map(is_unfolded, cells)):
-        bad.append("a cell with #| hide is not folded: `python tools/notebooks.py run` folds it")
+        bad.append("a cell with #| hide or #| code-fold: true is not folded: run `python tools/cells.py`")
+    if silent := [cell.source[:40] for cell in cells if is_folded_in_silence(cell)]:
+        bad.append(f"a cell is folded, but neither #| hide nor #| code-fold: true says so: {silent[0]!r}")
     return bad
 
 
@@ -86,6 +158,7 @@ def main() -> int:
         for cell in nb.cells:
             extras = installs(cell.source)
             if extras is not None: cell.source = colab_cell(extras)
+            tidy(cell)
         if nb != read(path): write(nb, path)
     return 0
 

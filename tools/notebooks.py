@@ -18,6 +18,7 @@ import ast
 import base64
 import copy
 import hashlib
+import html
 import json
 import os
 import re
@@ -59,7 +60,7 @@ def read(path: Path):
 
 
 def write(nb, path: Path) -> None:
-    for cell in filter(cells.is_unfolded, nb.cells): cells.fold(cell)
+    for cell in nb.cells: cells.tidy(cell)
     nbformat.write(nb, path)
     # nbdev's own cleaner, so that its git hooks agree with what is committed.
     subprocess.run([tool("nbdev-clean"), "--fname", str(path)], check=True, cwd=ROOT)
@@ -449,13 +450,23 @@ def readme_code(cell) -> list[str]:
     return [] if re.search(r"^#\|\s*echo:\s*false", cell.source, re.M) else [f"```python\n{shown.strip()}\n```"]
 
 
-def readme_output(out, alt: str, pictures: dict[Path, bytes]) -> str:
-    """One output as Markdown, or nothing; a picture goes into `pictures`, path -> content."""
+def readme_pictures(out, alt: str) -> list[tuple[str, str, str]]:
+    """The pictures of an output: what each shows, its kind, its content in base64. Panels have words of their own."""
     data = out.get("data", {})
-    if kind := next((k for k in ("image/svg+xml", "image/png") if k in data), None):
-        name = f"images/index-{len(pictures)}.{kind[6:9]}"
-        pictures[NBS / name] = data[kind].encode() if kind == "image/svg+xml" else base64.b64decode(data[kind])
-        return from_root(f"![{alt}]({name})")
+    if "image/png" in data: return [(alt, "png", data["image/png"])]
+    found = re.findall(r'<img alt="([^"]*)" src="data:image/svg\+xml;base64,([^"]*)"', data.get("text/html", ""))
+    return [(html.unescape(words), "svg", content) for words, content in found]
+
+
+def readme_output(out, alt: str, pictures: dict[Path, bytes]) -> str:
+    """One output as Markdown, or nothing; pictures go into `pictures`, path -> content."""
+    data, links = out.get("data", {}), []
+    for words, kind, content in readme_pictures(out, alt):
+        name = f"images/index-{len(pictures)}.{kind}"
+        pictures[NBS / name] = base64.b64decode(content)
+        links.append(from_root(f"![{words}]({name})"))
+    if links:
+        return "\n".join(links)
     if "text/markdown" in data:
         return from_root(data["text/markdown"])
     text = out.get("text") or data.get("text/plain")
@@ -473,9 +484,8 @@ def readme_parts() -> tuple[list[str], dict[Path, bytes]]:
         if re.search(r"^#\|\s*hide", cell.source, re.M) or not cell.source.strip():
             continue
         parts += readme_code(cell)
-        alt = re.search(r"^#\|\s*fig-alt:\s*(.+)$", cell.source, re.M)
         for out in cell.outputs:
-            part = readme_output(out, alt[1].strip() if alt else "figure", pictures)
+            part = readme_output(out, cells.directive(cell.source, "fig-alt") or "figure", pictures)
             if part.startswith("```\n") and parts[-1].startswith("```\n"):  # printed by the same run: one block
                 part = parts.pop().removesuffix("```") + part.removeprefix("```\n")
             parts += [part] if part else []

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['ticks', 'limits', 'pen', 'line_sign', 'box_sign', 'dot_sign', 'cross_sign', 'legend', 'path', 'Axes']
 
-# %% ../../nbs/explore/01_axes.ipynb #5146ecc1
+# %% ../../nbs/explore/01_axes.ipynb #312c50e8
 import math
 from collections.abc import Callable
 
@@ -19,6 +19,7 @@ from posttrain.explore.elements import (
     px,
     short,
     text,
+    title_lines,
     upright,
 )
 
@@ -63,7 +64,7 @@ def limits(
     air = 0.05 * (high - low) or 0.5 * (abs(high) or 1.0)
     return low - air, high + air
 
-# %% ../../nbs/explore/01_axes.ipynb #41c0354c
+# %% ../../nbs/explore/01_axes.ipynb #3e78c3b7
 def pen(
     i: int,  # which line of the picture
     width: float = 2,  # px
@@ -174,15 +175,16 @@ class Axes:
         yticks=5,  # about how many round numbers, or a list of (position, label)
         right: float = 14.0,  # px, room on the right
         below: float = 0.0,  # px, more room under the box
-        width: int = 420,  # px, of the whole picture
-        height: int = 260,  # px, of the whole picture
+        width: int = 340,  # px, of the whole picture
+        height: int = 216,  # px, of the whole picture
     ):
         self.xlim, self.ylim = xlim, ylim
         self.title, self.xlabel, self.ylabel = title, xlabel, ylabel
         self.width, self.height = width, height
         self.left, self.right = 58.0 if ylabel else 44.0, float(width - right)
-        self.signs, used = legend(signs or {}, self.left, self.right, 32.0 if title else 14.0)
-        self.top = (26.0 if title else 10.0) + used
+        lines = len(title_lines(title, width))
+        self.signs, used = legend(signs or {}, self.left, self.right, 14.0 + 16.0 * lines + 2.0 * (lines > 0))
+        self.top = 10.0 + 16.0 * lines + used
         self.bottom = height - (42.0 if xlabel else 24.0) - below
         self.x = _scale(xlim, self.left, self.right, xlog)
         self.y = _scale(ylim, self.bottom, self.top, ylog)

@@ -66,7 +66,7 @@ def spent_and_earned(
     "KL(policy || reference) in nats, and the expected reward."
     return reverse_kl(logps, ref_logps).item(), (logps.exp() @ rewards).item()
 
-# %% ../../nbs/explore/07_beta.ipynb #24b7a4ac
+# %% ../../nbs/explore/07_beta.ipynb #626f510a
 _BETAS = torch.logspace(-1.5, 1.5, 60).tolist()  # where the frontier is computed
 
 
@@ -79,11 +79,11 @@ def draw_beta(
     rewards = REWARDS[shape]
     star, trained = optimal_policy(REFERENCE, rewards, beta), trained_policy(REFERENCE, rewards, beta)
     reward = svg.bar_plot(ANSWERS, {"reward": rewards}, title="Reward", ylabel="reward", ylim=(0, 3.2),
-                          width=200, height=270)
+                          width=220, height=250)
     shown = {"reference": REFERENCE.exp(), "π*: the formula": star.exp(), "trained on comparisons": trained.exp()}
     policies = svg.bar_plot(ANSWERS, shown, title=f"Policies, β = {svg.short(beta)}", ylabel="probability",
-                            ylim=(0, 1), values=False, width=400, height=270)
-    return svg.beside(reward, policies, _draw_frontier(rewards, trained, beta), gap=4)
+                            ylim=(0, 1), values=False, width=344, height=250)
+    return svg.beside(reward, policies, _draw_frontier(rewards, trained, beta))
 
 
 def _draw_frontier(rewards: Tensor, trained: Tensor, beta: float) -> str:
@@ -94,7 +94,7 @@ def _draw_frontier(rewards: Tensor, trained: Tensor, beta: float) -> str:
     return svg.line_plot(
         spent, lines, title=f"{svg.short(earned, 2)} reward for {svg.short(kl, 2)} nats",
         xlabel="KL(π‖ref) (nats)", ylabel="expected reward", xlim=(0, 3.1), ylim=(0, 1.05 * rewards.max().item()),
-        marker=(kl, earned), width=330, height=270)
+        marker=(kl, earned), width=330, height=250)
 
 
 def beta_explorer() -> Explorer:

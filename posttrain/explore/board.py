@@ -33,7 +33,7 @@ def panels_of(
     found = [tuple(metric for metric in panel if metric in logged) for panel in PANELS]
     return [panel for panel in found if panel][:most]
 
-# %% ../../nbs/explore/09_board.ipynb #620fe372
+# %% ../../nbs/explore/09_board.ipynb #f2bc7f8f
 _WIDTH = 916  # px, of three panels
 
 
@@ -125,4 +125,4 @@ def _colour(name: str, value: float | None) -> str:
     "Blue and orange for advantages above and below 0."
     if name != "advantage" or not value:
         return svg.INK
-    return svg.PALETTE[0] if value > 0 else svg.PALETTE[1]
+    return svg.PLUS if value > 0 else svg.MINUS

@@ -3,11 +3,12 @@
 # %% auto #0
 __all__ = ['heatmap', 'strip']
 
-# %% ../../nbs/explore/01_cells.ipynb #875eb294
+# %% ../../nbs/explore/01_cells.ipynb #7ef7a782
 import math
 
 from .axes import path
-from .elements import FAINT, INK, LETTER, PALETTE, element, figure, short, text, upright
+from .elements import INK, LETTER, PALETTE, PAPER, element, figure, short, text, upright
+from .theme import ink_on
 
 _BOLD = 8.4  # px, a generous mean width of a letter of the bold title
 
@@ -19,15 +20,16 @@ def _mix(a: str, b: str, t: float) -> str:
 
 
 def _shade(v: float, low: float, high: float) -> tuple[str, str]:
-    "Fill and ink of a cell; the ink turns white where the fill is dark."
+    "Fill and ink of a cell."
     if not math.isfinite(v):
-        return "#eeeeee", FAINT
+        return "#eeeeee", ink_on("#eeeeee")
     if low < 0:
         t = max(-1.0, min(1.0, v / max(-low, high)))
     else:
         t = 0.0 if high <= low else max(0.0, min(1.0, (v - low) / (high - low)))
     dark = "#b34700" if low < 0 and t <= 0 else "#0b5a8a"
-    return _mix("#ffffff", dark, abs(t)), "#ffffff" if abs(t) > 0.55 else INK
+    fill = _mix("#ffffff", dark, abs(t))
+    return fill, ink_on(fill)
 
 
 def heatmap(
@@ -114,7 +116,7 @@ def _table_words(rows, row_labels, col_labels) -> str:
     listed = [f"{name}: " + ", ".join(short(v) for v in r) + "." for name, r in zip(row_labels, rows)]
     return f"Heat map, {len(rows)} rows by {len(col_labels)} columns. " + " ".join(listed)
 
-# %% ../../nbs/explore/01_cells.ipynb #f644af0e
+# %% ../../nbs/explore/01_cells.ipynb #63253df1
 _HIGH, _GAP = 26.0, 14.0  # px, a row of a strip and the space below it
 
 
@@ -123,7 +125,7 @@ def strip(
     *,
     title: str = "",  # what it is
     xlabel: str = "",  # what the columns are
-    fills: dict | None = None,  # row name -> (T,) colours, None for white
+    fills: dict | None = None,  # row name -> (T,) colours as #rrggbb, None for the ground
     arrows=(),  # ((row name, column), (row name, column)) pairs, drawn from the first to the second
     breaks=(),  # columns before which a heavy line is drawn, e.g. where a packed document starts
     cell: int = 46,  # px, width of a column
@@ -144,7 +146,7 @@ def strip(
     for name, row in table.items():
         body.append(text(left - 8, y[name] + 17, name, "end", 11))
         for j, (value, fill) in enumerate(zip(row, fills.get(name) or [None] * n)):
-            body += _box(left + j * cell, y[name], cell, value, fill or "#ffffff")
+            body += _box(left + j * cell, y[name], cell, value, fill)
     for (row_a, a), (row_b, b) in arrows:
         body.append(_arrow((left + (a + 0.5) * cell, y[row_a]), (left + (b + 0.5) * cell, y[row_b])))
     heavy = {"y1": top - 4, "y2": end - _GAP + 4, "stroke": INK, "stroke_width": 3}
@@ -161,13 +163,13 @@ def _columns(table: dict) -> int:
     return max(lengths.values(), default=0)
 
 
-def _box(x: float, y: float, cell: float, value: str, fill: str) -> list[str]:
-    "A cell and its text, which becomes smaller where it would not fit."
-    box = element("rect", x=x, y=y, width=cell, height=_HIGH, fill=fill, stroke="#aaaaaa")
+def _box(x: float, y: float, cell: float, value: str, fill: str | None) -> list[str]:
+    "A cell and its text, which becomes a little smaller where it would not fit."
+    box = element("rect", x=x, y=y, width=cell, height=_HIGH, fill=fill or PAPER, stroke="#aaaaaa")
     if not value:
         return [box]
-    size = 12 if LETTER * len(value) < cell else max(8, round(12 * cell / (LETTER * len(value))))
-    return [box, text(x + 0.5 * cell, y + 17, value, "middle", size)]
+    size = 12 if LETTER * len(value) < cell else 11
+    return [box, text(x + 0.5 * cell, y + 17, value, "middle", size, ink_on(fill) if fill else INK)]
 
 
 def _arrow(start: tuple[float, float], end: tuple[float, float]) -> str:

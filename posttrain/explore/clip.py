@@ -109,10 +109,10 @@ class KeepTokens(TrainerCallback):
         padded = [[torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in part] for part in self.parts]
         return Tokens(*map(torch.cat, zip(*padded)))
 
-# %% ../../nbs/explore/11_clip.ipynb #c8aa51ef
+# %% ../../nbs/explore/11_clip.ipynb #26282baa
 RATIOS, SIGNS = (0.0, 3.0), {"A = 1": 1.0, "A = −1": -1.0}
 LABELS = {"epsilon": "ε below", "epsilon_high": "ε above", "delta": "δ"}
-_STARTED, _SHADE = math.log(0.25), "#fbe3d2"
+_STARTED, _SHADE = math.log(0.25), svg.WARM
 
 
 def curves(
@@ -169,7 +169,7 @@ def _words(name: str, ratios: Tensor, push: Tensor) -> str:
     at, most = svg.short(ratios[strongest].item()), svg.short(push[strongest].item())
     return f"{name}: {where}, strongest at ratio {at}, {most}"
 
-# %% ../../nbs/explore/11_clip.ipynb #4d55130d
+# %% ../../nbs/explore/11_clip.ipynb #d63d515a
 def fates(
     tokens: Tokens,  # of a run
     variant: str = CLIP,  # a key of VARIANTS
@@ -193,24 +193,24 @@ def fates(
         "saved by others": number(~dead & would_die), "push left": (push.abs().sum() / free.abs().sum()).item()}
 
 
-def _scatter(tokens: Tokens, push: Tensor, ranges: dict, most: int, title: str, more: str) -> str:
-    "Tokens by ratio and advantage; a dot is alive, a cross dead."
+def _scatter(tokens: Tokens, push: Tensor, ranges: dict, most: int, counts: str) -> str:
+    "Tokens by ratio and advantage, a dot for a living and a cross for a dead one; beside them their counts."
     ratio, advantage = tokens.ratio[tokens.counted], tokens.advantages[tokens.counted]
     alive, every = push[tokens.counted] != 0, math.ceil(len(ratio) / most)
     reach = 1.1 * advantage.abs().max().item()
     dots, crosses = {"fill": svg.PALETTE[0], "fill_opacity": 0.7}, {"stroke": svg.PALETTE[1], "stroke_width": 1.6}
     signs = {"alive": svg.dot_sign(**dots), "dead": svg.cross_sign(**crosses)}
     names = [(t, svg.short(t) + (" and more" if t == RATIOS[1] else "")) for t in svg.ticks(*RATIOS, 6)]
-    axes = svg.Axes(RATIOS, (-reach, reach), title=title, xlabel="the token's own ratio", ylabel="advantage",
-                    signs=signs, xticks=names, yticks=4, right=34, width=908, height=270)
+    axes = svg.Axes(RATIOS, (-reach, reach), title="Tokens of a run", xlabel="the token's own ratio",
+                    ylabel="advantage", signs=signs, xticks=names, yticks=4, right=34, width=344, height=240)
     half = {1.0: (0, math.inf), -1.0: (-math.inf, 0)}
     body = [axes.band(span, half[sign], fill=_SHADE) for sign, spans in ranges.items() for span in spans]
-    note = f"one token in {every} is drawn"
-    note += "; shaded: where a token by itself would be dead" if any(ranges.values()) else ""
+    note = f"{counts}. One token in {every} is drawn"
+    note += "; shaded: where a token by itself would be dead." if any(ranges.values()) else "."
     x, y, alive = ratio[::every].clamp(max=RATIOS[1]), advantage[::every], alive[::every]
     body += [*axes.frame(), axes.vline(1.0), *axes.dots(x[alive], y[alive], **dots)]
-    body += [*axes.crosses(x[~alive], y[~alive], **crosses), svg.text(210, 36, note + more, size=11, fill=svg.FAINT)]
-    return axes.figure(body, "Drawn by ratio and advantage" + more)
+    body += axes.crosses(x[~alive], y[~alive], **crosses)
+    return svg.beside(axes.figure(body, "Drawn by ratio and advantage"), svg.paragraph(note))
 
 
 def draw_clip(
@@ -226,10 +226,10 @@ def draw_clip(
     limits = dict(epsilon=epsilon, epsilon_high=epsilon_high, delta=None if delta == "none" else float(delta))
     ratios, values, pushes = curves(variant, **limits)
     xlabel = "ratio of the completion" if _of_sequence(variant) else "ratio π / π old"
-    look = dict(xlabel=xlabel, xlim=RATIOS, vline=1.0, ylim=(-3.8, 3.8), width=450, height=250, desc="")
+    look = dict(xlabel=xlabel, xlim=RATIOS, vline=1.0, ylim=(-3.8, 3.8), width=344, height=230, desc="")
     left = svg.line_plot(ratios, values, title="What is maximised", ylabel="objective", **look)
     right = svg.line_plot(ratios, pushes, title="Push on the log-prob", ylabel="push", **look)
-    parts = [svg.beside(left, right), _draw_words(variant, ratios, pushes)]
+    parts = [svg.beside(left, right), svg.beside(*_draw_words(variant, ratios, pushes))]
     if tokens is not None:
         ranges = {sign: dead_ranges(ratios, pushes[name]) for name, sign in SIGNS.items()}
         parts.append(_draw_tokens(tokens, variant, limits, ranges, most))
@@ -240,25 +240,23 @@ def _of_sequence(variant: str) -> bool:
     return VARIANTS[variant].loss.get("importance_sampling_level") == "sequence"
 
 
-def _draw_words(variant: str, ratios: Tensor, pushes: dict) -> str:
+def _draw_words(variant: str, ratios: Tensor, pushes: dict) -> list[str]:
     "What the curves do, in words, and which limits change nothing."
     sentences = [_words(name, ratios, push) for name, push in pushes.items()]
     unused = [label for name, label in LABELS.items() if name not in VARIANTS[variant].limits]
-    note = f"{variant}: {VARIANTS[variant].note}{', '.join(unused)} change nothing" if unused else ""
-    body = [svg.text(14 + 454 * i, 16, line) for i, line in enumerate(sentences)]
-    body += [svg.text(14, 34, note, fill=svg.FAINT)] if note else []
-    return svg.figure(body, 908, 44 if note else 26, "", ". ".join(filter(None, [variant, *sentences, note])))
+    note = f"{variant}: {VARIANTS[variant].note}{', '.join(unused)} change nothing" if unused else variant
+    return [svg.paragraph(words, 310, lines=2, fill=fill)
+            for words, fill in ((sentences[0], svg.INK), (sentences[1], svg.INK), (note, svg.FAINT))]
 
 
 def _draw_tokens(tokens: Tokens, variant: str, limits: dict, ranges: dict, most: int) -> str:
-    "The tokens of a run, with their counts as the title."
+    "The tokens of a run, with their counts."
     fate = fates(tokens, variant, **limits)
     line = (f"{fate['tokens']} tokens of a run: {fate['tokens'] - fate['dead']} alive, {fate['dead']} dead; "
             f"{fate['push left']:.0%} of the push without limits is left")
-    more = ""
     if _of_sequence(variant):
-        more = f"; {fate['died with others']} died with their completion, {fate['saved by others']} live with it"
-    return _scatter(tokens, objective(tokens, variant, **limits)[1], ranges, most, line, more)
+        line += f"; {fate['died with others']} died with their completion, {fate['saved by others']} live with it"
+    return _scatter(tokens, objective(tokens, variant, **limits)[1], ranges, most, line)
 
 
 _ASK_CURVES = (
@@ -273,9 +271,13 @@ def clip_explorer(
     tokens: Tokens | None = None,  # of a run, as from `KeepTokens`; None: curves alone
 ) -> Explorer:
     "The explorer of trust regions."
+    drawn = lru_cache(maxsize=None)(partial(draw_clip, tokens=tokens))
+
+    def draw(variant, **limits):  # all values of a limit that a variant does not have share one frame
+        return drawn(variant, **{name: v for name, v in limits.items() if name in VARIANTS[variant].limits})
     return Explorer(
-        lru_cache(maxsize=None)(partial(draw_clip, tokens=tokens)), title="The clip as a picture of gradients",
+        draw, title="The clip as a picture of gradients",
         question=_ASK_CURVES if tokens is None else _ASK_TOKENS, variant=choice(*VARIANTS),
-        epsilon=slider(0.1, 0.3, value=0.2, steps=3, label=LABELS["epsilon"]),
+        epsilon=slider(0.1, 0.3, value=0.2, steps=9, label=LABELS["epsilon"]),
         epsilon_high=choice(0.1, 0.2, 0.28, 0.5, value=0.2, label=LABELS["epsilon_high"]),
         delta=choice("none", 2.0, label=LABELS["delta"]))

@@ -3,18 +3,19 @@
 # %% auto #0
 __all__ = ['WIDGET_VIEW', 'pack_frames', 'Explorer', 'read_lines', 'Watcher', 'Control', 'choice', 'slider', 'toggle']
 
-# %% ../../nbs/explore/02_core.ipynb #a975f678
+# %% ../../nbs/explore/02_core.ipynb #ce7cdbd0
 import base64
 import hashlib
 import json
 import math
-import re
+import zlib
 from collections.abc import Callable, Iterator
 from html import escape
 from itertools import product
 from pathlib import Path
 
 from .controls import Control, choice, setting_text, slider, toggle
+from .panels import STYLE, images, inline
 
 _all_ = ["Control", "choice", "slider", "toggle"]
 
@@ -34,9 +35,11 @@ def pack_frames(
     numbered = [[lines.setdefault(line, len(lines)) for line in frame.split("\n")] for frame in seen]
     return {"lines": list(lines), "frames": numbered, "index": index}
 
-# %% ../../nbs/explore/02_core.ipynb #8d2ea140
-_SCRIPT = """(() => {
-  const data = %s;
+# %% ../../nbs/explore/02_core.ipynb #c97b18ee
+_SCRIPT = """(async () => {
+  const bytes = Uint8Array.from(atob("%s"), c => c.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
+  const data = JSON.parse(await new Response(stream).text());
   for (const root of document.querySelectorAll('[data-explorer="%s"]:not([data-ready])')) {
     root.dataset.ready = "1";
     const part = role => root.querySelector(`[data-role="${role}"]`);
@@ -46,7 +49,7 @@ _SCRIPT = """(() => {
       data.controls.forEach((c, i) => { k = k * c.texts.length + at[i]; });
       part("view").innerHTML = data.frames[data.index[k]].map(n => data.lines[n]).join("\\n");
       data.controls.forEach((c, i) => shown[i](c.texts[at[i]]));
-      if (say) part("said").textContent = part("view").querySelector("svg").getAttribute("aria-label");
+      if (say) part("said").textContent = part("view").querySelector("[role=img]").getAttribute("aria-label");
     };
     data.controls.forEach((c, i) => {
       const label = document.createElement("label"), name = document.createElement("span");
@@ -81,11 +84,13 @@ _SCRIPT = """(() => {
   }
 })();"""
 
-_CARD = ("background:#fff;color:#222;padding:10px 14px;border:1px solid #ccc;border-radius:6px;max-width:980px;"
-         "font:14px system-ui,'DejaVu Sans',sans-serif")
+_STYLE = STYLE.replace("</style>", (
+    ".pt-card{background:var(--pt-paper,#fff);padding:10px 14px;border:1px solid var(--pt-grid,#ccc);border-radius:6px;"
+    "max-width:980px;font:14px system-ui,'DejaVu Sans',sans-serif}"
+    "@media(max-width:480px){.pt-card{padding:8px}}</style>"))
 _HIDDEN = "position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)"
 
-# %% ../../nbs/explore/02_core.ipynb #ac49e438
+# %% ../../nbs/explore/02_core.ipynb #f614a3e7
 _INPUT = {"description_width": "initial"}
 _MARGIN = "2px 18px 2px 2px"
 
@@ -103,7 +108,7 @@ class Explorer:
         *,
         title: str = "",  # what it shows
         question: str = "",  # what only moving it answers
-        max_frames: int = 150,  # saved settings at most: they are drawn at once and stored in the notebook
+        max_frames: int = 700,  # saved settings at most: they are drawn at once and stored in the notebook
         **controls: Control,  # slider(...), choice(...), toggle(...) for each parameter of `draw`
     ):
         for name, control in controls.items():
@@ -132,6 +137,13 @@ class Explorer:
                              "expected an SVG string such as posttrain.explore.svg makes")
         return svg
 
+    def view(
+        self,
+        **values,  # settings; what is left out takes its default
+    ) -> str:
+        "The same as HTML, whose panels wrap. Raises ValueError for a name that is no control."
+        return inline(self.frame(**values))
+
     def grid(self) -> Iterator[dict]:
         "Every setting that saved frames have, the last control moving fastest."
         for values in product(*(c.values for c in self.controls.values())):
@@ -141,25 +153,23 @@ class Explorer:
         return self.controls[name].label or name.replace("_", " ")
 
     def _data(self) -> str:
-        "Frames and controls as JSON that may stand in a script."
-        data = pack_frames([self.frame(**values) for values in self.grid()])
+        "Frames and controls as JSON, compressed, in letters that may stand in a script."
+        data = pack_frames([self.view(**values) for values in self.grid()])
         data["controls"] = [
             {"name": n, "label": self._label(n), "kind": c.kind, "texts": [setting_text(v) for v in c.values],
              "start": c.values.index(c.value)} for n, c in self.controls.items()]
         written = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-        return written.replace("</", "<\\/").replace("<!--", "<\\!--")
+        return base64.b64encode(zlib.compress(written.encode(), 9)).decode()
 
     def html(self) -> str:
         "The explorer without a kernel: one self-contained block of HTML, the same bytes every time."
-        first, data = self.frame(), self._data()
+        data, title = self._data(), escape(self.title)
         key = hashlib.sha256((self.title + self.question + data).encode()).hexdigest()[:12]
-        image, label = base64.b64encode(first.encode()).decode(), re.search(r'aria-label="([^"]*)"', first)
-        alt, title = label[1] if label else escape(self.title), escape(self.title)
         return "\n".join([
-            f'<div data-explorer="{key}" role="group" aria-label="{title}" style="{_CARD}">',
+            f'<div data-explorer="{key}" role="group" aria-label="{title}" class="pt-theme pt-card">{_STYLE}',
             f'<div><b>{title}</b></div>' if self.title else "",
             '<div data-role="controls" style="margin:6px 0"></div>',
-            f'<div data-role="view"><img alt="{alt}" src="data:image/svg+xml;base64,{image}"></div>',
+            f'<div data-role="view">{images(self.frame())}</div>',
             f'<div data-role="said" aria-live="polite" style="{_HIDDEN}"></div>',
             self._settings(),
             f'<p style="margin:6px 0 0"><b>Question.</b> {escape(self.question)}</p>' if self.question else "",
@@ -170,7 +180,7 @@ class Explorer:
         settings = ", ".join(f"{self._label(n)} = {setting_text(c.value)}" for n, c in self.controls.items())
         if not settings:
             return '<p data-role="settings"></p>'
-        return (f'<p data-role="settings" style="margin:4px 0;color:#555">Shown for {escape(settings)}. '
+        return (f'<p data-role="settings" style="margin:4px 0">Shown for {escape(settings)}. '
                 "It moves in a running or trusted notebook.</p>")
 
     def page(self) -> str:
@@ -197,13 +207,13 @@ class Explorer:
             return self._widget
         import ipywidgets as w
         inputs = {name: self._input(name) for name in self.controls}
-        view = w.HTML(self.frame())
+        view = w.HTML(self.view())
 
         def redraw(_):
-            view.value = self.frame(**{name: i.value for name, i in inputs.items()})
+            view.value = self.view(**{name: i.value for name, i in inputs.items()})
         for i in inputs.values():
             i.observe(redraw, names="value")
-        rows = [w.HTML(f"<b>{escape(self.title)}</b>")] if self.title else []
+        rows = [w.HTML(f"{STYLE}<b>{escape(self.title)}</b>")]
         rows += [w.HBox(list(inputs.values()), layout=w.Layout(flex_flow="row wrap")), view]
         if self.question:
             rows.append(w.HTML(f'<div style="line-height:1.4"><b>Question.</b> {escape(self.question)}</div>'))

@@ -3,13 +3,14 @@
 # %% auto #0
 __all__ = ['FILE', 'Dashboard', 'read_rows', 'replay', 'PANELS', 'UNITS', 'frame', 'panels_of']
 
-# %% ../../nbs/explore/09_dashboard.ipynb #ac8659fa
+# %% ../../nbs/explore/09_dashboard.ipynb #2e69ee8b
 import json
 import math
 from pathlib import Path
 
 from .board import PANELS, UNITS, frame, panels_of
 from .core import Explorer, Watcher, read_lines, slider
+from .panels import Picture
 from ..foundations.divergences import estimate_kl
 from ..foundations.layouts import make_batch
 from ..pocket.checkpoint import prompt_ids
@@ -23,7 +24,7 @@ _all_ = ["PANELS", "UNITS", "frame", "panels_of"]
 
 FILE = "dashboard.jsonl"
 
-# %% ../../nbs/explore/09_dashboard.ipynb #4065b64a
+# %% ../../nbs/explore/09_dashboard.ipynb #227d3565
 class Dashboard(Watcher, Progress):
     """Curves, KL and answers of a run, drawn in place in a notebook.
 
@@ -178,9 +179,9 @@ class Dashboard(Watcher, Progress):
         self,
         state,  # the trainer's
     ) -> str:
-        "The dashboard of the run so far."
+        "The dashboard of the run so far, as HTML that a notebook shows also where it is not trusted."
         rows = self.rows(state)
-        return frame(rows, panels=self.panels) if panels_of(rows) else ""
+        return Picture(frame(rows, panels=self.panels))._repr_html_() if panels_of(rows) else ""
 
 
 def _with_column(datasets, name: str):

@@ -102,7 +102,7 @@ def live_questions(
     "What is left of a mix once dead groups are dropped."
     return torch.tensor(MIXES[mix], dtype=torch.float64) * by_difficulty(RATES, G, "none").alive
 
-# %% ../../nbs/explore/12_groups.ipynb #da337ed9
+# %% ../../nbs/explore/12_groups.ipynb #f23a0a22
 _GRID = torch.tensor([.005, .01, .02, .03, .045, *torch.arange(.075, .93, .05).tolist(), .955, .97, .98, .99, .995],
                      dtype=torch.float64)
 
@@ -114,14 +114,14 @@ def draw_groups(
     mix: str = "mostly hard",  # a key of MIXES
 ) -> str:  # SVG
     "Advantages, push, weight and dead groups against the pass rate; what is alive of a mix of questions."
-    return svg.stack(svg.beside(*_draw_question(G, normaliser, mix), gap=4),
+    return svg.stack(svg.beside(*_draw_question(G, normaliser, mix)),
                      svg.beside(_against_rate({"dead": 1 - by_difficulty(_GRID, G, "none").alive}, (0, 1), "",
                                               title=f"Dead groups of {G}", ylabel="chance of equal rewards"),
-                                _draw_mix(G, mix), gap=4))
+                                _draw_mix(G, mix)))
 
 
 def _against_rate(lines: dict, ylim: tuple, desc: str, **labels) -> str:
-    return svg.line_plot(_GRID, lines, ylim=ylim, desc=desc, xlabel="pass rate p", width=312, height=240, **labels)
+    return svg.line_plot(_GRID, lines, ylim=ylim, desc=desc, xlabel="pass rate p", width=310, height=240, **labels)
 
 
 def _draw_question(G: int, normaliser: str, mix: str) -> list[str]:
@@ -148,7 +148,7 @@ def _draw_mix(G: int, mix: str) -> str:
     title = f"{mix}: {share:.0%} alive, {1 / share:.2f} asked per live group, {G / share:.1f} answers"
     bars = {"questions asked": MIXES[mix], "live groups": live}
     return svg.bar_plot([f"{p:.0%}" for p in RATES], bars, title=title, xlabel="pass rate of the questions",
-                        ylabel="of 100 questions", ylim=(0, 30), values=False, width=628, height=240,
+                        ylabel="of 100 questions", ylim=(0, 30), values=False, width=344, height=240,
                         desc=f"Of 100 questions, {mix}, {live.sum():.0f} groups are alive.")
 
 

@@ -115,7 +115,7 @@ def cosine(
     length = (a.norm() * b.norm()).item()
     return (a @ b).item() / length if a.norm() > 1e-10 and b.norm() > 1e-10 else math.nan
 
-# %% ../../nbs/explore/04_kl.ipynb #2fa81ca5
+# %% ../../nbs/explore/04_kl.ipynb #630672a6
 @cache
 def draw_kl(
     drift: float = 1.5,  # how far the policy has moved
@@ -130,12 +130,12 @@ def draw_kl(
         shown["sampler"] = world.sampler
     probabilities = {name: logits.softmax(-1) for name, logits in shown.items()}
     models = svg.bar_plot(range(1, 9), probabilities, title="Eight tokens", xlabel="token", ylabel="probability",
-                          ylim=(0, 0.8), width=290, height=250)
+                          ylim=(0, 0.8), width=284, height=250)
     # One scale for all n, so that growing batches can be seen to narrow.
     half = 1.5 * estimator_stats(kl_world(drift), "k1")[1]
     # The ratio is part of the estimate where it is part of the loss.
     values = _draw_means(world, n, half, weighted=place == PLACES[1])
-    return svg.beside(models, values, _draw_directions(world, place), gap=4)
+    return svg.beside(models, values, _draw_directions(world, place))
 
 
 def _draw_means(world: World, n: int, half: float, weighted: bool) -> str:
@@ -151,7 +151,7 @@ def _draw_means(world: World, n: int, half: float, weighted: bool) -> str:
         facts.append(f"{how}: bias {bias}, standard deviation {sd}")
     return svg.line_plot((edges[1:] + edges[:-1]) / 2, lines, title=f"Means of {n} samples; KL is {svg.short(kl)}",
                          xlabel="estimate of KL(π‖ref) in nats", ylabel="batches (peak = 1)", vline=kl,
-                         ylim=(0, 1.05), width=360, height=250, desc="; ".join(facts) + ".")
+                         ylim=(0, 1.05), width=344, height=250, desc="; ".join(facts) + ".")
 
 
 def _draw_directions(world: World, place: str) -> str:
@@ -162,7 +162,7 @@ def _draw_directions(world: World, place: str) -> str:
     cosines = {f"with ∇ {key} KL": [cosine(pull, exact[key]) for pull in pulls.values()]
                for key in ("reverse", "forward")}
     return svg.bar_plot(names, cosines, title=f"Gradient, {place}", ylabel="cosine", ylim=(-1.15, 1.15), values=True,
-                        width=310, height=250)
+                        width=304, height=250)
 
 
 def kl_explorer() -> Explorer:
@@ -171,5 +171,5 @@ def kl_explorer() -> Explorer:
                 "and does that still hold on samples of an older policy?")
     return Explorer(
         draw_kl, title="k1, k2, k3: values and gradients", question=question,
-        drift=slider(0.5, 3.5, value=1.5, steps=4), n=choice(8, 32, 256, value=32, label="samples in a batch"),
+        drift=slider(0.5, 3.5, value=1.5, steps=7), n=choice(8, 32, 256, value=32, label="samples in a batch"),
         sampler=choice(*SAMPLERS, label="sampled by"), place=choice(*PLACES, label="the estimator stands"))

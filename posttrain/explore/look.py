@@ -73,8 +73,9 @@ def spans(
             found[what] = tuple(side * end for side in QUANTITIES[what].sides)
     return found
 
-# %% ../../nbs/explore/13_look.ipynb #729b783b
-_LOW, _HIGH, _NONE = (240, 163, 94), (90, 166, 214), "#eeeeee"  # light enough for dark ink on all of them
+# %% ../../nbs/explore/13_look.ipynb #361d611c
+_LOW, _HIGH, _NONE = (240, 163, 94), (90, 166, 214), "#eeeeee"  # light enough for black ink on all of them
+_INK, _DASH = "#000000", "#666666"  # on these colours, whatever the theme
 LEVELS = 10  # colours on each side of 0
 _WIDTH, _STRIP, _ROW = 916, 196, 20  # px: the picture, where cells begin, a line of cells
 _LETTER = 7.3  # px, a letter of the fixed-width font at 12 px
@@ -151,7 +152,7 @@ class _Cells:
         out = []
         for i, line in enumerate(self.lines):
             spans = "".join(self._word(t) for t in line)
-            out.append(f'<text y="{self.y + _ROW * i + 13}" font-family="{_MONO}">{spans}</text>')
+            out.append(f'<text y="{self.y + _ROW * i + 13}" font-family="{_MONO}" fill="{_INK}">{spans}</text>')
         return out
 
     def _word(self, t: int) -> str:
@@ -164,10 +165,10 @@ def _frames(cells: _Cells, completion: dict, values: list[float]) -> list[str]:
     out = []
     if completion["special"]:
         dashed = "".join(cells.box(t) for t in completion["special"])
-        out.append(svg.element("path", d=dashed, fill="none", stroke=svg.FAINT, stroke_dasharray="2 2"))
+        out.append(svg.element("path", d=dashed, fill="none", stroke=_DASH, stroke_dasharray="2 2"))
     real = [v for v in values if math.isfinite(v)]
     if real and max(real) - min(real) > 1e-6:
-        out.append(svg.element("path", d=cells.box(_greatest(values)), fill="none", stroke=svg.INK, stroke_width=1.5))
+        out.append(svg.element("path", d=cells.box(_greatest(values)), fill="none", stroke=_INK, stroke_width=1.5))
     return out
 
 
@@ -196,8 +197,9 @@ def draw_look(
         y += _ROW + 2
         for completion in prompt["completions"]:
             values, cells = _recorded(completion, what), _Cells(completion, y)
-            for t, v in enumerate(values):
-                fills.setdefault(_colour(_level(v, span), span), []).append(cells.box(t))
+            for t, _ in enumerate(cells.texts):  # the last one may say how many are left out
+                level = _level(values[t], span) if t < len(values) else None
+                fills.setdefault(_colour(level, span), []).append(cells.box(t))
             lines = _beside(completion, what, values)
             out += [*cells.words(), *_frames(cells, completion, values), *_left_lines(lines, y)]
             sentences.append(_completion_words(completion, lines, values))

@@ -45,7 +45,7 @@ def pulls(
         -value.sum(), (chosen, rejected), allow_unused=True, materialize_grads=True)
     return value.detach(), by_chosen, by_rejected
 
-# %% ../../nbs/explore/08_pair_losses.ipynb #44b25146
+# %% ../../nbs/explore/08_pair_losses.ipynb #d1875674
 # In nats; finer about 0, where every run starts.
 MARGINS = torch.cat([torch.arange(-20, -4, 2), torch.arange(-4, 4, .25), torch.arange(4, 41, 2)]).double()
 
@@ -101,13 +101,13 @@ def draw_pair_loss(
     if loss != "sigmoid" or label_smoothing:
         lines |= {"DPO, chosen": dpo_up, "DPO, rejected": dpo_down}
     top = 1.1 * max(x.abs().max().item() for x in (up, down, dpo_up))
-    look = dict(xlabel="margin Δw − Δl, nats", vline=0, height=280, desc="")
+    look = dict(xlabel="margin Δw − Δl, nats", vline=0, height=236, desc="")
     title = f"Pulls of {loss}{_settings(loss, beta, label_smoothing)}"
-    forces = svg.line_plot(MARGINS, lines, title=title, ylabel="pull", ylim=(-top, top), width=430, **look)
-    height = svg.line_plot(MARGINS, {"loss": value}, title="The loss along this path", ylabel="loss", width=330, **look)
+    forces = svg.line_plot(MARGINS, lines, title=title, ylabel="pull", ylim=(-top, top), width=344, **look)
+    height = svg.line_plot(MARGINS, {"loss": value}, title="The loss along this path", ylabel="loss", width=344,
+                           **look)
     sentences = [_words("on the chosen", up), _words("on the rejected", down)]
-    words = [svg.text(14, 16 + 18 * i, line) for i, line in enumerate(sentences)]
-    return svg.stack(svg.beside(forces, height), svg.figure(words, 768, 44, "", ". ".join(sentences)))
+    return svg.stack(svg.beside(forces, height), svg.beside(*(svg.paragraph(s, lines=2) for s in sentences)))
 
 
 def _settings(loss: str, beta: float, label_smoothing: float) -> str:
@@ -121,7 +121,10 @@ def pair_loss_curves() -> Explorer:
     "The explorer of the pulls of every pair loss."
     question = ("Let the margin grow because only the rejected answer falls. Under which losses does the pull on the "
                 "chosen answer fade as under DPO, though nothing has happened to it, and which go on pulling it up?")
+    def draw(loss, beta, label_smoothing, path):
+        takes = "label_smoothing" in inspect.signature(PAIR_LOSSES[loss]).parameters
+        return draw_pair_loss(loss, beta, label_smoothing if takes else 0.0, path)
     return Explorer(
-        draw_pair_loss, title="How hard a loss of pairs pulls", question=question, loss=choice(*PAIR_LOSSES),
-        beta=slider(.1, .5, value=.1, steps=2, label="β"),
-        label_smoothing=slider(0., .2, value=0., steps=2, label="label smoothing"), path=choice(*PATHS))
+        draw, title="How hard a loss of pairs pulls", question=question, loss=choice(*PAIR_LOSSES),
+        beta=slider(.1, .5, value=.1, steps=9, label="β"),
+        label_smoothing=choice(0., .2, label="label smoothing"), path=choice(*PATHS))

@@ -60,8 +60,8 @@ def landscape(
     chosen, rejected = torch.autograd.grad(loss.sum(), (x, y))
     return loss.detach(), -chosen, -rejected
 
-# %% ../../nbs/explore/06_plane.ipynb #c8a8b71c
-_LEVEL, _ARROW, _SHADE = "#8a8a8a", "#56a7dd", "#f6efe4"
+# %% ../../nbs/explore/06_plane.ipynb #f30bc4eb
+_LEVEL, _ARROW, _SHADE = "#8a8a8a", "#56a7dd", svg.WARM
 
 
 def level_lines(
@@ -105,8 +105,8 @@ def _distance(point, start, end) -> float:
     length = math.hypot(bx - ax, by - ay)
     return abs((bx - ax) * (py - ay) - (by - ay) * (px - ax)) / length if length else math.hypot(px - ax, py - ay)
 
-# %% ../../nbs/explore/06_plane.ipynb #25b9d225
-_HALO = {"stroke": "#ffffff", "stroke_width": 3, "paint_order": "stroke"}  # keeps a text readable over lines
+# %% ../../nbs/explore/06_plane.ipynb #fef2cf51
+_HALO = {"stroke": svg.PAPER, "stroke_width": 3, "paint_order": "stroke"}  # keeps a text readable over lines
 
 
 def plane(
@@ -116,7 +116,7 @@ def plane(
     *,
     lengths: tuple[float, float] = (8.0, 8.0),  # tokens of the chosen and of the rejected answer, for losses per token
     limits=None,  # ((x low, x high), (y low, y high)) of equal spans, nats; None: room for the trajectories, or 6 nats
-    size: int = 400,  # px, each side of the square
+    size: int = 270,  # px, each side of the square
     arrows: int = 9,  # along each side
 ) -> str:  # SVG
     "Level lines, downhill arrows and paths of runs. Raises ValueError for an unknown loss and for spans that differ."
@@ -165,7 +165,7 @@ def _pen(i: int) -> dict:
 def _path(axes: svg.Axes, i: int, xs, ys) -> list[str]:
     "A run's path and a dot at its end."
     pen = _pen(i)
-    end = axes.dot(xs[-1], ys[-1], r=4.5, fill=pen["stroke"], stroke="#ffffff")
+    end = axes.dot(xs[-1], ys[-1], r=4.5, fill=pen["stroke"], stroke=svg.PAPER)
     return [axes.line(xs, ys, stroke_linejoin="round", **pen), end]
 
 
@@ -189,7 +189,7 @@ def _levels(loss_type: str, beta: float, axes: svg.Axes, lengths) -> tuple[list[
         inside = [(x, y) for x, y in points if x0 < x < x1 - air and y0 < y < y1 - 0.6 * air]
         if inside:  # where the line leaves to the upper right, away from where paths go
             at = max(inside, key=sum)
-            labels.append(axes.note(*at, svg.short(level), "middle", dy=4, size=10, fill=svg.FAINT, **_HALO))
+            labels.append(axes.note(*at, svg.short(level), "middle", dy=4, size=11, fill=svg.FAINT, **_HALO))
     return lines, labels
 
 
@@ -199,7 +199,7 @@ def _marks(axes: svg.Axes) -> list[str]:
     low, high = max(x0, y0), min(x1, y1)
     marks = []
     if axes.holds(0, 0):
-        marks = [axes.dot(0, 0, r=4, fill="#ffffff", stroke=svg.INK, stroke_width=1.5),
+        marks = [axes.dot(0, 0, r=4, fill=svg.PAPER, stroke=svg.INK, stroke_width=1.5),
                  axes.note(0.0, 0.0, "start", dx=7, dy=-7, size=11)]
     if high > low:
         middle = low + .16 * (high - low)

@@ -51,7 +51,7 @@ def token_push(
         (loss if counts_of_step else loss / micro_batches).backward(retain_graph=True)
     return -logps.grad
 
-# %% ../../nbs/explore/05_weights.ipynb #67939c2d
+# %% ../../nbs/explore/05_weights.ipynb #2e4c4a94
 @cache
 def draw_weights(
     how: str = "token",  # a key of AVERAGES
@@ -71,7 +71,7 @@ def draw_weights(
     signs = [n.replace(", right", " +").replace(", wrong", " −") for n in names]
     compared = f"off by {off:.0%} from the undivided step" if off > 1e-9 else "as in the undivided step"
     bars = svg.bar_plot(signs, {"sum": push.sum(1)}, title="Sum over a completion", xlabel=compared,
-                        width=300, height=210)
+                        width=296, height=210)
     return svg.beside(_draw_pushes(push, lengths, how, names), bars)
 
 
@@ -85,7 +85,7 @@ def _draw_pushes(push: Tensor, lengths: list[int], how: str, names) -> str:
     return svg.heatmap(
         shown, title=f"{how}: used by {', '.join(used)}", row_labels=names, col_labels=range(1, LIMIT + 1),
         xlabel=f"token; one of a short completion weighs {svg.short(ratio)} × one of a long one", fmt=".3f",
-        vmin=-top if push.min() < 0 else 0, vmax=top, width=690, height=210, desc=f"Push per token: {each}.")
+        vmin=-top if push.min() < 0 else 0, vmax=top, width=640, height=210, desc=f"Push per token: {each}.")
 
 
 def weights_explorer() -> Explorer:
@@ -95,5 +95,5 @@ def weights_explorer() -> Explorer:
     return Explorer(
         draw_weights, title="Where a token's weight comes from", question=question,
         how=choice(*AVERAGES, value="token", label="average"),
-        long=slider(3, 12, value=12, steps=4, label="tokens of the long ones"),
+        long=slider(3, 12, value=12, steps=10, label="tokens of the long ones"),
         method=choice(*METHODS), split=choice(*SPLITS, label="the step is"))

@@ -100,10 +100,11 @@ def look_inside(
         gradient=whole.norm().item(), ratios=ratios, clipped=clipped,
         before=_probabilities(logits), after=_probabilities(logits - rate * whole))
 
-# %% ../../nbs/explore/10_zero_loss.ipynb #ac0c1171
+# %% ../../nbs/explore/10_zero_loss.ipynb #a36b0b1e
 _TOP, _ROW = 46, 26  # px, where the first row begins, and its height
 _BOTTOM, _WIDTH = _TOP + 8 * _ROW, 672  # px
-_FINE, _BAD, _NOT = "#e3f4ec", "#fbe6d8", "#777777"  # grounds of the box; ground of a reward of 0
+_FINE, _BAD = svg.COOL, svg.WARM  # grounds of the box
+_RIGHT, _WRONG = "#00714f", "#6b6b6b"  # grounds of a reward
 
 
 class _Column(NamedTuple):
@@ -149,21 +150,19 @@ def _number(value: float) -> str:
     return svg.short(value if abs(value) > 1e-9 else 0.0, 2)
 
 
-def _table(now: Moment, rewards, verdict: str, ground: str) -> list[str]:
-    "Elements of the rows, the sums and the box."
-    box = svg.element("rect", x=8, y=_BOTTOM + 31, width=_WIDTH - 16, height=28, rx=4, fill=ground)
-    words = svg.text(20, _BOTTOM + 50, verdict, font_weight="bold")
-    return [_empty_table(), *_rows(now, rewards), *_all_bars(now), *_sums(now, rewards), box, words]
+def _table(now: Moment, rewards) -> list[str]:
+    "Elements of the rows and the sums."
+    return [_empty_table(), *_rows(now, rewards), *_all_bars(now), *_sums(now, rewards)]
 
 
 def _rows(now: Moment, rewards) -> list[str]:
     "Rewards in their boxes, and ratios."
     out = []
     for i, (reward, ratio, clipped) in enumerate(zip(rewards, now.ratios.tolist(), now.clipped.tolist())):
-        y, fill = _TOP + i * _ROW, svg.PALETTE[2] if reward else _NOT
+        y, fill = _TOP + i * _ROW, _RIGHT if reward else _WRONG
         box = svg.element("rect", x=102, y=y + 5, width=20, height=17, rx=3, fill=fill)
-        out.append(box + svg.text(112, y + 18, f"{reward:g}", "middle", 12, "#ffffff"))
-        out.append(svg.text(456, y + 18, f"{ratio:.2f}", fill=svg.PALETTE[1] if clipped else svg.INK))
+        out.append(box + svg.text(112, y + 18, f"{reward:g}", "middle", 12, svg.ink_on(fill)))
+        out.append(svg.text(456, y + 18, f"{ratio:.2f}", fill=svg.MINUS if clipped else svg.INK))
     return out
 
 
@@ -199,6 +198,9 @@ def say_which_zero(
     return f"Loss {_number(loss)}. The gradient is not 0, and the mean reward {moves}.", True
 
 
+_steps_on = cache(inner_steps)  # all frames of a group share its steps
+
+
 @cache
 def draw_zero_loss(
     rewards: tuple = (1, 1, 0, 0, 0, 0, 0, 0),  # (8,) of each completion
@@ -207,18 +209,18 @@ def draw_zero_loss(
     rate: float = RATE,  # step size
 ) -> str:  # SVG
     "What each completion does in a step, their sums, and all steps on the group."
-    path, losses = inner_steps(rewards, average, rate=rate)
+    path, losses = _steps_on(rewards, average, rate=rate)
     now, r = look_inside(path[step - 1], rewards, average, rate=rate), torch.tensor(rewards, dtype=torch.float64)
     earned = [(_probabilities(z) @ r).item() for z in path]
     verdict, learns = say_which_zero(now, rewards)
     desc = (f"{sum(rewards):g} of 8 right. {verdict} {earned[step - 1]:.3f}, then {earned[step]:.3f}; "
             f"{now.clipped.mean():.0%} clipped.")
-    rows = svg.figure(_table(now, rewards, verdict, _FINE if learns else _BAD), _WIDTH, _BOTTOM + 64,
-                      f"Step {step}, average {average}", desc)
+    rows = svg.figure(_table(now, rewards), _WIDTH, _BOTTOM + 30, f"Step {step}, average {average}", desc)
     lines = {"mean reward": earned, "loss": losses}
     curves = svg.line_plot(range(1, STEPS + 2), lines, title="All steps on this group", xlabel="before step",
-                           vline=step, ylim=(-0.55, 1.05), width=268, height=_BOTTOM + 64, desc="")
-    return svg.beside(rows, curves, gap=4)
+                           vline=step, ylim=(-0.55, 1.05), width=268, height=_BOTTOM + 30, desc="")
+    box = svg.paragraph(verdict, lines=2, ground=_FINE if learns else _BAD)
+    return svg.stack(svg.beside(rows, curves), box)
 
 
 def zero_loss_explorer() -> Explorer:
@@ -231,7 +233,7 @@ def zero_loss_explorer() -> Explorer:
         draw, title="The loss is 0 and that is fine, or not", question=question,
         one=toggle(True, label="1 and 2 tokens: right"), two=toggle(label="3 and 4: right"),
         three=toggle(label="5 and 6: right"), four=toggle(label="7 and 7: right"),
-        average=choice(*SHOWN), step=slider(1, STEPS, value=1, steps=3, label="step"))
+        average=choice(*SHOWN), step=slider(1, STEPS, value=1, steps=STEPS, label="step"))
 
 
 def eight_checkboxes():
