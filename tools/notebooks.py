@@ -31,6 +31,7 @@ from pathlib import Path
 import nbformat
 
 import cells
+import exercises
 import stamps
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -362,6 +363,7 @@ def check_notebook(path: Path) -> list[str]:
     if exports and not any("assert" in c.source for c in code if not is_export(c)):
         bad.append("exports code but asserts nothing")
     bad += cells.wrong_cells(code)
+    bad += exercises.wrong_exercises(nb.cells)
     if not is_as_run(nb):
         bad.append("edited after its last run: `python tools/notebooks.py run` it")
     bad += bad_cells(code)
