@@ -69,7 +69,7 @@ def faults(cells: list, n: int) -> list[str]:
     bad, check = [], functions(defining[0])[name]
     if not is_checker(check): bad.append(f"{name} lacks `@checker` (posttrain.explore.exercises)")
     if silent := [a.lineno for a in ast.walk(check) if isinstance(a, ast.Assert) and a.msg is None]:
-        bad.append(f"{name} has asserts without a message that helps, in line {', '.join(map(str, silent))} of its cell")
+        bad.append(f"{name} has an assert without a message that helps, in line {silent[0]} of its cell")
     if not is_folded(defining[0]): bad.append(f"{name} stands open and may give the answer away: begin with #| hide")
     if not answered: bad.append(f"{told} has no open cell that calls {name}")
     if not proofs:
