@@ -121,7 +121,7 @@ def exercise(n):
     """The cells of an exercise: task, checker, open cell, solution, proof."""
     return [md(f"**{n}. Derive it.** How much is two and {n}?"),
             code(f'#| hide\n@checker\ndef check_{n}(answer): assert answer == 2 + {n}, "count on your fingers"'),
-            code(f"check_{n}(...)", shown(text_plain="'not answered yet'")),
+            code(f"answer = ...\ncheck_{n}(answer)", shown(text_plain="'not answered yet'")),
             md(f"<details><summary>Solution</summary>\n\n{2 + n}\n</details>"),
             code(f'#| hide\nassert check_{n}({2 + n}) == "right" and refused(check_{n}(0))')]
 
@@ -188,11 +188,12 @@ FAULTS = {"has 2 exercises, a lesson has at least 3": lambda: [exercise(1), exer
           "check_2 has an assert without a message": lambda: damaged(CHECKER, ', "count on your fingers"', ""),
           "check_2 stands open": lambda: damaged(CHECKER, "#| hide\n", ""),
           "exercise 2 has no open cell that calls check_2": lambda: damaged(
-              OPEN, "check_2(...)", "#| hide\ncheck_2(...)"),
+              OPEN, "answer = ", "#| hide\nanswer = "),
           "exercise 2 has no folded cell that asserts": lambda: damaged(PROOF, " and refused(check_2(0))", ""),
           "must come as checker, open cell, solution, proof": lambda: [
               exercise(1), [exercise(2)[i] for i in (TASK, OPEN, CHECKER, SOLUTION, PROOF)], exercise(3)],
           "exercise 2 has no `<details><summary>Solution": lambda: damaged(SOLUTION, "Solution", "Hint"),
+          "use answer from an open cell": lambda: damaged(PROOF, "check_2(4)", "check_2(answer)"),
           "exercise 2 is answered already": answered}
 
 

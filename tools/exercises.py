@@ -4,6 +4,7 @@ An exercise is five cells: the task, its folded checker, an open cell that calls
 cell which asserts that the checker accepts the solution and refuses the usual wrong answers."""
 import ast
 import re
+import symtable
 
 AT_LEAST = 3
 # What stands under the heading: the whole protocol, as a learner has to know it.
@@ -38,6 +39,28 @@ def is_checker(function: ast.FunctionDef) -> bool:
     return any(isinstance(d, ast.Name) and d.id == "checker" for d in function.decorator_list)
 
 
+def names(cell) -> tuple[set[str], set[str]]:
+    """The names that a cell defines at its top, and those that it takes from other cells."""
+    try: table = symtable.symtable(cell.source, "cell", "exec")
+    except SyntaxError: return set(), set()  # a line for the shell
+    defined = {s.get_name() for s in table.get_symbols() if s.is_assigned() or s.is_imported()}
+
+    def looked_up(scope):
+        used = [s for s in scope.get_symbols() if s.is_referenced() and (scope is table or s.is_global())]
+        return {s.get_name() for s in used}.union(*map(looked_up, scope.get_children()))
+    return defined, looked_up(table) - defined
+
+
+def borrowed(cells: list) -> set[str]:
+    """Names of open cells, which the learner may change, that a later folded cell uses."""
+    code, found, open_names = [cell for cell in cells if cell.cell_type == "code"], set(), set()
+    for cell in code:
+        defined, used = names(cell)
+        if is_folded(cell): found |= used & open_names
+        else: open_names |= defined
+    return found
+
+
 def numbers(cells: list) -> list[int]:
     """The exercises that begin in these cells, as in `**2. Find the planted bug.** ...`."""
     texts = (cell.source.split("## Exercises")[-1] for cell in cells if cell.cell_type == "markdown")
@@ -53,6 +76,9 @@ def wrong_exercises(cells: list) -> list[str]:
         bad.append(f"## Exercises must begin with the sentences of tools/exercises.py: {INTRODUCTION}")
     if len(found) < AT_LEAST: bad.append(f"## Exercises has {len(found)} exercises, a lesson has at least {AT_LEAST}")
     if found != list(range(1, len(found) + 1)): bad.append(f"exercises are numbered {found}, not from 1 on")
+    if taken := borrowed(cells):
+        bad.append(f"folded cells of ## Exercises use {', '.join(sorted(taken))} from an open cell, where a learner may "
+                   "write anything: define it in the folded cell")
     return bad + [fault for n in found for fault in faults(cells, n)]
 
 
