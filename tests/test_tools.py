@@ -203,6 +203,13 @@ def test_faults_of_exercises_are_found(project, said):
     assert any(said in f for f in found), found
 
 
+def test_a_notebook_of_a_trainer_builds_its_loss_from_blank(project):
+    path, parts = project / "nbs/offline/01_sft.ipynb", [exercise(n) for n in (1, 2, 3)]
+    assert any("Build it" in f for f in tools.check_notebook(save(path, *lesson(*parts))))
+    parts[2][0].source = "**3. Build it.** How much is two and three?"
+    assert not any("Build it" in f for f in tools.check_notebook(save(path, *lesson(*parts))))
+
+
 def test_the_protocol_is_told_where_exercises_begin(project):
     cells = lesson(*map(exercise, (1, 2, 3)))
     cells[2] = md("## Exercises")

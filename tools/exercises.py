@@ -67,7 +67,7 @@ def numbers(cells: list) -> list[int]:
     return [int(n) for text in texts for n in re.findall(r"^\*\*(\d+)\. ", text, re.M)]
 
 
-def wrong_exercises(cells: list) -> list[str]:
+def wrong_exercises(cells: list, introduces_a_trainer: bool = False) -> list[str]:
     """What is wrong with the exercises of a notebook; nothing where it has none."""
     cells = section(cells)
     if not cells: return []
@@ -76,9 +76,11 @@ def wrong_exercises(cells: list) -> list[str]:
         bad.append(f"## Exercises must begin with the sentences of tools/exercises.py: {INTRODUCTION}")
     if len(found) < AT_LEAST: bad.append(f"## Exercises has {len(found)} exercises, a lesson has at least {AT_LEAST}")
     if found != list(range(1, len(found) + 1)): bad.append(f"exercises are numbered {found}, not from 1 on")
+    if introduces_a_trainer and not any(re.search(r"^\*\*\d+\. Build it\.\*\*", cell.source, re.M) for cell in cells):
+        bad.append("a notebook that introduces a trainer needs an exercise `**N. Build it.**`: its loss, from blank")
     if taken := borrowed(cells):
-        bad.append(f"folded cells of ## Exercises use {', '.join(sorted(taken))} from an open cell, where a learner may "
-                   "write anything: define it in the folded cell")
+        bad.append(f"folded cells of ## Exercises use {', '.join(sorted(taken))} from an open cell, where a learner "
+                   "may write anything: define it in the folded cell")
     return bad + [fault for n in found for fault in faults(cells, n)]
 
 
