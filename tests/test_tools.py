@@ -9,6 +9,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+import exercises
 import notebooks as tools
 import stamps
 import suite
@@ -116,8 +117,28 @@ def test_edited_after_its_run(project):
                for f in tools.check_notebook(save(project / "nbs/b.ipynb", *GOOD, stamped=False)))
 
 
+def exercise(n):
+    """The cells of an exercise: task, checker, open cell, solution, proof."""
+    return [md(f"**{n}. Derive it.** How much is two and {n}?"),
+            code(f'#| hide\n@checker\ndef check_{n}(answer): assert answer == 2 + {n}, "count on your fingers"'),
+            code(f"answer = ...\ncheck_{n}(answer)", shown(text_plain="'not answered yet'")),
+            md(f"<details><summary>Solution</summary>\n\n{2 + n}\n</details>"),
+            code(f'#| hide\nassert check_{n}({2 + n}) == "right" and refused(check_{n}(0))')]
+
+
+def lesson(*parts):
+    """`## Exercises` with these cells, between two other headings, all folded as they are when they are written."""
+    cells = [md("# A lesson"), md("## The idea"), md(f"## Exercises\n\n{exercises.INTRODUCTION}"),
+             *(cell for part in parts for cell in part), md("## Further reading")]
+    for cell in filter(tools.cells.is_unfolded, cells): tools.cells.fold(cell)
+    return cells
+
+
 def paper(*headings):
-    return [md("# A paper"), *(md(f"## {h}") for h in headings), *GOOD[1:], code("1", new_output("stream", text="1"))]
+    cells = []
+    for heading in headings:
+        cells += lesson(*map(exercise, (1, 2, 3)))[2:-1] if heading == "Exercises" else [md(f"## {heading}")]
+    return [md("# A paper"), *cells, *GOOD[1:], code("1", new_output("stream", text="1"))]
 
 
 def test_headings(project):
@@ -126,16 +147,73 @@ def test_headings(project):
     assert tools.check_notebook(save(path, *paper(*tools.PAPER[:5], "An aside", *tools.PAPER[5:]))) == []
     assert tools.check_notebook(save(path, *paper(*tools.PAPER[1:]))) == ["missing headings: Quick facts"]
     assert "out of order" in tools.check_notebook(save(path, *paper(*reversed(tools.PAPER))))[0]
-    in_code = [md("```\n## Quick facts\n```"), *(md(f"## {h}") for h in tools.PAPER[1:])]
-    assert tools.check_notebook(save(path, md("# A paper"), *in_code, *paper()[1:])) == [
-        "missing headings: Quick facts"]
-    assert tools.check_notebook(save(path, *paper(*tools.PAPER)[:-1])) == ["no outputs: run it"]
+    in_code = paper(*tools.PAPER[1:])
+    in_code.insert(1, md("```\n## Quick facts\n```"))
+    assert tools.check_notebook(save(path, *in_code)) == ["missing headings: Quick facts"]
+    without = [cell for cell in paper(*tools.PAPER) if not cell.get("outputs")]
+    assert "no outputs: run it" in tools.check_notebook(save(path, *without))
     lesson = project / "nbs/foundations/01_lesson.ipynb"
     assert tools.check_notebook(save(lesson, *paper(*tools.LESSON))) == []
     assert tools.check_notebook(save(lesson, *paper(*tools.PAPER))) == ["missing headings: The code"]
     by_badge = paper(*tools.LESSON)
     by_badge[0] = md("# A paper in another room\n\n[paper](https://example.org)")
     assert "The loss" in tools.check_notebook(save(project / "nbs/data/01_paper.ipynb", *by_badge))[0]
+
+
+def test_good_exercises_pass(project):
+    assert tools.check_notebook(save(project / "tutorials/a.ipynb", *lesson(*map(exercise, (1, 2, 3, 4))))) == []
+    assert exercises.wrong_exercises(GOOD) == []  # a notebook may have none
+
+
+def damaged(place, old, new):
+    """Three exercises; in the second, `old` became `new` in the cell at this place."""
+    parts = [exercise(n) for n in (1, 2, 3)]
+    cell = parts[1][place]
+    assert old in cell.source
+    cell.source = cell.source.replace(old, new)
+    return parts
+
+
+def answered():
+    parts = [exercise(n) for n in (1, 2, 3)]
+    parts[1][2] = code("check_2(4)", shown(text_plain="'right'"))
+    return parts
+
+
+TASK, CHECKER, OPEN, SOLUTION, PROOF = range(5)
+FAULTS = {"has 2 exercises, a lesson has at least 3": lambda: [exercise(1), exercise(2)],
+          "numbered [1, 3, 3]": lambda: damaged(TASK, "2.", "3."),
+          "exercise 2 has no checker": lambda: damaged(CHECKER, "def check_2", "def check"),
+          "check_2 lacks `@checker`": lambda: damaged(CHECKER, "@checker\n", ""),
+          "check_2 has an assert without a message": lambda: damaged(CHECKER, ', "count on your fingers"', ""),
+          "check_2 stands open": lambda: damaged(CHECKER, "#| hide\n", ""),
+          "exercise 2 has no open cell that calls check_2": lambda: damaged(
+              OPEN, "answer = ", "#| hide\nanswer = "),
+          "exercise 2 has no folded cell that asserts": lambda: damaged(PROOF, " and refused(check_2(0))", ""),
+          "must come as checker, open cell, solution, proof": lambda: [
+              exercise(1), [exercise(2)[i] for i in (TASK, OPEN, CHECKER, SOLUTION, PROOF)], exercise(3)],
+          "exercise 2 has no `<details><summary>Solution": lambda: damaged(SOLUTION, "Solution", "Hint"),
+          "use answer from an open cell": lambda: damaged(PROOF, "check_2(4)", "check_2(answer)"),
+          "exercise 2 is answered already": answered}
+
+
+@pytest.mark.parametrize("said", FAULTS)
+def test_faults_of_exercises_are_found(project, said):
+    found = tools.check_notebook(save(project / "tutorials/a.ipynb", *lesson(*FAULTS[said]())))
+    assert any(said in f for f in found), found
+
+
+def test_a_notebook_of_a_trainer_builds_its_loss_from_blank(project):
+    path, parts = project / "nbs/offline/01_sft.ipynb", [exercise(n) for n in (1, 2, 3)]
+    assert any("Build it" in f for f in tools.check_notebook(save(path, *lesson(*parts))))
+    parts[2][0].source = "**3. Build it.** How much is two and three?"
+    assert not any("Build it" in f for f in tools.check_notebook(save(path, *lesson(*parts))))
+
+
+def test_the_protocol_is_told_where_exercises_begin(project):
+    cells = lesson(*map(exercise, (1, 2, 3)))
+    cells[2] = md("## Exercises")
+    assert "must begin with the sentences" in tools.check_notebook(save(project / "tutorials/a.ipynb", *cells))[0]
 
 
 def test_build_run_and_text_go_round(project):

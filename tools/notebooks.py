@@ -32,6 +32,7 @@ from pathlib import Path
 import nbformat
 
 import cells
+import exercises
 import stamps
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,8 +45,8 @@ PAPER = ["Quick facts", "The idea", "The objective", "The derivation", "The loss
          "Run it", "What to watch", "Exercises", "Further reading"]
 LESSON = ["Quick facts", "The idea", "The derivation", "The code", "Checks", "Explore", "Exercises", "Further reading"]
 PAPER_ROOMS = {"offline", "online", "reward", "distillation"}
-# The papers that introduce a trainer. Each also holds the whole method as one plain loop, and a cell which asserts that
-# the loop takes the trainer's step.
+# The papers that introduce a trainer. Each also holds the whole method as one plain loop, a cell which asserts that
+# the loop takes the trainer's step, and an exercise that builds the loss from blank.
 ONE_PAGE = "The method on one page"
 INTRODUCE_A_TRAINER = {"offline/01_sft", "offline/03_dpo", "online/01_grpo", "online/10_rloo"}
 
@@ -329,9 +330,13 @@ def unchecked_functions(nb) -> list[str]:
     return missing
 
 
+def introduces_a_trainer(path: Path) -> bool:
+    return any(path.match(f"nbs/{name}.ipynb") for name in INTRODUCE_A_TRAINER)
+
+
 def bad_headings(path: Path, nb) -> list[str]:
     want, have = expected_headings(path, nb), headings(nb)
-    page = [ONE_PAGE] if any(path.match(f"nbs/{name}.ipynb") for name in INTRODUCE_A_TRAINER) else []
+    page = [ONE_PAGE] if introduces_a_trainer(path) else []
     if missing := [h for h in want + page if h not in have]:
         return [f"missing headings: {', '.join(missing)}"]
     found = [h for h in have if h in want]
@@ -363,6 +368,7 @@ def check_notebook(path: Path) -> list[str]:
     if exports and not any("assert" in c.source for c in code if not is_export(c)):
         bad.append("exports code but asserts nothing")
     bad += cells.wrong_cells(code)
+    bad += exercises.wrong_exercises(nb.cells, introduces_a_trainer(path))
     if not is_as_run(nb):
         bad.append("edited after its last run: `python tools/notebooks.py run` it")
     bad += bad_cells(code)
