@@ -94,6 +94,16 @@ def test_eos_is_a_label_where_it_is_the_pad_token(config):
     assert batch["mask"].gather(1, ends[:, None]).all()
 
 
+def test_a_model_stops_at_the_eos_that_it_is_trained_on(config):
+    tokenizer = pocket.tokenizer()
+    other = next(token for token in tokenizer.get_vocab() if token not in (tokenizer.eos_token, tokenizer.pad_token))
+    was = tokenizer.eos_token_id
+    trainer = made("sft", config, tokenizer=tokenizer, eos_token=other)
+    eos = tokenizer.get_vocab()[other]
+    assert trainer.train_dataset[0]["input_ids"][-1] == trainer.model.config.eos_token_id == eos
+    assert trainer.model.generation_config.eos_token_id == [eos, was]
+
+
 # ---------------------------------------------------------------- settings as attributes
 SHOWN = {
     "sft": dict(aux_loss_enabled=False, router_aux_loss_coef=0),

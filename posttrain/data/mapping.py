@@ -179,7 +179,7 @@ def without_format(
         raise ValueError(
             f"{who} cannot prepare a dataset with a transform (Dataset.with_transform): preparing reads each row once "
             "and stores what it read, so a random transform would be frozen. Apply the transform with Dataset.map "
-            "first, or let it tokenise and skip the preparation.")
+            "first, or let it make rows that are ready and set dataset_kwargs={'skip_prepare_dataset': True} (SFT).")
     return dataset.with_format(None)
 
 

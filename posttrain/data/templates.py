@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['CHATML', 'has_generation_markers', 'check_template', 'encode_chats', 'ends_of_turn', 'common_prefix_length',
            'split_prompts', 'apply_chat_template', 'maybe_apply_chat_template', 'load_chat_template',
-           'adopt_chat_template', 'resize_embeddings_to_tokenizer', 'clone_chat_template']
+           'adopt_chat_template', 'resize_embeddings_to_tokenizer', 'adopt_eos', 'clone_chat_template']
 
 # %% ../../nbs/data/02_templates.ipynb #3a7d7824
 import functools
@@ -319,6 +319,19 @@ def resize_embeddings_to_tokenizer(
         model.generation_config.eos_token_id = tokenizer.eos_token_id
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=resize_to_multiple_of)
+
+
+def adopt_eos(
+    model,      # its configs get the token; changed in place
+    tokenizer,  # whose end-of-sequence token the model learns to write
+):
+    "Let a model stop at the tokenizer's end of sequence, and at the tokens where it stopped before."
+    eos, generation = tokenizer.eos_token_id, getattr(model, "generation_config", None)
+    model.config.get_text_config().eos_token_id = eos
+    if generation is None: return
+    before = generation.eos_token_id
+    before = before if isinstance(before, list) else [] if before is None else [before]
+    if eos not in before: generation.eos_token_id = [eos, *before] if before else eos
 
 
 def clone_chat_template(

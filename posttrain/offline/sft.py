@@ -27,10 +27,11 @@ from ..data.formats import column_names, first_row
 from ..data.packing import PACKING_STRATEGIES, pack_dataset
 from ..data.prepare import prepare_sft
 from ..data.reading import TEXT, check_sft
+from ..data.templates import adopt_eos
 from ..foundations.masks import token_weights
 from ..training.card import NORMALISERS, Method
 from ..training.config import LengthFields, PostConfig, option
-from ..training.heads import completion_loss
+from ..training.heads import completion_loss, unwrapped
 from ..training.metrics import Mean
 from ..training.trainer import PostTrainer
 
@@ -108,6 +109,10 @@ class SFTTrainer(PostTrainer):
                              f"{', '.join(map(repr, row))}; leave skip_prepare_dataset out, or pass a data_collator")
 
     def before_preparing(self): self.adopt_tokens("eos_token", "pad_token")
+
+    def after_building(self):
+        if self.args.eos_token: adopt_eos(unwrapped(self.model), self.processing_class)
+        super().after_building()
 
     def prepare(self, dataset, name, training):
         args = self.args
