@@ -2542,6 +2542,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'posttrain.training.card.WritesCard.save_model': ( 'training/card.html#writescard.save_model',
                                                                                             'posttrain/training/card.py'),
                                          'posttrain.training.card._data': ('training/card.html#_data', 'posttrain/training/card.py'),
+                                         'posttrain.training.card._is_of_others': ( 'training/card.html#_is_of_others',
+                                                                                    'posttrain/training/card.py'),
                                          'posttrain.training.card._listed': ('training/card.html#_listed', 'posttrain/training/card.py'),
                                          'posttrain.training.card._origin': ('training/card.html#_origin', 'posttrain/training/card.py'),
                                          'posttrain.training.card.curve_table': ( 'training/card.html#curve_table',

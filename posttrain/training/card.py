@@ -36,13 +36,14 @@ NORMALISERS = {
     "sum": "the completions of the optimizer step; a completion's tokens are added up"}
 
 # %% ../../nbs/training/03f_card.ipynb #1011e84d
+_OURS = "trained with [posttrain](https://github.com/posttrain/posttrain)"
 TEMPLATE = """---
 {{ card_data }}
 ---
 
 # {{ facts.name }}
 
-{{ facts.origin }} It was trained with [posttrain](https://github.com/posttrain/posttrain) by {{ method.name }}.
+{{ facts.origin }} It was """ + _OURS + """ by {{ method.name }}.
 {%- if method.paper %} The method comes from [{{ method.title }}](https://arxiv.org/abs/{{ method.paper }}).{% endif %}
 
 ## Use it
@@ -183,10 +184,12 @@ class WritesCard:
         self._write_card(self.args.output_dir, model_name, dataset_name, tags, language, license)
 
     def save_model(self, output_dir=None, _internal_call=False):
-        "As transformers has it, and a model card beside the weights."
+        "As transformers has it, and a model card beside the weights, unless somebody else's README.md is there."
+        folder = output_dir or self.args.output_dir
+        keep = _is_of_others(os.path.join(folder, "README.md"))
         super().save_model(output_dir, _internal_call)
         # a checkpoint needs none, and `push_to_hub` writes one with what it was told
-        if not _internal_call and not self.args.push_to_hub: self._write_card(output_dir or self.args.output_dir)
+        if not _internal_call and not self.args.push_to_hub and not keep: self._write_card(folder)
 
     def _write_card(self, folder, model_name=None, dataset_name=None, tags=None, language=None, license=None) -> None:
         if not self.is_world_process_zero(): return
@@ -212,6 +215,12 @@ class WritesCard:
         state = self.state
         return (f"{state.global_step} optimizer steps, {state.num_input_tokens_seen:,} tokens read."
                 if state.global_step else "Nothing has been trained yet.")
+
+
+def _is_of_others(path: str) -> bool:
+    "Is there a page that no trainer here wrote?"
+    if not os.path.exists(path): return False
+    with open(path, encoding="utf-8", errors="replace") as file: return _OURS not in file.read()
 
 
 def _listed(names) -> list[str]:
