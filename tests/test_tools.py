@@ -37,7 +37,8 @@ def project(tmp_path, monkeypatch):
     (tmp_path / "pyproject.toml").write_text(
         '[project]\nname = "toy"\nversion = "0"\n[tool.nbdev]\nlib_path = "toy"\nnbs_path = "nbs"\n'
         'update_pyproject = false\nput_version_in_init = false\nallowed_metadata_keys = ["posttrain"]\n'
-        'allowed_cell_metadata_keys = ["jupyter", "cellView"]\n')
+        'allowed_cell_metadata_keys = ["jupyter", "cellView"]\n'
+        'allowed_out_metadata_keys = ["image/png"]\n')
     for folder in ("nbs", "toy", "tutorials"): (tmp_path / folder).mkdir()
     (tmp_path / "toy" / "__init__.py").touch()
     for name, value in dict(ROOT=tmp_path, NBS=tmp_path / "nbs", PACKAGE=tmp_path / "toy").items():
@@ -95,6 +96,42 @@ def test_what_is_hidden_is_folded_when_it_is_written(project):
     tools.write(tools.read(path), path)
     assert tools.read(path).cells[-1].metadata == {"cellView": "form", "jupyter": {"source_hidden": True}}
     assert not any("folded" in found for found in tools.check_notebook(path))
+
+
+FIG_ALT = "The loss of a run against the step: it falls, quickly at first, and then stays where it is."
+
+
+def test_a_directive_says_what_is_folded(project):
+    drawn = code("#| code-fold: true\nax.plot(x)")
+    assert any("not folded" in found for found in tools.cells.wrong_cells([drawn]))
+    tools.write(tools.read(save(project / "nbs/a.ipynb", *GOOD, drawn)), project / "nbs/a.ipynb")
+    written = tools.read(project / "nbs/a.ipynb").cells[-1]
+    assert written.metadata == {"cellView": "form", "jupyter": {"source_hidden": True}}
+    assert tools.cells.wrong_cells([written]) == []
+    written.source = "ax.plot(x)"  # folded, and nothing says so
+    assert any("is folded, but" in found for found in tools.cells.wrong_cells([written]))
+
+
+@pytest.mark.parametrize("source, kind, said", [
+    ("plot()", "image_png", "has no text"), ("#| fig-alt: \"A plot.\"\nplot()", "image_png", "has 7 letters"),
+    (f"#| fig-alt: \"{FIG_ALT}\"\nplot()", "image_png", "saved without its #| fig-alt"),
+    (f"#| fig-alt: \"{FIG_ALT}\"\nplot()", "image_svg+xml", "display posttrain.explore.svg.Picture"),
+    ("plot()", "text_html", "no alt text")])
+def test_a_picture_says_what_it_shows(source, kind, said):
+    picture = code(source, shown(**{kind: "<img src='data:image/png;base64,AA'>" if kind == "text_html" else PNG}))
+    assert any(said in found for found in tools.cells.wrong_cells([picture])), tools.cells.wrong_cells([picture])
+
+
+def test_the_text_of_a_picture_reaches_a_reader(project):
+    "Written beside the picture, kept by nbdev's cleaner, and read by nbconvert."
+    from nbconvert import HTMLExporter
+    path = save(project / "nbs/a.ipynb", *GOOD, code(f'#| fig-alt: "{FIG_ALT}"\nplot()', shown(image_png=PNG)))
+    tools.write(tools.read(path), path)
+    nb = tools.read(path)
+    assert nb.cells[-1].outputs[0].metadata == {"image/png": {"alt": FIG_ALT}}
+    assert tools.cells.wrong_cells(nb.cells[-1:]) == []
+    page, _ = HTMLExporter(template_name="classic").from_notebook_node(nb)
+    assert f'alt="{FIG_ALT}"' in page
 
 
 def test_an_assert_that_is_never_run_is_no_check(project):
@@ -302,17 +339,19 @@ def test_readme(project):
          code("#| echo: false\n#| fig-alt: a dot\ndraw()", shown(image_png=PNG, text_plain="<Figure>")),
          code("#| echo: false\ntable()", shown(text_markdown="| [a](rooms/a.ipynb) |")),
          code("#| echo: false\nlive()", shown(text_html="<b>", text_plain="<HTML object>")),
-         code("#| echo: false\nSVG()", new_output("display_data", data={"image/svg+xml": "<svg/>"})))
+         code("#| echo: false\nPicture()", shown(text_html="".join(
+             f'<img alt="{words}" src="data:image/svg+xml;base64,PHN2Zy8+">' for words in ("one &amp; a", "two")))))
     missing = {f.split(":")[0] for f in tools.readme(check_only=True)}
-    assert missing == {"README.md", "nbs/images/index-0.png", "nbs/images/index-1.svg"}
+    assert missing == {"README.md", *(f"nbs/images/index-{name}" for name in ("0.png", "1.svg", "2.svg"))}
     assert not (project / "README.md").exists(), "a check must not write"
     tools.readme()
     text = (project / "README.md").read_text()
     assert "[a room](nbs/rooms/a.ipynb), [how](HOW.md#there), [out](https://example.org/b)" in text
     assert "| [a](nbs/rooms/a.ipynb) |" in text
     assert "```python\nanswer = 42\nprint(answer)\n```\n\n```\n42\n43\n```" in text
-    assert "![a dot](nbs/images/index-0.png)" in text and "![figure](nbs/images/index-1.svg)" in text and (
-        project / "nbs/images/index-1.svg").read_text() == "<svg/>"
+    assert "![a dot](nbs/images/index-0.png)" in text
+    assert "![one & a](nbs/images/index-1.svg)\n![two](nbs/images/index-2.svg)" in text
+    assert (project / "nbs/images/index-2.svg").read_text() == "<svg/>"
     assert not any(word in text for word in ("secret", "hidden", "draw()", "table()", "HTML object", "Figure>"))
     assert tools.readme(check_only=True) == []
 

@@ -97,7 +97,10 @@ def pictures_of(cell) -> list[tuple]:
 
 
 def describe(cell) -> None:
-    """Write the cell's `#| fig-alt: ...` beside its pictures, where nbconvert reads it. Quarto reads the directive."""
+    """Write the cell's `#| fig-alt: ...` beside its pictures.
+
+    Quarto reads the directive, nbconvert's classic template and nbsphinx read what is written here. JupyterLab 4 and
+    nbconvert's template `lab` read no text for an image/png at all."""
     text = directive(cell.source, "fig-alt")
     for out, kind in pictures_of(cell) if text else []:
         out.metadata[kind] = {"alt": text}
