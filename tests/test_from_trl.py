@@ -151,6 +151,24 @@ def test_ratios_of_sequences_warn_of_losses_of_tokens(loss_type, warned, config,
     assert any("set loss_type='grpo'" in str(w.message) for w in recwarn) == warned
 
 
+@pytest.mark.parametrize("method", ["grpo", "rloo"])
+def test_cast_lm_head_to_fp32_scores_policy_and_reference_in_float32(method, config):
+    """In bfloat16 the policy's and the reference's log-probs are then no longer multiples of a rounding step."""
+    from posttrain.training.heads import completion_logps
+    model = pocket.model(seed=0).to(torch.bfloat16)
+    trainer = made(method, config, model, cast_lm_head_to_fp32=True, beta=.1)
+    generation = trainer.generate(list(trainer.train_dataset)[:2], [0, 1], 1)
+    batch = generation.batch()
+    counted = batch["mask"] != 0
+    policy, reference = completion_logps(model, batch)["logps"], trainer.reference.logps(batch)
+    assert torch.allclose(policy, reference, atol=1e-6) and (policy[counted] < 0).all()
+    states = model.get_input_embeddings().weight.dtype
+    assert states == torch.bfloat16, "the weights stay as they are"
+    plain = completion_logps(pocket.model(seed=0).to(torch.bfloat16), batch)["logps"]
+    assert not torch.equal(policy, plain) and torch.allclose(policy, plain, atol=.05)
+    trainer.train()
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_images_are_refused(method, config):
     trainer, config_class, columns, own, always = METHODS[method]

@@ -27,9 +27,6 @@ class TRLFields:
     vllm_group_port: int = option(
         51216, "Accepted for TRL's configs: weights reach vLLM without a process group.", low=1, high=65535)
     log_multimodal: bool = option(True, "Accepted for TRL's configs: prompts are text.")
-    cast_lm_head_to_fp32: bool = option(
-        False, "A head in float32.", refused="log-probs are summed in float32 anyway; load the model in float32 for a "
-        "head in float32")
     ds3_gather_for_generation: bool = option(
         True, "Whole weights for a sampler.", refused="the sampler reads whole weights; use FSDP or vLLM for models "
         "beyond one GPU")
@@ -125,6 +122,9 @@ class OnlineConfig(TRLFields, VLLMFields, PostConfig):
     mask_truncated_completions: bool = option(
         False, "Leave out completions that were cut at max_completion_length (DAPO's overlong filtering).")
     # the model
+    cast_lm_head_to_fp32: bool = option(
+        False, "Score tokens with the output layer in float32, also in half or mixed precision. The weights stay as "
+        "they are, and so does the sampler.")
     disable_dropout: bool = option(
         False, "Switch dropout off, so that the policy that learns is the one that sampled.")
     # logs

@@ -20,6 +20,7 @@ from .sampling import Engine
 from .score import Rewards
 from .stages import Stages, weighted
 from .stream import Prompts, RolloutStream, Rounds, completion_seeds
+from ..training.heads import use_float32_head
 from ..training.references import disable_dropout, has_dropout
 from ..training.trainer import PostTrainer
 from ..training.with_reference import WithReference
@@ -89,6 +90,8 @@ class OnlineTrainer(Stages, ReadsPrompts, WithReference, PostTrainer):
     def after_building(self):
         args = self.args
         if self.needs_reference(): self.add_reference()
+        if args.cast_lm_head_to_fp32:
+            for model in filter(None, (self.model, self.ref_model)): use_float32_head(model)
         if args.disable_dropout: disable_dropout(self.model)
         if args.log_completions: self.add_callback(CompletionsLog())
         if self.rewards: self.rewards.to(args.device)

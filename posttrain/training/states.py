@@ -27,6 +27,7 @@ class HeadSpec:
     hidden_size: int        # H
     masked_rows: bool       # may a row hold several sequences (flat, shared)?
     why_not: str = ""       # if not: the reason
+    in_float32: bool = False  # is the head applied in float32, whatever the precision of the model?
 
     @classmethod
     def of(
@@ -150,6 +151,11 @@ class States:
         logits, softcap = F.linear(hidden.to(self.weight.dtype), self.weight, self.bias), self.spec.softcap
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self.spec.logit_scale
         return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+    def in_float32(self) -> "States":
+        "The same in float32 or better, so that logits are not rounded before they are compared."
+        def wide(t): return None if t is None else t.to(torch.promote_types(t.dtype, torch.float32))
+        return States(wide(self.hidden), wide(self.weight), wide(self.bias), self.spec, self.layout)
 
     def detach(self) -> "States":
         "The same without gradients: a teacher's."
