@@ -118,7 +118,7 @@ def _one_line(name: str, xs: list, ys: list) -> str:
     return (f"{name}: {short(b)} at {short(a)}, {short(d)} at {short(c)}, "
             f"lowest {short(min(values))}, highest {short(max(values))}{gaps}.")
 
-# %% ../../nbs/explore/01_svg.ipynb #a31026c4
+# %% ../../nbs/explore/01_svg.ipynb #765e672e
 def bar_plot(
     labels,  # (N,) names of the groups of bars
     series: dict,  # name -> (N,) heights; NaN leaves a bar out
@@ -143,12 +143,23 @@ def bar_plot(
     every = math.ceil(max([LETTER * len(t) + 6 for t in labels], default=1) / slot)
     axes.xticks = axes.xticks[::every]  # labels that would overlap are left out
     thick = 0.8 * slot / max(1, len(groups))
-    write = values if values is not None else thick >= 26
+    write = values if values is not None else thick >= _widest(groups, thick)
     bars = [bar for i, heights in enumerate(groups.values()) for k, v in enumerate(heights) if math.isfinite(v)
             for bar in _bar(axes, axes.left + (k + 0.1) * slot + i * thick, thick, v, PALETTE[i % 7], write)]
     base = axes.y(_within(axes.ylim, 0.0))
     zero = element("line", x1=axes.left, x2=axes.right, y1=base, y2=base, stroke=FAINT)
     return axes.figure([*axes.frame(), *bars, zero], _bar_words(labels, groups, ylabel) if desc is None else desc)
+
+
+def _digits(v: float, thick: float) -> str:
+    "The height of a bar, shorter on a thin one."
+    return short(v, 3 if thick >= 34 else 2)
+
+
+def _widest(groups: dict, thick: float) -> float:
+    "How wide a bar must be, so that no height that is written on one reaches the next."
+    written = [_digits(v, thick) for heights in groups.values() for v in heights if math.isfinite(v)]
+    return max([26.0, *(6.5 * len(digits) for digits in written)])
 
 
 def _with_zero(groups: dict) -> tuple[float, float]:
@@ -169,8 +180,7 @@ def _bar(axes: Axes, x: float, thick: float, v: float, fill: str, write: bool) -
     bar = element("rect", x=x, y=min(base, end), width=thick * 0.94, height=abs(base - end), fill=fill)
     if not write:
         return [bar]
-    digits = short(v, 3 if thick >= 34 else 2)
-    return [bar, text(x + thick * 0.47, end - 3 if v >= 0 else end + 11, digits, "middle", 11)]
+    return [bar, text(x + thick * 0.47, end - 3 if v >= 0 else end + 11, _digits(v, thick), "middle", 11)]
 
 
 def _bar_words(labels, groups, ylabel) -> str:
