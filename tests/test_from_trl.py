@@ -14,6 +14,7 @@ from posttrain import (
     SFTTrainer,
     pocket,
 )
+from posttrain.data.templates import encode_chats
 
 ONLINE = dict(num_generations=4, max_completion_length=8)
 
@@ -244,3 +245,22 @@ def test_the_card_of_an_adapter_and_of_a_resumed_run(config, tmp_path):
     assert about["library_name"] == "peft" and about["base_model_relation"] == "adapter"
     assert about["datasets"] == ["me/sums", "me/products"]
     assert "| 1 | " in card.text and "| 2 | " in card.text and "an adapter for [me/base]" in card.text
+
+
+TOOLS_END_OTHERWISE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content or '' }}"
+    "{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}<|tool|>{% else %}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+
+
+def test_a_turn_that_ends_in_another_way_is_not_taken_with_the_next_ones():
+    """Without markers the end of a call must be known: what a tool said is never trained on."""
+    tokenizer = pocket.tokenizer()
+    tokenizer.chat_template = TOOLS_END_OTHERWISE
+    ask, answer = {"role": "user", "content": "3+4="}, {"role": "assistant", "content": "7"}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {
+        "name": "add", "arguments": {}}}]}
+    (ids,), (mask,) = encode_chats(tokenizer, [[ask, answer]], assistant_masks=True)
+    assert tokenizer.decode([i for i, on in zip(ids, mask) if on]) == "7<|end|>"
+    with pytest.raises(ValueError, match="message 1 cannot be found"):
+        encode_chats(tokenizer, [[ask, call, {"role": "tool", "content": "7"}, answer]], assistant_masks=True)

@@ -19,6 +19,7 @@ from posttrain import (
     SFTTrainer,
     pocket,
 )
+from posttrain.training.router import balance_function, router_coefficient
 
 TOKENIZER = pocket.tokenizer()
 SIZE = dict(vocab_size=len(TOKENIZER), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -171,3 +172,13 @@ def test_loss_and_gradient_equal_trl(case, config, trl):
     assert ("aux_loss" in mine) == ("aux_loss" in other) == (not case.endswith("off"))
     for key in {"loss", "grad_norm", "aux_loss"} & other.keys():
         assert abs(mine[key] - other[key]) <= 1e-5 * max(1, abs(other[key])), f"{key}: {mine[key]}, TRL {other[key]}"
+
+
+def test_a_dense_model_of_a_family_with_mixtures_has_no_such_loss():
+    from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM
+    config = GraniteMoeHybridConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, shared_intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, num_local_experts=0, mamba_n_heads=4, mamba_d_head=16,
+        layer_types=["attention"] * 2)
+    lm = GraniteMoeHybridForCausalLM(config)
+    assert balance_function(lm) is None and router_coefficient(lm) == 0

@@ -9,6 +9,7 @@ import gzip
 import json
 import lzma
 import textwrap
+import zlib
 from pathlib import Path
 
 from .arguments import DatasetConfig, DatasetMixtureConfig, ScriptArguments
@@ -96,7 +97,7 @@ def _lines(path: Path, flag):
         try: yield from lines
         except UnicodeDecodeError as e:
             raise ValueError(f"{flag} {path} is no text in UTF-8 ({e.reason}): write it again in this encoding") from e
-        except (OSError, EOFError, lzma.LZMAError) as e:
+        except (OSError, EOFError, lzma.LZMAError, zlib.error) as e:
             raise ValueError(f"{flag} {path}: its ending says {path.suffix[1:]}, but it cannot be unpacked: {e}") from e
 
 

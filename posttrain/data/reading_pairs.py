@@ -8,7 +8,16 @@ from .columns import asking_columns, joining_line, listed, unread_columns
 from .conversions import extract_prompt
 from .formats import dataset_type, first_row
 from .messages import looks_like_chat, short_repr, with_system
-from .reading import Reading, check_table, is_empty, refuse_media, say_odd, say_unread, some_rows
+from posttrain.data.reading import (
+    Reading,
+    check_table,
+    is_empty,
+    read_some,
+    refuse_media,
+    say_odd,
+    say_unread,
+    some_rows,
+)
 from .values import check_rows, read_rows
 
 # %% ../../nbs/data/01e_reading_pairs.ipynb #b629f951
@@ -102,8 +111,8 @@ _ODD_PAIRS = (  # what `say_odd` says of pairs
      "To leave them out: dataset = dataset.filter(lambda row: row['chosen'] != row['rejected'])"),
     (lambda row: is_empty(row["chosen"]) or is_empty(row["rejected"]), "an empty answer, of which only the end is "
      "learned", "To leave them out: dataset = dataset.filter(lambda row: row['chosen'] and row['rejected'])"),
-    (lambda row: "prompt" not in row and row["chosen"][:1] != row["rejected"][:1], "no prompt: there is no column "
-     "'prompt', and the two answers do not begin alike", "If there is one, give it in a column 'prompt'."),
+    (lambda row: not row["prompt"], "no prompt: it is empty, or there is no column 'prompt' and the two answers do not "
+     "begin alike", "If there is one, give it in a column 'prompt'."),
 )
 
 
@@ -120,7 +129,8 @@ def check_pairs(
     check_table(reading.dataset, reading.columns, place, read_pair_rows)
     if "prompt" in reading.columns:
         say_unread(reading, place)
-    for odd in _ODD_PAIRS: say_odd(some_rows(dataset, 1000), *odd, place)
+    rows = read_some(reading, place, read_pair_rows)
+    for odd in _ODD_PAIRS: say_odd(rows, *odd, place)
     one = {"ref_chosen_logps", "ref_rejected_logps"} & set(first_row(dataset))
     if len(one) == 1:
         raise ValueError(f"{place}: {listed(one)} is there without its twin: give the reference's log-probs of both "

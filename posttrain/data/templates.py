@@ -10,6 +10,7 @@ import functools
 import itertools
 import os
 import re
+import unicodedata
 
 from .formats import dataset_type, is_conversational, warn_once
 from .messages import looks_like_chat, plain_chat, without_none
@@ -154,22 +155,33 @@ def _found_masks(tokenizer, chats, ids, tools, template_kwargs) -> list[list[int
     return [_found_mask(tokenizer, ends, *row) for row in rows]
 
 
+def _end_of(message) -> str:
+    "The last characters of what an assistant says, without its thoughts, which templates leave out."
+    return _one_form((message.get("content") or "").rpartition("</think>")[2].strip())[-20:]
+
+
+def _one_form(text: str) -> str:
+    "Composed characters: tokenizers write them so or so."
+    return unicodedata.normalize("NFC", text)
+
+
 def _found_mask(tokenizer, ends, chat, ids, tools, template_kwargs) -> list[int]:
     "1 at the tokens from where the generation prompt ends to where the turn does, 0 elsewhere."
-    def prompt(messages):
-        return encode_chats(tokenizer, [messages], [tools], [template_kwargs], add_generation_prompt=True)[0]
+    def rendered(messages, **options):
+        return encode_chats(tokenizer, [messages], [tools], [template_kwargs], **options)[0]
     mask = [0] * len(ids)
     for i, message in enumerate(chat):
         if message["role"] != "assistant": continue
-        before = prompt(chat[:i]) if i else []
-        start = len(before)
-        stops = (place + len(end) for place in range(start, len(ids)) for end in ends
+        before = rendered(chat[:i], add_generation_prompt=True) if i else []
+        # a turn that ends in another way, such as a call of a tool, must not run on into the next ones
+        start, most = len(before), len(rendered(chat[:i + 1]))
+        stops = (place + len(end) for place in range(start, most) for end in ends
                  if ids[place:place + len(end)] == end)
         stop = next(stops, start)
-        said = (message.get("content") or "").strip()[-20:]
-        if not i or ids[:start] != before or said not in tokenizer.decode(ids[start:stop]):
+        is_there = start < stop <= most and _end_of(message) in _one_form(tokenizer.decode(ids[start:stop]))
+        if not i or ids[:start] != before or not is_there:
             raise _no_mask(tokenizer, f"message {i} cannot be found in the tokens: the template renders it differently "
-                                      "where other messages follow, or opens the turn in another way")
+                                      "where other messages follow, or begins or ends the turn in another way")
         mask[start:stop] = [1] * (stop - start)
     return mask
 

@@ -34,15 +34,17 @@ def rows_of(
 
 def _size(svg: str) -> tuple[float, float]:
     "Width and height from an SVG's first tag."
-    found = re.match(r'<svg [^>]*?width="([\d.]+)" height="([\d.]+)"', svg)
-    if not found:
-        raise ValueError("expected an SVG string made by this module (width and height in its first tag)")
-    return float(found[1]), float(found[2])
+    tag = re.search(r"<svg\b[^>]*>", svg)
+    found = [tag and re.search(rf'\b{name}="([\d.]+)(?:px|pt)?"', tag[0]) for name in ("width", "height")]
+    if not all(found):
+        raise ValueError("expected an SVG with a width and a height in its first tag, in pixels or points")
+    return float(found[0][1]), float(found[1][1])
 
 
 def _words(svg: str) -> str:
     "What it shows, escaped."
-    return re.search(r'aria-label="([^"]*)"', svg)[1]
+    found = re.search(r'aria-label="([^"]*)"', svg) or re.search(r"<title>(.*?)</title>", svg, re.S)
+    return found[1].strip() if found else "a picture"
 
 
 def _bare(svg: str) -> str:

@@ -6,8 +6,9 @@ __all__ = ['NORMALISERS', 'TEMPLATE', 'Method', 'Facts', 'hub_id', 'curve_table'
 
 # %% ../../nbs/training/03f_card.ipynb #3483e978
 import os
+import warnings
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -105,7 +106,7 @@ def hub_id(
     name: str | None,  # of a model or a dataset: an id, or a path
 ) -> str | None:
     "The name if it may be an id of the hub, and None for a folder of this machine, which nobody else can find."
-    return None if not name or is_path(name) or os.path.isdir(name) else name
+    return None if not name or is_path(name) or os.path.exists(name) or " " in name else name
 
 
 def curve_table(
@@ -139,7 +140,12 @@ def snippet(
 def versions_line() -> str:
     "The packages that a result depends on."
     names = ("posttrain", "transformers", "torch", "datasets", "tokenizers")
-    return ", ".join(f"{name} {version(name)}" for name in names)
+    return ", ".join(f"{name} {_version(name)}" for name in names)
+
+
+def _version(name: str) -> str:
+    try: return version(name)
+    except PackageNotFoundError: return "from its sources"
 
 
 def model_card(
@@ -189,17 +195,23 @@ class WritesCard:
         keep = _is_of_others(os.path.join(folder, "README.md"))
         super().save_model(output_dir, _internal_call)
         # a checkpoint needs none, and `push_to_hub` writes one with what it was told
-        if not _internal_call and not self.args.push_to_hub and not keep: self._write_card(folder)
+        if not _internal_call and not self.args.push_to_hub and not keep: self._card_or_warning(folder)
+
+    def _card_or_warning(self, folder) -> None:
+        "The weights are saved by now: nothing about the card may end the run, or leave other processes waiting."
+        try: self._write_card(folder)
+        except Exception as e: warnings.warn(f"no model card was written: {type(e).__name__}: {e}", stacklevel=4)
 
     def _write_card(self, folder, model_name=None, dataset_name=None, tags=None, language=None, license=None) -> None:
         if not self.is_world_process_zero(): return
         where, datasets = self.hub_model_id or os.fspath(folder), _listed(dataset_name)
         base, is_adapter = hub_id(getattr(self.model.config, "_name_or_path", "")), hasattr(self.model, "peft_config")
         method = self.method()
+        settings = {name: _cell(value) for name, value in {**method.values, **self._settings_of_run()}.items()}
         facts = Facts(
             name=model_name or os.path.basename(os.path.abspath(where)), origin=_origin(base, is_adapter),
             snippet=snippet(where, bool(self.processing_class.chat_template), is_adapter),
-            settings={**method.values, **self._settings_of_run()}, data=_data(datasets, self.data_columns),
+            settings=settings, data=_data(datasets, self.data_columns),
             run=self._run_in_words(), curve=curve_table(self.state.log_history), versions=versions_line())
         card = model_card(method, facts, base_model=base, is_adapter=is_adapter, datasets=datasets, tags=_listed(tags),
                           language=language, license=license)
@@ -219,8 +231,14 @@ class WritesCard:
 
 def _is_of_others(path: str) -> bool:
     "Is there a page that no trainer here wrote?"
-    if not os.path.exists(path): return False
+    if not os.path.isfile(path): return os.path.exists(path)
     with open(path, encoding="utf-8", errors="replace") as file: return _OURS not in file.read()
+
+
+def _cell(value) -> str:
+    "A value as a cell of a table shows it."
+    text = " ".join(str(value).split())
+    return text.replace("|", "\\|").replace("<", "&lt;")
 
 
 def _listed(names) -> list[str]:

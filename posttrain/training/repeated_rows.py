@@ -75,12 +75,12 @@ class CountsRowsOnce:
 
         accelerate deals a stream of many shards out shard by shard. That is for training alone, where a pass may end
         with the shortest (`KnowsItsPass`)."""
-        processes, training = self.args.world_size, description == "Training"
-        is_stream = processes > 1 and isinstance(dataset, IterableDataset) and not self.args.dataloader_num_workers
-        if is_stream and not (training and dataset.num_shards >= processes):
-            # logits are gathered from all processes, which then need as many rows
-            only_loss = training or description == "Evaluation" and self.compute_metrics is None
-            dataset = MarkedEnd(dataset, batch_size, self.args) if only_loss else RowByRow(dataset)
+        processes, workers = self.args.world_size, self.args.dataloader_num_workers
+        is_stream, training = processes > 1 and isinstance(dataset, IterableDataset), description == "Training"
+        if is_stream and not (training and (dataset.num_shards >= processes or workers)):
+            # logits are gathered from all processes, which then need as many rows; workers count their rows apart
+            marked = not workers and (training or description == "Evaluation" and self.compute_metrics is None)
+            dataset = MarkedEnd(dataset, batch_size, self.args) if marked else RowByRow(dataset)
         return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
 
     def own_rows(self, dataset, batch_size: int) -> int:

@@ -18,11 +18,21 @@ from .states import is_classifier
 _PARAMETERS = ["gate_logits", "num_experts", "top_k", "attention_mask"]
 
 
+def _experts(lm: nn.Module) -> tuple[int, int]:
+    "How many experts there are, and to how many of them a token goes; 0 where neither model nor config says."
+    config = lm.config.get_text_config()
+    def first(*names):
+        return next((value for name in names for place in (lm, config) if (value := getattr(place, name, None))), 0)
+    return first("num_experts", "num_local_experts"), first("num_experts_per_tok")
+
+
 def balance_function(
     lm: nn.Module,  # a model of transformers
 ) -> Callable | None:
     "transformers' load-balancing loss for this model; None where it has none."
     if is_classifier(lm) or not hasattr(lm.config.get_text_config(), "output_router_logits"): return None
+    experts, chosen = _experts(lm)
+    if experts < 2 or not chosen: return None  # a dense model of a family that also has mixtures
     function = getattr(sys.modules[type(lm).__module__], "load_balancing_loss_func", None)
     return function if function and [*inspect.signature(function).parameters] == _PARAMETERS else None
 
@@ -48,7 +58,10 @@ def summed_balance(
     times: Tensor,  # (R, L) how often each token counts, as in `foundations.layouts.Layout`
 ) -> Tensor:  # ()
     "The loss of these rows times their number of tokens. So the parts of a batch can be added up."
-    loss = balance_function(lm)(router_logits, lm.num_experts, lm.num_experts_per_tok, times)
+    if not router_logits:
+        raise ValueError(f"{type(lm).__name__} gives no router logits, from which its load-balancing loss is computed: "
+                         "set router_aux_loss_coef=0")
+    loss = balance_function(lm)(router_logits, *_experts(lm), times)
     return loss * times.sum()
 
 # %% ../../nbs/training/02a_router.ipynb #2b47c223
