@@ -23,7 +23,6 @@ from .command.loading import load_data
 from .command.needs import check_model, check_needs, explain
 from .command.pocket_files import PocketArguments, write_pocket
 from .training.arguments import never_fail_to_print
-from .training.card import hub_id
 from .training.fields import closest
 
 _all_ = ["demo", "demo_config", "load_data", "ScriptArguments", "RewardArguments"]
@@ -66,7 +65,9 @@ def train(
     running.train(resume_from_checkpoint=args.resume_from_checkpoint)
     running.save_model()
     print(f"saved in {args.output_dir}")
-    if args.push_to_hub: running.push_to_hub(dataset_name=hub_id(script.dataset_name))
+    if args.push_to_hub:
+        from posttrain.training.card import hub_id
+        running.push_to_hub(dataset_name=hub_id(script.dataset_name))
     return running
 
 
