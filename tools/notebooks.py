@@ -38,7 +38,7 @@ import stamps
 ROOT = Path(__file__).resolve().parent.parent
 NBS, PACKAGE = ROOT / "nbs", ROOT / "posttrain"
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
-MAX_OUTPUT_KB = 600  # a notebook larger than this is slow to open on GitHub and in Colab
+MAX_OUTPUT_KB = 750  # a notebook larger than this is slow to open on GitHub and in Colab
 
 # The headings that a reader may rely on, in order. A paper has all of them, a lesson on foundations the second list.
 PAPER = ["Quick facts", "The idea", "The objective", "The derivation", "The loss", "Checks", "Explore", "The trainer",
