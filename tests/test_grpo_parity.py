@@ -626,6 +626,7 @@ def our_loss(monkeypatch, accelerator, args, x, mask, sampler):
     monkeypatch.setattr("posttrain.online.grpo_trainer.completion_logps", lambda *a, **k: answer)
     own = {k: v for k, v in args.items() if k.split("_")[0] == args["loss_type"]}
     self.args = SimpleNamespace(**args, gradient_accumulation_steps=2, options_of=lambda f: own)
+    self.args.clip_range = GRPOConfig.clip_range.fget(self.args)
     self.args.limits = functools.partial(GRPOConfig.limits, self.args)
     self.model, self.accelerator, self.sampler_is_exact = SimpleNamespace(training=True), accelerator, False
     self.callback_handler = SimpleNamespace(callbacks=[])
