@@ -6,6 +6,8 @@ import ast
 import re
 import symtable
 
+from cells import directive
+
 AT_LEAST = 3
 # What stands under the heading: the whole protocol, as a learner has to know it.
 INTRODUCTION = ("Each exercise has an open cell. Replace the `...` there, or repair the code, and run the cell: "
@@ -24,8 +26,9 @@ def has_heading(cell, name: str = ".+") -> bool:
     return cell.cell_type == "markdown" and bool(re.search(rf"^## {name}$", cell.source, re.M))
 
 
-def is_folded(cell) -> bool:
-    return bool(re.match(r"#\|\s*hide\b", cell.source))
+def is_hidden(cell) -> bool:
+    """Does it hold what a learner must not see at once? `tools/cells.py` folds it."""
+    return directive(cell.source, "hide") == ""
 
 
 def functions(cell) -> dict[str, ast.FunctionDef]:
@@ -56,7 +59,7 @@ def borrowed(cells: list) -> set[str]:
     code, found, open_names = [cell for cell in cells if cell.cell_type == "code"], set(), set()
     for cell in code:
         defined, used = names(cell)
-        if is_folded(cell): found |= used & open_names
+        if is_hidden(cell): found |= used & open_names
         else: open_names |= defined
     return found
 
@@ -89,8 +92,8 @@ def faults(cells: list, n: int) -> list[str]:
     name, code = f"check_{n}", [cell for cell in cells if cell.cell_type == "code"]
     defining = [cell for cell in code if name in functions(cell)]
     calls = [cell for cell in code if re.search(rf"\b{name}\(", cell.source) and cell not in defining]
-    answered = [cell for cell in calls if not is_folded(cell)]
-    proofs = [cell for cell in calls if is_folded(cell) and '== "right"' in cell.source and "refused(" in cell.source]
+    answered = [cell for cell in calls if not is_hidden(cell)]
+    proofs = [cell for cell in calls if is_hidden(cell) and '== "right"' in cell.source and "refused(" in cell.source]
     solutions = [cell for cell in cells if cell.cell_type == "markdown" and "<summary>Solution" in cell.source]
     told = f"exercise {n}"
     if not defining: return [f"{told} has no checker: a folded cell with `@checker` above `def {name}`"]
@@ -98,7 +101,7 @@ def faults(cells: list, n: int) -> list[str]:
     if not is_checker(check): bad.append(f"{name} lacks `@checker` (posttrain.explore.exercises)")
     if silent := [a.lineno for a in ast.walk(check) if isinstance(a, ast.Assert) and a.msg is None]:
         bad.append(f"{name} has an assert without a message that helps, in line {silent[0]} of its cell")
-    if not is_folded(defining[0]): bad.append(f"{name} stands open and may give the answer away: begin with #| hide")
+    if not is_hidden(defining[0]): bad.append(f"{name} stands open and may give the answer away: begin with #| hide")
     if not answered: bad.append(f"{told} has no open cell that calls {name}")
     if not proofs:
         bad.append(f"{told} has no folded cell that asserts {name}(the solution) == \"right\" and refused(...)")
