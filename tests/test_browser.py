@@ -309,25 +309,28 @@ def open_notebook(page, lab, name):
     page.wait_for_selector(".jp-Notebook .jp-Cell")
 
 
-def wait_for_kernel(page, lab):
-    "Until the page is connected to an idle kernel; before that, running a cell asks which kernel to take."
+def wait_for_kernel(page, lab, name):
+    """Until the page is connected to an idle kernel of this notebook; before that, running a cell asks which to take.
+
+    Kernels of notebooks that were open before are idle too, and still connected for a moment."""
     address, token, _ = lab
-    kernels, error = [], None
+    sessions, error = [], None
     for _ in range(300):
         try:
-            kernels = json.load(urllib.request.urlopen(f"{address}/api/kernels?token={token}", timeout=5))
+            sessions = json.load(urllib.request.urlopen(f"{address}/api/sessions?token={token}", timeout=5))
         except urllib.error.HTTPError as e:  # the server lists a kernel before its state is known, and answers 500
-            kernels, error = [], e
+            sessions, error = [], e
+        kernels = [session["kernel"] for session in sessions if session["path"] == name]
         if any(k["connections"] and k["execution_state"] == "idle" for k in kernels):
             page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]')
             return
         page.wait_for_timeout(100)
-    raise AssertionError(f"no idle kernel within 30 s: {kernels or error}")
+    raise AssertionError(f"no idle kernel of {name} within 30 s: {sessions or error}")
 
 
 def test_lab_live_slider_redraws(page, lab):
     open_notebook(page, lab, "live.ipynb")
-    wait_for_kernel(page, lab)
+    wait_for_kernel(page, lab, "live.ipynb")
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
     handle = page.locator(".jp-OutputArea .noUi-handle").first
@@ -379,7 +382,7 @@ def test_lab_dashboard_grows_in_place(page, lab):
     """GRPO: one picture for the whole run, redrawn; at the end it shows the last answers and what was sampled last,
     and the folder holds them."""
     open_notebook(page, lab, "run.ipynb")
-    wait_for_kernel(page, lab)
+    wait_for_kernel(page, lab, "run.ipynb")
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
     panels, seen = page.locator(".jp-OutputArea .pt-picture svg[role=img]"), set()
@@ -397,5 +400,5 @@ def test_lab_dashboard_grows_in_place(page, lab):
     assert len(seen) > 1
     assert page.locator(".jp-OutputArea .pt-picture").count() == 1
     assert page.locator(".jp-OutputArea pre", has_text="step 40/40").count() == 1
-    wait_for_kernel(page, lab)
+    wait_for_kernel(page, lab, "run.ipynb")
     assert (lab[2] / "out" / "dashboard.svg").exists()
