@@ -6,10 +6,10 @@ __all__ = ['prepare_sft', 'prepare_pairs', 'prepare_unpaired', 'prepare_steps']
 # %% ../../nbs/data/03c_prepare.ipynb #b35f3707
 from functools import partial
 
-from .conversions import maybe_extract_prompt, unpair_preference_dataset
 from .formats import column_names, first_row, require, warn_once
 from .mapping import Preparation, batch_of_one, naming_rows, prepare_dataset
 from .reading import TEXT, read_sft
+from .reading_answers import are_pairs, read_answers
 from .reading_pairs import read_pair_rows, read_pairs
 from .templates import check_template
 from posttrain.data.tokens import (
@@ -197,8 +197,17 @@ def prepare_pairs(
     return _prepare_sides(dataset, columns, tokenizer, ("chosen", "rejected"), keep, who, limit, num_proc, name)
 
 
+def _judge_sides(batch) -> dict[str, list]:
+    "Prepared pairs as answers: first the chosen ones of all rows, which were liked, then the rejected ones."
+    n = len(batch["prompt_ids"])
+    judged = {"prompt_ids": 2 * batch["prompt_ids"], "completion_ids": batch["chosen_ids"] + batch["rejected_ids"],
+              "label": [True] * n + [False] * n}
+    if "ref_chosen_logps" in batch: judged["ref_logps"] = batch["ref_chosen_logps"] + batch["ref_rejected_logps"]
+    return judged
+
+
 def prepare_unpaired(
-    dataset,    # Dataset or IterableDataset of unpaired preferences, or of pairs, which are taken apart
+    dataset,    # Dataset or IterableDataset of judged answers, or of pairs, which are taken apart
     tokenizer,  # with an end-of-sequence token
     *,
     max_length: int = 1024,                # tokens of the prompt with the completion, TRL's default; None: no limit
@@ -209,15 +218,11 @@ def prepare_unpaired(
     who: str = "KTOTrainer",               # who asks, for messages
 ):  # a dataset with `prompt_ids`, `completion_ids`, `label` and what is kept
     "Prepare single answers with a verdict. Raises as `prepare_sft` does."
-    row = first_row(dataset, who)
-    if {"chosen", "rejected"} <= set(row):
-        if "prompt" not in row:
-            dataset = dataset.map(maybe_extract_prompt)
-        dataset = unpair_preference_dataset(dataset)
-    tokenised = {"prompt_ids", "completion_ids"} <= set(first_row(dataset))
-    columns = ("prompt_ids", "completion_ids") if tokenised else ("prompt", "completion")
-    require(dataset, *columns, "label", who=who)
     limit = dict(max_length=max_length, truncation_mode=truncation_mode)
+    if are_pairs(first_row(dataset, who)):
+        pairs = prepare_pairs(dataset, tokenizer, **limit, num_proc=num_proc, name=name, who=who)
+        return pairs.map(_judge_sides, batched=True, remove_columns=column_names(pairs))
+    dataset, columns = read_answers(dataset, who, name)
     return _prepare_sides(dataset, columns, tokenizer, ("completion",), ("label", *keep), who, limit, num_proc, name)
 
 # %% ../../nbs/data/03c_prepare.ipynb #e3f146b9

@@ -25,7 +25,7 @@ def _is_texts(value):
 
 
 def _is_flag(value):
-    return isinstance(value, (bool, int)) and value in (0, 1)
+    return isinstance(value, numbers.Real) and value in (0, 1)
 
 
 def _is_flags(value):

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['MARGIN_LOSSES', 'LABEL_NOISE', 'margin_loss', 'preference_probability', 'bradley_terry_loss', 'optimal_policy',
-           'implicit_reward', 'split_pairs', 'identity', 'Pairs']
+           'implicit_reward', 'split_pairs', 'identity', 'Pairs', 'Judged']
 
 # %% ../../nbs/foundations/07_preferences.ipynb #b70d8de4
 from collections.abc import Callable
@@ -181,3 +181,25 @@ class Pairs:
     @property
     def margin_per_token(self) -> Tensor:  # (P,) difference of the scores per token of their own answer
         return self.chosen_scores / self.chosen_lengths - self.rejected_scores / self.rejected_lengths
+
+# %% ../../nbs/foundations/07_preferences.ipynb #3aecd66d
+@dataclass
+class Judged:
+    "A batch of answers that were judged one by one, as a loss sees it. Log-probs in half precision become float32."
+
+    logps: Tensor       # (B,) log-probs under the policy, summed over their tokens
+    ref_logps: Tensor   # (B,) the same under the reference
+    label: Tensor       # (B,) bool: was the answer liked?
+    shift: Tensor | float = 0.0  # log-ratio of an answer that is neither good nor bad, nats; no gradient
+
+    def __post_init__(self):
+        self.logps, self.ref_logps = (x.to(torch.promote_types(x.dtype, torch.float32))
+                                      for x in (self.logps, self.ref_logps))
+
+    @property
+    def logratios(self) -> Tensor: return self.logps - self.ref_logps
+
+    @property
+    def margin(self) -> Tensor:  # (B,) not yet times beta; above 0 where the policy agrees with the judge
+        above_zero = self.logratios - self.shift
+        return torch.where(self.label, above_zero, -above_zero)

@@ -6,16 +6,12 @@ __all__ = ['DPOConfig', 'DPOTrainer']
 # %% ../../nbs/offline/09_dpo_trainer.ipynb #6569ff12
 import math
 import warnings
-import weakref
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from accelerate.utils import gather_object
-from datasets import IterableDataset
-from torch import nn
 
-from ..data.formats import column_names
 from ..foundations.divergences import F_DIVERGENCES, f_score
 from posttrain.offline.preference_zoo import (
     OF_THE_BATCH,
@@ -28,16 +24,14 @@ from posttrain.offline.preference_zoo import (
     verbosity_weights,
 )
 from ..training.card import Method
-from ..training.config import LengthFields, PostConfig, ReferenceFields, option
-from ..training.heads import completion_logps, unwrapped
+from ..training.asks_reference import AsksReference
+from ..training.config import AnswerFields, PostConfig, PrecomputeFields, option
+from ..training.heads import completion_logps
 from ..training.pairs import PairTrainer, make_pairs
-from ..training.precompute import batches_of_first_pass, fingerprint, in_order, precompute_ref_logps
-from ..training.references import ModelReference, PrecomputedReference, disable_dropout, frozen
-from ..training.with_reference import WithReference
 
 
 @dataclass
-class DPOConfig(LengthFields, ReferenceFields, PostConfig):
+class DPOConfig(AnswerFields, PrecomputeFields, PostConfig):
     "What learning from pairs can be told; names and defaults are TRL's."
 
     learning_rate: float = option(1e-6, "Initial learning rate of AdamW.", low=0)
@@ -53,17 +47,6 @@ class DPOConfig(LengthFields, ReferenceFields, PostConfig):
     ld_alpha: float | None = option(
         None, "LD-DPO: what tokens beyond the shorter answer's length count; None: 1.", low=0, high=1)
     use_weighting: bool = option(False, "WPO: weigh each pair by how likely the policy is to write it.")
-    disable_dropout: bool = option(
-        True, "Switch dropout off, so that policy and reference differ only in what was learned.")
-    precompute_ref_log_probs: bool = option(
-        False, "Ask the reference once before training, keep its answers (cached on disk), and let it go.")
-    precompute_ref_batch_size: int | None = option(
-        None, "Pairs at a time while precomputing, in their order; None: in the batches of the first pass.", low=1)
-    padding_free: bool = option(
-        False, "Accepted for TRL's configs: rows are laid out without padding wherever the model can.")
-    pad_to_multiple_of: int | str | None = option(
-        "auto", "Accepted for TRL's configs: there is hardly any padding to align.", low=1)
-    pad_token: str | None = option(None, "Padding token; None: the tokenizer's.")
 
     def __post_init__(self):
         if isinstance(self.loss_type, str): self.loss_type = [self.loss_type]
@@ -95,12 +78,9 @@ class DPOConfig(LengthFields, ReferenceFields, PostConfig):
         if self.use_weighting and (other := [t for t in names if t in OF_THE_BATCH]):
             raise ValueError(f"use_weighting=True weighs pairs, but {other} take pairs apart to sort them: choose one "
                              "or the other")
-        if self.sync_ref_model and self.precompute_ref_log_probs:
-            raise ValueError("sync_ref_model=True moves the reference, precompute_ref_log_probs=True asks it only "
-                             "once: choose one or the other")
 
 # %% ../../nbs/offline/09_dpo_trainer.ipynb #c07ac050
-class DPOTrainer(WithReference, PairTrainer):
+class DPOTrainer(AsksReference, PairTrainer):
     """
     Direct preference optimisation (https://arxiv.org/abs/2305.18290) and its family. Call it as TRL's.
 
@@ -110,31 +90,9 @@ class DPOTrainer(WithReference, PairTrainer):
     """
 
     config_class = DPOConfig
+    ref_columns = ("ref_chosen_logps", "ref_rejected_logps")
     shown = ("beta", "loss_type", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef", "ld_alpha",
              "use_weighting", "precompute_ref_log_probs")
-
-    def __init__(self, model, ref_model=None, args=None, data_collator=None, train_dataset=None, eval_dataset=None,
-                 processing_class=None, compute_metrics=None, callbacks=None, optimizers=(None, None),
-                 optimizer_cls_and_kwargs=None, preprocess_logits_for_metrics=None, quantization_config=None,
-                 peft_config=None):
-        args = self.config_class.adopt(args)
-        self.note_reference(model, ref_model, args, peft_config)
-        # a model that the caller still has can be asked later, and one that nobody has needs no memory
-        self._ref_model_given = weakref.ref(ref_model) if isinstance(ref_model, nn.Module) else lambda: ref_model
-        self._policy_is_reference = ref_model is None
-        super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics,
-                         callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics,
-                         quantization_config, peft_config)
-        if isinstance(getattr(self.reference, "source", None), ModelReference):
-            self.reference.source = None  # it has said all that it will be asked, unless new data come
-
-    def check(self, dataset, name):
-        super().check(dataset, name)
-        if self.args.precompute_ref_log_probs and isinstance(dataset, IterableDataset):
-            raise ValueError(f"precompute_ref_log_probs=True asks about every row beforehand, but the {name} dataset "
-                             "is a stream: load it as a Dataset, or set it False")
-
-    def before_preparing(self): self.adopt_tokens("pad_token")
 
     def method(self):
         args = self.args
@@ -152,43 +110,6 @@ class DPOTrainer(WithReference, PairTrainer):
             {name: getattr(args, name) for name in ("beta", "label_smoothing", "ld_alpha", "use_weighting",
                                                     "max_length", "precompute_ref_log_probs", "sync_ref_model")})
 
-    # ------------------------------------------------ the reference
-    def after_building(self):
-        precompute = self.args.precompute_ref_log_probs
-        if precompute and self._given_reference is None and not hasattr(self.model, "peft_config"):
-            self.reference = ModelReference(self.model)  # it is asked only now, as it is: no copy
-        else: self.add_reference()
-        if precompute: self.reference = PrecomputedReference(self.reference)
-        if self.args.disable_dropout: disable_dropout(self.model)
-
-    def with_model(self, dataset, name):
-        args, columns = self.args, ("ref_chosen_logps", "ref_rejected_logps")
-        if not args.precompute_ref_log_probs or set(columns) <= set(column_names(dataset)): return dataset
-        source = self.reference.source or self._reference_again(name)
-        batches, precision = self._batches_to_ask(dataset, name), self.accelerator.mixed_precision
-        settings = source.settings()
-        # in half precision the shape of a batch shows in the numbers
-        if precision != "no" or unwrapped(self.model).dtype != torch.float32: settings += repr(batches)
-        key = f"{fingerprint(source.weights(), dataset, settings)}-{precision}"
-        with self.compute_loss_context_manager():
-            return precompute_ref_logps(
-                dataset, source.logps, self.data_collator, columns, batches=batches, process=args.process_index,
-                key=key, device=args.device, name=name, gather=gather_object)
-
-    def _reference_again(self, name):
-        "The reference, for data that come after the constructor. Raises ValueError where it is gone."
-        given = self._ref_model_given()
-        if given is not None: return ModelReference(frozen(given, self.args, self.accelerator))
-        if self._policy_is_reference and self.state.global_step == 0: return ModelReference(self.model)
-        raise ValueError("with precompute_ref_log_probs=True the reference is gone after the constructor: pass the "
-                         f"{name} dataset there, as eval_dataset, or pass ref_model as a path, which can be read again")
-
-    def _batches_to_ask(self, dataset, name):
-        "For each process the rows of its batches: as training or an evaluation reads them first."
-        args, size = self.args, self.args.precompute_ref_batch_size
-        if name == "train" and size is None: return batches_of_first_pass(self)
-        return in_order(range(len(dataset)), size or args.per_device_eval_batch_size, args.world_size)
-
     # ------------------------------------------------ one step
     def before_step(self, batches, totals):
         "Losses that sort compare across the whole step: ask it once beforehand, unless it is one batch on one process."
@@ -196,7 +117,7 @@ class DPOTrainer(WithReference, PairTrainer):
         if not sorting or self.evaluating or len(batches) * self.args.world_size == 1: return batches
         with torch.no_grad(), self.compute_loss_context_manager():
             batches = [self._prepare_inputs(batch) for batch in batches]
-            parts = [self.pairs(batch, completion_logps(self.model, batch)["logps"], self.reference.logps(batch),
+            parts = [self.answers(batch, completion_logps(self.model, batch)["logps"], self.reference.logps(batch),
                                 totals) for batch in batches]
         # a pair that a process repeats has no rank, and is compared with itself
         sizes = [0 if "repeated" in batch else len(pairs.chosen_logps) for batch, pairs in zip(batches, parts)]
@@ -215,7 +136,7 @@ class DPOTrainer(WithReference, PairTrainer):
         before = sum(len(by_process[r][0]) for r in range(rank))
         return rank_mates(*sides)[before:][:len(local[0])].to(self.args.device)
 
-    def pairs(self, batch, logps, ref_logps, totals):
+    def answers(self, batch, logps, ref_logps, totals):
         args = self.args
         score = partial(f_score, f_divergence_type=args.f_divergence_type, alpha=args.f_alpha_divergence_coef)
         weights = verbosity_weights(batch["mask"], args.ld_alpha)
@@ -226,7 +147,7 @@ class DPOTrainer(WithReference, PairTrainer):
         "One for each loss_type."
         return self.args.loss_weights or [1.0] * len(self.loss_type)
 
-    def pair_loss(self, pairs):
+    def answer_loss(self, pairs):
         losses = [PAIR_LOSSES[name] for name in self.loss_type]
         weighted = zip(losses, self.loss_weights)
         return sum(weight * loss(pairs, **self.args.options_of(loss)) for loss, weight in weighted)

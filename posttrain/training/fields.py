@@ -147,7 +147,7 @@ def check_value(
 ):  # the value, a whole float as an int
     "Raise TypeError for a value of another type, ValueError for one out of range."
     kinds = members(hint)
-    if limits["refused"] and value != default:
+    if limits["refused"] and value != default and value not in list(limits["also"]):
         raise ValueError(f"{name}={value!r} is not supported by {owner}, leave it {default!r}: {limits['refused']}")
     if value is None and (default is None or NoneType in kinds): return None
     _check_choice(owner, name, value, choices_of(limits, hint), kinds)
