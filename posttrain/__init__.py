@@ -10,6 +10,10 @@ from importlib import import_module as _import_module
 _HOMES = {
     "SFTTrainer": "offline.sft", "SFTConfig": "offline.sft",
     "DPOTrainer": "offline.dpo_trainer", "DPOConfig": "offline.dpo_trainer",
+    "KTOTrainer": "offline.kto_trainer", "KTOConfig": "offline.kto_trainer",
+    "BCOTrainer": "offline.bco_trainer", "BCOConfig": "offline.bco_trainer",
+    "CPOTrainer": "offline.cpo_trainer", "CPOConfig": "offline.cpo_trainer",
+    "ORPOTrainer": "offline.orpo_trainer", "ORPOConfig": "offline.orpo_trainer",
     "GRPOTrainer": "online.grpo_trainer", "GRPOConfig": "online.grpo_trainer",
     "RLOOTrainer": "online.rloo_trainer", "RLOOConfig": "online.rloo_trainer",
     # what scripts written for TRL import besides

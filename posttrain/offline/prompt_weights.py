@@ -57,7 +57,8 @@ class WeighsPrompts:
     @torch.no_grad()
     def _embed(self, prompt_ids: list[list[int]]) -> Tensor:
         texts = self.processing_class.batch_decode(prompt_ids)
-        tokens = self.embedding_tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+        tokens = self.embedding_tokenizer(texts, padding=True, truncation=True, add_special_tokens=False,
+                                          return_tensors="pt")
         return self.embedding_func(**{k: tokens[k].to(self.args.device) for k in ("input_ids", "attention_mask")}).cpu()
 
     def _weights(self, batch) -> dict[str, list[float]]:
