@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['kto', 'reference_point']
 
-# %% ../../nbs/offline/10_kto.ipynb #3f998711
+# %% ../../nbs/offline/10_kto.ipynb #5bcb8268
 import torch
 from torch import Tensor
 
@@ -21,7 +21,7 @@ def kto(
     weight = torch.where(answers.label, desirable_weight, undesirable_weight)
     return weight * torch.sigmoid(-beta * answers.margin)
 
-# %% ../../nbs/offline/10_kto.ipynb #aee91ac7
+# %% ../../nbs/offline/10_kto.ipynb #94108872
 def reference_point(
     logratios: Tensor,  # (n,) log-ratios of answers to other prompts, summed over their tokens
     count: Tensor | float | None = None,  # how many answers the sum is over, where it is the step's; None: n
