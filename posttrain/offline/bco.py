@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['SHIFTS', 'bco', 'halfway', 'running_mean']
 
-# %% ../../nbs/offline/11_bco.ipynb #2e95f4ca
+# %% ../../nbs/offline/11_bco.ipynb #7987b89e
 import torch
 from torch import Tensor
 
@@ -18,7 +18,7 @@ def bco(
     "Binary classifier optimisation (https://arxiv.org/abs/2404.04656): the logistic loss of reward minus delta."
     return margin_loss(beta * answers.margin, "logistic")
 
-# %% ../../nbs/offline/11_bco.ipynb #5260335a
+# %% ../../nbs/offline/11_bco.ipynb #f822eb09
 def halfway(
     sums: Tensor,    # (2,) sums of the rewards of liked and of disliked answers
     counts: Tensor,  # (2,) how many of each

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['simpo', 'alpha_reward']
 
-# %% ../../nbs/offline/12_simpo.ipynb #5620cc3d
+# %% ../../nbs/offline/12_simpo.ipynb #320b5bb1
 import torch
 from torch import Tensor
 
@@ -20,7 +20,7 @@ def simpo(
     "Simple preference optimisation (https://arxiv.org/abs/2405.14734, equation 6)."
     return margin_loss(beta * pairs.margin - simpo_gamma, "logistic", label_smoothing=label_smoothing)
 
-# %% ../../nbs/offline/12_simpo.ipynb #62e26d9e
+# %% ../../nbs/offline/12_simpo.ipynb #186a05f1
 def alpha_reward(
     logps: Tensor,  # (...) log-probs of answers, or their means per token
     alpha: float,   # 0: the log-prob itself
