@@ -175,6 +175,14 @@ class Resumable:
         if self.state.global_step < self.state.max_steps: return super()._run_epoch(*args, **kwargs)
         self.control.should_training_stop = True
 
+    def _issue_warnings_after_load(self, load_result):
+        "As transformers has it, but for weights that are tied to others: a file holds them once, so none is missing."
+        weights = dict(self.model.named_parameters(remove_duplicate=False))
+        absent = set(load_result.missing_keys)
+        loaded = {id(weight) for name, weight in weights.items() if name not in absent}
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if id(weights.get(name)) not in loaded]
+        super()._issue_warnings_after_load(load_result)
+
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None: return
