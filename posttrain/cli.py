@@ -80,7 +80,7 @@ def _tokenizer_of(model, args):
 
 # %% ../nbs/cli.ipynb #0b594758
 _OTHERS = {  # command -> what it does
-    "demo": "watch a small model learn, in about a minute on a CPU",
+    "demo": "watch a small model learn, in one minute to four on a CPU",
     "pocket": "write a small model and rows of its task, to try the other commands on",
 }
 _FIRST_STEPS = """posttrain demo                 # watch a model learn, and get a picture of it
