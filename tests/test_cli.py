@@ -177,7 +177,8 @@ def test_somebody_at_a_terminal_sees_that_it_has_begun(folder, capsys, monkeypat
     assert err.splitlines()[0].startswith("importing torch") and not quiet.startswith("importing")
 
 
-@pytest.mark.parametrize("name", ["./words.py:brevity", "words.py:brevity", "words.brevity", "{folder}/words.py:brevity"])
+@pytest.mark.parametrize("name", ["./words.py:brevity", "words.py:brevity", "words.brevity",
+                                  "{folder}/words.py:brevity"])
 def test_a_reward_is_found_however_its_file_is_written(name, folder, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(folder))
