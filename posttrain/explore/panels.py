@@ -137,12 +137,12 @@ def images(
     return _laid_out(svg, _image)
 
 # %% ../../nbs/explore/01_panels.ipynb #f5e63c31
-_UNWRAP = """<script>for (const img of document.querySelectorAll(".pt-picture img")) {
+_UNWRAP = """<script>for (const img of document.querySelectorAll(".pt-picture img")) try {
   const text = new TextDecoder().decode(Uint8Array.from(atob(img.src.split(",")[1]), c => c.charCodeAt(0)));
   const svg = new DOMParser().parseFromString(text, "image/svg+xml").documentElement;
   svg.querySelector("style").remove();
   img.replaceWith(svg);
-}</script>"""
+} catch (error) { console.warn("posttrain: a picture stays an image", error); }</script>"""
 
 
 class Picture:
