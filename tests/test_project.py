@@ -164,7 +164,7 @@ def cells_with_an_adapter():
         if line.startswith("posttrain ") and "--use_peft" in line: yield pytest.param(line, id="README.md")
 
 
-@pytest.mark.parametrize("code", cells_with_an_adapter())
+@pytest.mark.parametrize("code", list(cells_with_an_adapter()))
 def test_an_adapter_gets_ten_times_the_default_learning_rate(code):
     """The defaults are for training all weights, and LoRA hardly learns with them."""
     rates = {float(rate) for rate in re.findall(r"learning_rate[= ]([\d.e-]+)", code)}
