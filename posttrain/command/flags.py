@@ -76,10 +76,11 @@ def _holds(hint, kind) -> bool: return any((get_origin(k) or k) is kind for k in
 
 def make_parser(
     classes: Iterable[type],  # dataclasses
+    bare_file: bool = True,   # may the config file stand alone, without --config?
 ) -> argparse.ArgumentParser:
     "A parser that knows the fields of these classes as flags, and takes all values as text."
     parser = Silent(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.add_argument("FILE", nargs="?")
+    if bare_file: parser.add_argument("FILE", nargs="?")
     parser.add_argument("--config", dest="--config")
     known = _fields(classes)
     for name, (cls, _) in known.items():
@@ -106,11 +107,14 @@ def _split(parser, argv, known) -> tuple[dict, str | None]:
     return said, files[0] if files else None
 
 
-def _from_file(path, known) -> dict:
-    values = {ALIASES.get(name, name): value for name, value in read_file(path).items()}
+def _from_file(path) -> dict:
+    "The settings of a file by the names of their fields; nothing where there is no file."
+    return {ALIASES.get(name, name): value for name, value in read_file(path).items()} if path else {}
+
+
+def _refuse_unknown(path, values, known) -> None:
     if unknown := [name for name in values if name not in known]:
         raise ValueError(f"{path}: there is no setting {unknown[0]!r}.{closest(unknown[0], known)}")
-    return values
 
 
 def _value(value, cls, declared):
@@ -127,7 +131,13 @@ def parse(
     "Objects from flags and a config file. Raises ValueError and TypeError that name what is wrong."
     known = _fields(classes)
     said, file = _split(make_parser(classes), argv, known)
-    given = {**(_from_file(file, known) if file else {}), **said}
+    in_file = _from_file(file)
+    _refuse_unknown(file, in_file, known)
+    return _objects(classes, known, {**in_file, **said})
+
+
+def _objects(classes, known, given) -> tuple:
+    "One object of each class, with the values that were given, as text or as a file has them."
     values = {name: {} for name in classes}
     for name, value in given.items():
         cls, declared = known[name]
@@ -147,10 +157,23 @@ class TrlParser:
 
     def parse_args_and_config(
         self,
-        args: list[str] | None = None,  # default: those that the script was started with
-    ) -> tuple:  # one object of each class
+        args: Iterable[str] | None = None,  # default: those that the script was started with
+        return_remaining_strings: bool = False,  # also return what no class knows, instead of refusing it
+        fail_with_unknown_args: bool = True,     # False: settings of the file that no class knows are passed over
+    ) -> tuple:  # one object of each class, and with `return_remaining_strings` a list of words, the file's first
         "What the flags and the file of `--config` say. Raises as `parse` does."
-        return parse(self.classes, sys.argv[1:] if args is None else list(args))
+        argv, known = sys.argv[1:] if args is None else list(args), _fields(self.classes)
+        if return_remaining_strings:
+            said, words = make_parser(self.classes, bare_file=False).parse_known_args(argv)
+            said = vars(said)
+            file = said.pop("--config", None)
+        else: said, file, words = *_split(make_parser(self.classes), argv, known), []
+        in_file = _from_file(file)
+        if fail_with_unknown_args and not return_remaining_strings: _refuse_unknown(file, in_file, known)
+        left = {name: in_file.pop(name) for name in [*in_file] if name not in known}
+        made = _objects(self.classes, known, {**in_file, **said})
+        in_words = [word for name, value in left.items() for word in (f"--{name}", str(value))]
+        return (*made, in_words + words) if return_remaining_strings else made
 
 # %% ../../nbs/command/02_flags.ipynb #a4119087
 TITLES = {  # class that declares fields -> title of its group; other classes are a method's own

@@ -16,11 +16,11 @@ from .config import OnlineConfig
 from .generation import Generation
 from .prompts import ReadsPrompts
 from .sampler import make_sampler
-from .sampling import Engine
+from .sampling import Engine, ends_of_completion, eos_ids
 from .score import Rewards
 from .stages import Stages, weighted
 from .stream import Prompts, RolloutStream, Rounds, completion_seeds
-from ..training.heads import use_float32_head
+from ..training.heads import unwrapped, use_float32_head
 from ..training.references import disable_dropout, has_dropout
 from ..training.trainer import PostTrainer
 from ..training.with_reference import WithReference
@@ -95,7 +95,9 @@ class OnlineTrainer(Stages, ReadsPrompts, WithReference, PostTrainer):
         if args.disable_dropout: disable_dropout(self.model)
         if args.log_completions: self.add_callback(CompletionsLog())
         if self.rewards: self.rewards.to(args.device)
-        if not self.rollout_func: self.engine = self.make_engine()
+        if not self.rollout_func:
+            self._check_ends()
+            self.engine = self.make_engine()
         # with one's own loop in the trainer's precision its log-probs are the old policy's: nothing is computed again
         own_loop = self.engine is not None and not args.use_vllm
         in_float32 = next(self.model.parameters()).dtype == torch.float32
@@ -103,6 +105,11 @@ class OnlineTrainer(Stages, ReadsPrompts, WithReference, PostTrainer):
         # then the policy that learns is never quite the one that sampled
         self.forward_is_stochastic = args.neftune_noise_alpha is not None or has_dropout(self.model)
         if self.train_dataset is not None: self.stream = self.make_stream()
+
+    def _check_ends(self) -> None:
+        "Raise ValueError where a completion would end with a token that the model cannot write."
+        vocabulary = getattr(unwrapped(self.model).get_input_embeddings(), "num_embeddings", None)
+        ends_of_completion(eos_ids(self.model, self.processing_class), self.args.sampling(), vocabulary)
 
     def make_engine(self) -> Engine:
         "Who samples."
