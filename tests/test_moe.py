@@ -185,7 +185,7 @@ def test_a_dense_model_of_a_family_with_mixtures_has_no_such_loss():
 
 
 def test_checkpointing_that_cuts_the_routers_off_is_refused(config):
-    """With use_reentrant=True the router logits of a forward pass have no gradient, and the loss would teach nothing."""
+    """With use_reentrant=True the router logits of a forward pass have no gradient: the loss would teach nothing."""
     def learn(router_aux_loss_coef, **options):
         policy = model("Qwen3")
         args = SFTConfig(**config(router_aux_loss_coef=router_aux_loss_coef, **options))

@@ -13,7 +13,17 @@ from torch import Tensor, nn
 from .decoder import CachedDecoder, verify
 from .generate_sampler import GenerateSampler
 from .packed import pack
-from .sampling import Engine, Samples, Sampling, _check, _stops, ends_of_completion, eos_ids, pick, uniforms
+from posttrain.rollout.sampling import (
+    Engine,
+    Samples,
+    Sampling,
+    _check,
+    _stops,
+    ends_of_completion,
+    eos_ids,
+    pick,
+    uniforms,
+)
 
 # %% ../../nbs/rollout/01c_sampler.ipynb #382aaed2
 def _groups(prompts: list) -> list[range]:
