@@ -27,18 +27,20 @@ class Sampling:
     stop_ids: tuple[int, ...] = ()   # tokens that end a completion, beside the EOS
 
     def __post_init__(self):
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        object.__setattr__(self, "stop", stop)
-        stop_ids = (self.stop_ids,) if isinstance(self.stop_ids, int) else tuple(self.stop_ids or ())
-        object.__setattr__(self, "stop_ids", stop_ids)
+        for name in ("stop", "stop_ids"):  # one may stand for a list of one
+            given = getattr(self, name)
+            several = given is None or isinstance(given, (list, tuple))
+            object.__setattr__(self, name, tuple(given or ()) if several else (given,))
         self._expect("max_tokens", self.max_tokens >= 1, "at least 1")
         self._expect("temperature", self.temperature >= 0, "0 (greedy) or more")
         self._expect("top_p", 0 < self.top_p <= 1, "in (0, 1]; 1 turns it off")
         self._expect("top_k", self.top_k >= 0, "0 (off) or a number of tokens")
         self._expect("min_p", self.min_p is None or 0 <= self.min_p <= 1, "None (off) or in [0, 1]")
         self._expect("repetition_penalty", self.repetition_penalty > 0, "above 0; 1 turns it off")
-        self._expect("stop", all(self.stop), "strings that are not empty")
-        self._expect("stop_ids", all(isinstance(i, int) and i >= 0 for i in stop_ids), "numbers of tokens")
+        is_text = [isinstance(text, str) and bool(text) for text in self.stop]
+        self._expect("stop", all(is_text), "strings that are not empty")
+        self._expect("stop_ids", all(type(i) is int and i >= 0 for i in self.stop_ids), "numbers of tokens, from "
+                     "'stop_token_ids' or 'eos_token_id'")
 
     def _expect(self, name: str, ok: bool, expected: str) -> None:
         if not ok: raise ValueError(f"{name}={getattr(self, name)!r}: expected {expected}")

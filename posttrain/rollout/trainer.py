@@ -4,6 +4,7 @@
 __all__ = ['OnlineTrainer']
 
 # %% ../../nbs/rollout/08_trainer.ipynb #6407d85f
+import inspect
 import warnings
 
 import torch
@@ -26,6 +27,16 @@ from ..training.trainer import PostTrainer
 from ..training.with_reference import WithReference
 
 # %% ../../nbs/rollout/08_trainer.ipynb #3625a9b0
+def _must_take_two(rollout_func) -> None:
+    "Raise TypeError for a function that cannot be called with prompts and the trainer."
+    try: signature = inspect.signature(rollout_func)
+    except (TypeError, ValueError): return  # some builtins do not tell
+    try: signature.bind(None, None)
+    except TypeError as e:
+        raise TypeError(f"rollout_func has the parameters {signature}: it is called as rollout_func(prompts, trainer) "
+                        f"({e})") from e
+
+
 class OnlineTrainer(Stages, ReadsPrompts, WithReference, PostTrainer):
     """A trainer of methods that sample. Call it as TRL's GRPOTrainer.
 
@@ -68,6 +79,7 @@ class OnlineTrainer(Stages, ReadsPrompts, WithReference, PostTrainer):
                                  "rollout_func, and mark what the tool wrote with 0 in its env_mask")
         if rollout_func is not None and not callable(rollout_func):
             raise TypeError(f"rollout_func is {rollout_func!r}: expected a function (prompts, trainer) -> dict")
+        if rollout_func is not None: _must_take_two(rollout_func)
         args = self.config_class.adopt(args)
         if reward_funcs is None and self.needs_rewards:
             raise TypeError(f"{type(self).__name__} needs reward_funcs: a function (prompts, completions, **columns) "

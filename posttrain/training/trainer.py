@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Trainer, set_seed
 
-from ..data.formats import show_warnings_again
+from ..data.formats import first_row, show_warnings_again
 from ..data.templates import adopt_chat_template, resize_embeddings_to_tokenizer
 from ..foundations.layouts import lay_out
 from ..foundations.masks import Totals
@@ -28,6 +28,14 @@ from .repeated_rows import CountsRowsOnce, SizedRows
 from .router import router_coefficient, router_losses
 
 # %% ../../nbs/training/04_trainer.ipynb #e916340f
+_MADE_OF = {  # what people have instead of a Dataset -> how one is made of it
+    "DataFrame": "Dataset.from_pandas(frame) makes one", "Table": "Dataset(table) makes one",
+    "dict": "Dataset.from_dict(columns) makes one of a dict of lists",
+    "list": "Dataset.from_list(rows) makes one of a list of dicts",
+    **dict.fromkeys(("function", "generator"), "IterableDataset.from_generator(function) makes one of a function that "
+                    "yields rows")}
+
+
 def _of_config(name: str) -> property:
     "A field of the config as an attribute of the trainer."
     return property(lambda self: getattr(self.args, name), doc=f"`{name}` of the config.")
@@ -142,12 +150,22 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WritesCard, WithCallb
         return dataset
 
     def _check_all(self, train_dataset, eval_dataset) -> None:
-        if isinstance(train_dataset, dict):
-            raise TypeError(f"train_dataset must be one dataset, got a dict of {', '.join(train_dataset)}; pass one of "
-                            "its splits, e.g. dataset['train']")
-        if train_dataset is not None: self.check(train_dataset, "train")
+        if isinstance(train_dataset, dict) and not any(isinstance(part, list) for part in train_dataset.values()):
+            raise TypeError(f"train_dataset must be one dataset, got a dict of {', '.join(map(str, train_dataset))}; "
+                            "pass one of its splits, e.g. dataset['train']")
+        if train_dataset is not None: self._check_one(train_dataset, "train")
         self.data_columns = getattr(train_dataset, "column_names", None) or ()
-        for name, dataset in _by_name(eval_dataset).items(): self.check(dataset, name)
+        named = isinstance(eval_dataset, dict)
+        if named and not (eval_dataset and all(isinstance(name, str) for name in eval_dataset)):
+            raise ValueError("eval_dataset must be a dataset or a dict of them by their names, got a dict of "
+                             f"{', '.join(map(repr, eval_dataset)) or 'nothing'}; pass None to evaluate nothing")
+        for name, dataset in _by_name(eval_dataset).items(): self._check_one(dataset, name)
+
+    def _check_one(self, dataset, name: str) -> None:
+        "What can be said of any dataset, and then what the method says of it."
+        if isinstance(dataset, (Dataset, IterableDataset)):
+            first_row(dataset, f"{type(self).__name__} as its {name} dataset")
+        self.check(dataset, name)
 
     def _make_tokenizer(self, model, processing_class) -> None:
         self.processing_class = load_tokenizer(model, processing_class, self.args.trust_remote_code)
@@ -182,9 +200,10 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WritesCard, WithCallb
     def needs_dataset(self, dataset, name: str) -> None:
         "Raise TypeError for anything but a Dataset or a stream."
         if not isinstance(dataset, (Dataset, IterableDataset)):
-            raise TypeError(f"the {name} dataset is a {type(dataset).__name__}; {type(self).__name__} needs a "
-                            "datasets.Dataset or IterableDataset (Dataset.from_list(rows) makes one of a list of "
-                            "dicts)")
+            kind = type(dataset).__name__
+            how = _MADE_OF.get(kind, "Dataset.from_list(list(rows)) makes one of anything that gives rows as dicts")
+            raise TypeError(f"the {name} dataset is a {kind}; {type(self).__name__} needs a datasets.Dataset or "
+                            f"IterableDataset ({how})")
 
     def adopt_tokens(self, *names: str) -> None:
         """Give the tokenizer the special tokens that the config names.
@@ -203,7 +222,15 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WritesCard, WithCallb
     def train(self, *args, **kwargs):
         "As `Resumable` has it. Metrics start at nothing: an interrupted run may have left some."
         self.metrics["train"] = MetricAccumulator()
-        return super().train(*args, **kwargs)
+        output = super().train(*args, **kwargs)
+        if self.state.global_step == 0:
+            sized = hasattr(self.train_dataset, "__len__")
+            rows = f"has {len(self.train_dataset)} rows" if sized else "gave too few rows"
+            size = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            warnings.warn(f"nothing was trained, not a single step: the train dataset {rows}, and a step takes {size} "
+                          "(per_device_train_batch_size * gradient_accumulation_steps * processes), unless a callback "
+                          "stopped the run. Lower these, or leave dataloader_drop_last False", stacklevel=2)
+        return output
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         "Draw the micro-batches of a step and count what it averages over, on all processes (step 1 of the rule)."
@@ -341,7 +368,7 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WritesCard, WithCallb
         return super().predict(self._from_raw(test_dataset, metric_key_prefix), ignore_keys, metric_key_prefix)
 
     def _from_raw(self, dataset, name):
-        self.check(dataset, name)
+        self._check_one(dataset, name)
         return self.with_model(self._prepared(dataset, name), name)
 
     # ------------------------------------------------ logging
