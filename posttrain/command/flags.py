@@ -5,6 +5,7 @@ __all__ = ['ALIASES', 'TITLES', 'read_file', 'Silent', 'make_parser', 'parse', '
 
 # %% ../../nbs/command/02_flags.ipynb #edc1f75a
 import argparse
+import functools
 import inspect
 import json
 import os
@@ -31,7 +32,7 @@ def read_file(
     if not file.is_file():
         raise FileNotFoundError(f"the config file {path} is not there.{closest_file(file)}")
     text = file.read_text(encoding="utf-8-sig", errors="replace")
-    try: values = json.loads(text) if file.suffix.lower() == ".json" else yaml.safe_load(text)
+    try: values = json.loads(text) if file.suffix.lower() == ".json" else yaml.load(text, Loader=_loader())
     except json.JSONDecodeError as e: raise ValueError(f"{path} is no JSON: line {e.lineno}: {e.msg}") from e
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
@@ -42,6 +43,24 @@ def read_file(
                          f"{'nothing' if values is None else 'a ' + type(values).__name__}")
     _set_environment(path, values.pop("env", None) or {})
     return values
+
+
+@functools.cache
+def _loader() -> type:
+    "YAML's safe loader, which also refuses a name that stands twice: of two values one would be lost."
+    import yaml
+
+    class Once(yaml.SafeLoader):
+        def construct_mapping(self, node, deep=False):
+            seen = set()
+            for key, _ in node.value:
+                if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                    raise yaml.constructor.ConstructorError(problem=f"{key.value!r} stands twice",
+                                                            problem_mark=key.start_mark)
+                if isinstance(key.value, str): seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
+    return Once
 
 
 def _set_environment(path, variables) -> None:
@@ -95,6 +114,9 @@ def make_parser(
 
 def _split(parser, argv, known) -> tuple[dict, str | None]:
     "What flags say, and the config file. Raises ValueError for a flag that there is not."
+    if dashed := [word for word in argv if word[:1] in "–—" and word]:
+        raise ValueError(f"there is no flag {dashed[0]}: it begins with a dash as in texts. Flags begin with two "
+                         f"hyphens: --{dashed[0].lstrip('–—-')}")
     said, rest = parser.parse_known_args(argv)
     if unknown := [word for word in rest if word.startswith("-")]:
         flag = unknown[0].split("=")[0]

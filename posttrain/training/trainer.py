@@ -4,6 +4,7 @@
 __all__ = ['PostTrainer']
 
 # %% ../../nbs/training/04_trainer.ipynb #dfade4ac
+import functools
 import warnings
 
 import torch
@@ -19,6 +20,7 @@ from .arguments import check_arguments, never_fail_to_print
 from .card import WritesCard
 from .checkpoints import Resumable
 from .config import PostConfig
+from .fields import closest
 from .heads import attach_head, unwrapped
 from .loading import add_adapter, load_model, load_tokenizer, must_learn
 from .metrics import Mean, MetricAccumulator
@@ -26,6 +28,7 @@ from .passes import KnowsItsPass
 from .progress import LastLog, WithCallbacks
 from .repeated_rows import CountsRowsOnce, SizedRows
 from .router import router_coefficient, router_losses
+from .states import is_classifier
 
 # %% ../../nbs/training/04_trainer.ipynb #e916340f
 _MADE_OF = {  # what people have instead of a Dataset -> how one is made of it
@@ -117,7 +120,7 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WritesCard, WithCallb
         train_dataset, eval_dataset = self._prepare_all(train_dataset, eval_dataset)
         self.quantization_config = quantization_config
         model = self._make_model(model, peft_config)
-        if train_dataset is not None: must_learn(model)
+        if train_dataset is not None: must_learn(model, optimizers[0])
         self.router_aux_loss_coef = router_coefficient(unwrapped(model), args.router_aux_loss_coef)
         if args.accelerator_config.dispatch_batches is None:
             # the tensors of our batches differ in length: each process reads its own
@@ -127,8 +130,8 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WritesCard, WithCallb
         super().__init__(
             model=model, args=args, data_collator=data_collator if args.world_size == 1 else SizedRows(data_collator),
             train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=self.processing_class,
-            compute_metrics=compute_metrics, callbacks=callbacks, optimizers=optimizers,
-            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            compute_metrics=_giving_numbers(compute_metrics, args.batch_eval_metrics), callbacks=callbacks,
+            optimizers=optimizers, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics)
         self.model_accepts_loss_kwargs = True  # transformers < 5.19: the same as loss_is_scaled_for_ga
         self.replace_progress()
@@ -155,10 +158,7 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WritesCard, WithCallb
                             "pass one of its splits, e.g. dataset['train']")
         if train_dataset is not None: self._check_one(train_dataset, "train")
         self.data_columns = getattr(train_dataset, "column_names", None) or ()
-        named = isinstance(eval_dataset, dict)
-        if named and not (eval_dataset and all(isinstance(name, str) for name in eval_dataset)):
-            raise ValueError("eval_dataset must be a dataset or a dict of them by their names, got a dict of "
-                             f"{', '.join(map(repr, eval_dataset)) or 'nothing'}; pass None to evaluate nothing")
+        if isinstance(eval_dataset, dict): _must_be_named(eval_dataset)
         for name, dataset in _by_name(eval_dataset).items(): self._check_one(dataset, name)
 
     def _check_one(self, dataset, name: str) -> None:
@@ -186,6 +186,10 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WritesCard, WithCallb
 
     def _make_model(self, model, peft_config) -> nn.Module:
         model = load_model(model, self.args, self.auto_class, self.quantization_config)
+        lm = unwrapped(model)
+        if self.auto_class is AutoModelForCausalLM and hasattr(lm, "get_output_embeddings") and is_classifier(lm):
+            raise TypeError(f"{type(self).__name__} needs a causal LM, got a {type(lm).__name__}, which has no head "
+                            "over the vocabulary: load it with AutoModelForCausalLM")
         if self.new_tokens:
             resize_embeddings_to_tokenizer(model, self.processing_class)
             warnings.warn(f"the chat template of {self.args.chat_template_path} brought {len(self.new_tokens)} new "
@@ -358,7 +362,14 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WritesCard, WithCallb
         return super().evaluation_loop(dataloader, *args, **kwargs)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        "Evaluate; a dataset passed here may be raw, as the constructor takes it."
+        """Evaluate. A dataset passed here may be raw, as the constructor takes it.
+
+        A text is the name of one of the constructor's. Raises ValueError where there is none."""
+        named = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+        if isinstance(eval_dataset, str) and eval_dataset not in named:
+            raise ValueError(f"evaluate({eval_dataset!r}): the trainer's eval_dataset has nothing of this name; it has "
+                             f"{', '.join(map(repr, named)) or 'no names'}.{closest(eval_dataset, named)}")
+        if isinstance(eval_dataset, dict): _must_be_named(eval_dataset)
         if eval_dataset is not None and not isinstance(eval_dataset, (str, dict)):
             eval_dataset = self._from_raw(eval_dataset, metric_key_prefix)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -389,6 +400,23 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WritesCard, WithCallb
     def floating_point_ops(self, inputs) -> float:
         "6 operations per parameter and token, the usual estimate (forward 2, backward 4)."
         return 6.0 * self._parameters * (inputs["completion_ids"].numel() + inputs["prompt_ids"].numel())
+
+
+def _must_be_named(datasets: dict) -> None:
+    if datasets and all(isinstance(name, str) for name in datasets): return
+    raise ValueError("eval_dataset must be a dataset or a dict of them by their names, got a dict of "
+                     f"{', '.join(map(repr, datasets)) or 'nothing'}; pass None to evaluate nothing")
+
+
+def _giving_numbers(compute_metrics, in_batches: bool):
+    "The function, whose answer is looked at. With batch_eval_metrics it answers at the last batch alone."
+    if compute_metrics is None or in_batches: return compute_metrics
+    @functools.wraps(compute_metrics, updated=())
+    def checked(*args, **kwargs):
+        metrics = compute_metrics(*args, **kwargs)
+        if isinstance(metrics, dict): return metrics
+        raise TypeError(f"compute_metrics returned {metrics!r}: expected a dict of names and numbers")
+    return checked
 
 
 def _by_name(dataset) -> dict:
