@@ -116,7 +116,7 @@ def _check_beginning(path: Path, flag) -> None:
     if not first.startswith("[") or path.stat().st_size > _SMALL: return
     try: json.loads("".join(_lines(path, flag)))
     except json.JSONDecodeError as e:
-        raise ValueError(f"{flag} {path} is no JSON: line {e.lineno}, column {e.colno}: {e.msg}") from e
+        raise ValueError(f"{flag} {path}: line {e.lineno}, column {e.colno} is no JSON: {e.msg}") from e
 
 
 def _lines(path: Path, flag):
