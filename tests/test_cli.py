@@ -90,7 +90,7 @@ WRONG = [
     (f"{NO_DATA} --dataset_name list.jsonl", "line 1 is no object"),
     (f"{NO_DATA} --dataset_name empty.jsonl", "is empty"),
     (f"{NO_DATA} --dataset_name broken.json", "--dataset_name broken.json: "),
-    (f"{NO_DATA} --dataset_name cut.json", "cut.json: line 2, column 2 is no JSON"),
+    (f"{NO_DATA} --dataset_name cut.json", "cut.json: line 2, column . is no JSON"),
     (f"{NO_DATA} --dataset_name null.json", "null.json must hold a list of objects, .* it begins with 'null'"),
     (f"{NO_DATA} --dataset_name header.csv", "header.csv holds no row"),
     (f"{NO_DATA} --dataset_name https://a.b/rows.jsonl", "https://a.b/rows.jsonl is an address"),
