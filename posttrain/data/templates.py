@@ -140,8 +140,8 @@ def ends_of_turn(
     last, middle = (_marks_behind(tokenizer, messages) for messages in (chat[:2], chat))
     if not last or not middle: raise _no_mask(tokenizer, "no token of its own ends an assistant's turn")
     # in the middle the marks of the next turn may follow at once
-    shared = common_prefix_length(last, middle)
-    return [last[:shared]] if shared else [last[:1], middle[:1]]
+    shared = [*itertools.takewhile(lambda place: last[place] == middle[place], range(min(len(last), len(middle))))]
+    return [last[:len(shared)]] if shared else [last[:1], middle[:1]]
 
 
 def _marks_behind(tokenizer, messages) -> list[int]:
