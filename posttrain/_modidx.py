@@ -2653,6 +2653,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                       'posttrain/training/checkpoints.py'),
                                                 'posttrain.training.checkpoints._must_have_size': ( 'training/checkpoints.html#_must_have_size',
                                                                                                     'posttrain/training/checkpoints.py'),
+                                                'posttrain.training.checkpoints._rates': ( 'training/checkpoints.html#_rates',
+                                                                                           'posttrain/training/checkpoints.py'),
                                                 'posttrain.training.checkpoints._read_json': ( 'training/checkpoints.html#_read_json',
                                                                                                'posttrain/training/checkpoints.py'),
                                                 'posttrain.training.checkpoints._rows': ( 'training/checkpoints.html#_rows',

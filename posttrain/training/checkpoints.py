@@ -185,11 +185,12 @@ class Resumable:
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         if checkpoint is None: return super()._load_optimizer_and_scheduler(checkpoint)
-        asked = getattr(self.lr_scheduler, "base_lrs", None)
+        asked = _rates(self)
         try: super()._load_optimizer_and_scheduler(checkpoint)
         except (KeyError, ValueError) as e: raise self._other_optimizer(checkpoint, e) from e
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's is around another one
-        if asked != (goes_on := getattr(self.lr_scheduler, "base_lrs", None)):
+        optimizer = getattr(self, "optimizer", None)
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's is around another one
+        if asked != (goes_on := _rates(self)):
             warnings.warn(f"the learning rate of {checkpoint} goes on, {goes_on[0]:g}, and not that of this run, "
                           f"{asked[0]:g}. To take another one, pass the folder as `model`", stacklevel=2)
         wanted = getattr(optimizer, "defaults", {}).keys()
@@ -247,6 +248,11 @@ class Resumable:
         record = {"method": self._method, "processes": self.args.world_size, "rows": _rows(self.train_dataset),
                   "files": files}
         (folder / RECORD).write_text(json.dumps(record, indent=1))
+
+
+def _rates(trainer) -> list[float] | None:
+    "The learning rates that a schedule begins with; None where there is no such schedule."
+    return getattr(getattr(trainer, "lr_scheduler", None), "base_lrs", None)
 
 
 def _rows(dataset) -> int | None:
