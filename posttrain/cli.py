@@ -80,7 +80,7 @@ def _tokenizer_of(model, args):
 
 # %% ../nbs/cli.ipynb #0b594758
 _OTHERS = {  # command -> what it does
-    "demo": "watch a small model learn, in about a minute on a CPU",
+    "demo": "watch a small model learn, in one minute to four on a CPU",
     "pocket": "write a small model and rows of its task, to try the other commands on",
 }
 _FIRST_STEPS = """posttrain demo                 # watch a model learn, and get a picture of it
@@ -113,8 +113,15 @@ def _help_of(name: str) -> str:
     return help_text(f"usage: posttrain {name} [flags]\n\n{_OTHERS[name].capitalize()}.", [cls], "flags")
 
 # %% ../nbs/cli.ipynb #9a005e0e
+def _say(text: str) -> None:
+    "A sign of life for somebody who waits at a terminal."
+    if sys.stderr.isatty(): print(text, file=sys.stderr, flush=True)
+
+
 def _run(name: str, argv: list[str]) -> None:
     "Do what a command says."
+    if name in TRAINERS: _say("importing torch and transformers, which takes some seconds")
+    if name == "pocket": _say("making the pocket model, which takes some seconds the first time")
     if {"-h", "--help"} & set(argv): print(_help_of(name))
     elif name in TRAINERS: train(name, argv)
     elif name == "pocket":

@@ -26,6 +26,8 @@ from posttrain.explore import (
     weights,
     zero_loss,
 )
+from posttrain.explore.elements import figure, text
+from posttrain.explore.panels import Picture
 
 pytestmark = pytest.mark.browser
 
@@ -138,6 +140,25 @@ def test_static_page_moves_by_keyboard(page, tmp_path, make):
             box.set_checked(not c.value)
     if len(explorer.controls) > 1: has_changed(page, picture, after)
     assert page.errors == []
+
+
+def test_a_browser_that_cannot_unpack_the_frames_says_so(page, tmp_path):
+    """Browsers from before 2023 have no DecompressionStream."""
+    page.add_init_script("delete window.DecompressionStream")
+    explorer = beta.beta_explorer()
+    page.goto(explorer.save(tmp_path / "page.html").as_uri())
+    told = page.locator('[data-role="settings"]').text_content()
+    assert told.startswith("Shown for") and told.endswith("Safari 16.4 and newer ones can.")
+    assert "It moves in" not in told and page.locator('[data-role="view"] img').count() > 0
+    assert page.locator("input, select").count() == 0 and page.errors == []
+
+
+def test_one_bad_picture_does_not_stop_the_others(page):
+    good = Picture(figure([text(9, 30, "a word")], 100, 40, "A", "a picture"))._repr_html_()
+    bad = '<div class="pt-picture"><img alt="torn" src="data:image/svg+xml;base64,PHN2Zz4="></div>'
+    page.set_content(bad + good)
+    assert page.locator(".pt-picture svg[role=img]").count() == 1
+    assert page.locator(".pt-picture img[alt=torn]").count() == 1 and page.errors == []
 
 
 # ---------------------------------------------------------------- on a phone, and in the dark

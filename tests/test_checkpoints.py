@@ -7,6 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from posttrain import (
@@ -66,6 +67,21 @@ def resumed(trainer, folder=True):
         warnings.simplefilter("always")
         trainer.train(resume_from_checkpoint=folder)
     return trainer, [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
+
+
+@pytest.mark.parametrize("lost", [None, "model.norm.weight"])
+def test_only_a_weight_that_is_really_missing_is_warned_of(lost, config, tmp_path, monkeypatch):
+    """The pocket model's output matrix is its embedding, which a checkpoint holds once."""
+    sft(config).train()
+    path = tmp_path / "checkpoint-2/model.safetensors"
+    kept = {name: weight for name, weight in load_file(path).items() if name != lost}
+    if lost: save_file(kept, path)
+    said = []
+    monkeypatch.setattr("transformers.trainer.logger.warning", said.append)
+    trainer = sft(config)
+    trainer._load_from_checkpoint(str(path.parent))
+    assert "lm_head.weight" not in kept and torch.equal(trainer.model.lm_head.weight, kept["model.embed_tokens.weight"])
+    assert said == ([f"There were missing keys in the checkpoint model loaded: {[lost]}."] if lost else [])
 
 
 def damaged(path, how):

@@ -11,6 +11,7 @@ import pytest
 
 from posttrain import cli, pocket
 from posttrain.command import needs
+from posttrain.command.arguments import reward_function
 from posttrain.command.flags import groups_of, parse
 
 FILES = {
@@ -18,8 +19,11 @@ FILES = {
     "broken.jsonl": '{"prompt": "a", "completion": "b"}\n{"prompt": \n', "list.jsonl": "[1]\n", "empty.jsonl": "",
     "broken.json": "[{]", "rows.xlsx": "x", "broken.parquet": "x" * 50, "wrong.jsonl": '{"a": 1}\n' * 4,
     "numbers.jsonl": '{"prompt": 1, "completion": 2}\n' * 4, "text.gz": "x",
+    "null.json": "null", "cut.json": '[{"prompt": "a"},\n]', "header.csv": "prompt,completion\n",
+    "twice.yaml": "max_steps: 1\nmax_steps: 2",
     "broken.yaml": "learning_rate: [1", "words.yaml": "just words", "empty.yaml": "", "broken_config.json": "{",
     "misspelt.yaml": "learning_rat: 1", "kind.yaml": "max_steps: many", "list.yaml": "- 1", "env.yaml": "env: 3",
+    "weight.yaml": "datasets:\n  - path: rows.jsonl\n    weight: 2",
     "path.yaml": "datasets:\n  - paths: rows.jsonl", "no_path.yaml": "datasets:\n  - name: x",
     "missing.yaml": "datasets:\n  - path: nowhere.jsonl", "column.yaml": "datasets: [{path: rows.jsonl, columns: [b]}]",
     "split.yaml": "datasets: [{path: rows.jsonl, split: test}]", "tabs.yaml": "a:\n\tb: 1",
@@ -82,12 +86,19 @@ WRONG = [
     (f"{NO_MODEL} --model_name_or_path run", "Did you mean run/checkpoint-20"),
     (f"{NO_MODEL} --model_name_or_path rows.jsonl", "is a file; expected the folder"),
     (f"{NO_MODEL} --model_name_or_path Qwen/nowhere", "--model_name_or_path Qwen/nowhere: no such folder here"),
+    (f"{NO_MODEL} --model_name_or_path rnu/checkpoint-20", "Did you mean 'run/checkpoint-20'"),
     (f"{NO_MODEL} --model_name_or_path a/b/c", "no such folder"),
     (f"{NO_DATA} --dataset_name row.jsonl", "is not there. Did you mean 'rows.jsonl'"),
     (f"{NO_DATA} --dataset_name broken.jsonl", "broken.jsonl: line 2 is no JSON"),
     (f"{NO_DATA} --dataset_name list.jsonl", "line 1 is no object"),
     (f"{NO_DATA} --dataset_name empty.jsonl", "is empty"),
     (f"{NO_DATA} --dataset_name broken.json", "--dataset_name broken.json: "),
+    (f"{NO_DATA} --dataset_name cut.json", "cut.json: line 2, column . is no JSON"),
+    (f"{NO_DATA} --dataset_name null.json", "null.json must hold a list of objects, .* it begins with 'null'"),
+    (f"{NO_DATA} --dataset_name header.csv", "header.csv holds no row"),
+    (f"{NO_DATA} --dataset_name https://a.b/rows.jsonl", "https://a.b/rows.jsonl is an address"),
+    (f"{SFT} –max_steps 1", "no flag –max_steps: .* two hyphens: --max_steps"),
+    ("sft twice.yaml", "twice.yaml is no YAML: line 2: 'max_steps' stands twice"),
     (f"{NO_DATA} --dataset_name rows.xlsx", "must end in one of .json"),
     (f"{NO_DATA} --dataset_name text.gz", "must end"),
     (f"{NO_DATA} --dataset_name broken.parquet", "--dataset_name broken.parquet: "),
@@ -104,6 +115,7 @@ WRONG = [
     ("sft misspelt.yaml", "misspelt.yaml: there is no setting 'learning_rat'. Did you mean 'learning_rate'"),
     ("sft --config kind.yaml", "max_steps .* got 'many'"), ("sft kind.yaml --config kind.yaml", "one config file"),
     (f"{NO_DATA} --config path.yaml", "no field 'paths'. Did you mean 'path'"),
+    (f"{NO_DATA} --config weight.yaml", "no field 'weight'. Its fields are path, name, .*fraction"),
     (f"{NO_DATA} --config no_path.yaml", "needs a path"),
     (f"{NO_DATA} --config missing.yaml", "nowhere.jsonl is not there"),
     (f"{NO_DATA} --config column.yaml", "no column 'b'; it has prompt, completion"),
@@ -112,6 +124,8 @@ WRONG = [
     (f"{GRPO} --reward_funcs get_cosine_scaled_reward", "it has .*exact_match_reward"),
     (f"{GRPO} --reward_funcs nowhere.f", "No module named 'nowhere'"),
     (f"{GRPO} --reward_funcs words.LIMIT", "it has brev"),
+    (f"{GRPO} --reward_funcs ./words.py:brevit", "it has brevity. Did you mean 'brevity'"),
+    (f"{GRPO} --reward_funcs ../words.py:brevity", "the file must be in this folder .* or below it"),
     (f"{GRPO} --reward_funcs syntax.brevity", "syntax.py, line 1"),
     (f"{GRPO} --reward_funcs raises.f", "nowhere_at_all"),
     (f"{GRPO} --reward_funcs zero.f", "ZeroDivisionError in .*zero.py, line 1"),
@@ -161,6 +175,22 @@ def test_an_unexpected_error_leaves_its_traceback_in_a_file(folder, capsys, monk
     path = err.split("The traceback is in ")[1].split(";")[0]
     assert "in boom" in open(path).read()
     os.remove(path)
+
+
+def test_somebody_at_a_terminal_sees_that_it_has_begun(folder, capsys, monkeypatch):
+    """Importing torch takes seconds, in which a terminal would stay empty. A file gets no such line."""
+    _, _, quiet = say("sft", folder, capsys)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    _, _, err = say("sft", folder, capsys)
+    assert err.splitlines()[0].startswith("importing torch") and not quiet.startswith("importing")
+
+
+@pytest.mark.parametrize("name", ["./words.py:brevity", "words.py:brevity", "words.brevity",
+                                  "{folder}/words.py:brevity"])
+def test_a_reward_is_found_however_its_file_is_written(name, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
+    assert reward_function(name.format(folder=folder))(["a"]) == [0.0]
 
 
 def test_an_interrupt_is_no_traceback(folder, capsys, monkeypatch):

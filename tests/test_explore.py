@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zlib
 from itertools import product
+from pathlib import Path
 from xml.dom import minidom
 
 import pytest
@@ -143,3 +144,23 @@ def test_a_picture_is_shown_where_scripts_may_not_run():
     shown = Picture(svg.stack(svg.beside(left, right), left))._repr_html_()
     bare = re.sub(r"<(script|style)>.*?</\1>", "", shown, flags=re.S)
     assert re.findall(r'alt="up to (\d)', bare) == ["1", "2", "1"] and "<svg" not in bare
+
+
+# ---------------------------------------------------------------- in the lessons
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def questions_of_lessons():
+    """The places of saved explorers that ask something, each with the text that stands in the cells below."""
+    for path in sorted([*ROOT.glob("nbs/**/*.ipynb"), *ROOT.glob("tutorials/*.ipynb")]):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        for i, cell in enumerate(cells):
+            if cell["cell_type"] != "code" or "<b>Question.</b>" not in json.dumps(cell["outputs"]): continue
+            below = [c for c in cells[i + 1:i + 3] if c["cell_type"] == "markdown"]
+            yield pytest.param("".join("".join(c["source"]) for c in below), id=f"{path.stem} {i}")
+
+
+@pytest.mark.parametrize("below", list(questions_of_lessons()))
+def test_each_question_of_an_explorer_has_a_written_answer(below):
+    """Folded, or a link to the explorer's own notebook."""
+    assert "<details><summary>An answer</summary>" in below or "The answer is in [the explorer's own notebook]" in below

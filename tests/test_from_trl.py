@@ -139,6 +139,18 @@ def test_stop_token_ids_end_completions(sampler, config):
     assert all(not 5 <= i < 20 for ids in generation.completion_ids for i in ids[:-1])
 
 
+def test_a_stop_token_beyond_the_vocabulary_is_refused(config):
+    """No completion could end with it."""
+    size = pocket.model(seed=0).get_input_embeddings().num_embeddings
+    with pytest.raises(ValueError, match=f"stop token .* has the number 9999, but the model's vocabulary has {size}"):
+        made("grpo", config, generation_kwargs={"eos_token_id": [5, 9999]})
+    for sampler in ("own", "transformers"):
+        model = pocket.model(seed=0)
+        model.generation_config.eos_token_id = [1, size]
+        with pytest.raises(ValueError, match=f"generation_config.* has the number {size}"):
+            made("rloo", config, model, sampler=sampler)
+
+
 def test_fields_of_sampling_may_come_in_generation_kwargs(config):
     args = GRPOConfig(**config(**ONLINE, generation_kwargs={"temperature": .7, "max_new_tokens": 4, "do_sample": True}))
     assert (args.temperature, args.max_completion_length, args.sampling().temperature) == (.7, 4, .7)
@@ -189,6 +201,20 @@ def test_a_script_for_trl_parses_its_arguments(tmp_path):
     assert (script.dataset_name, args.learning_rate, get_peft_config(model).r) == ("rows.jsonl", 1e-4, 8)
     assert get_quantization_config(model) is None
     assert TrlParser(ModelConfig).parse_args_and_config([])[0].use_peft is False
+
+
+def test_trl_parser_gives_back_what_no_class_knows(tmp_path):
+    """The file's first, as words. Without that its settings may be passed over; unknown flags are always refused."""
+    from posttrain import ModelConfig, TrlParser
+    (tmp_path / "run.yaml").write_text("lora_r: 4\nmy_setting: 3\n")
+    parser, argv = TrlParser(ModelConfig), ["--config", str(tmp_path / "run.yaml"), "--lora_alpha", "8"]
+    model, rest = parser.parse_args_and_config([*argv, "--mine", "a b", "--yours"], return_remaining_strings=True)
+    assert (model.lora_r, model.lora_alpha) == (4, 8) and rest == ["--my_setting", "3", "--mine", "a b", "--yours"]
+    model, = parser.parse_args_and_config(args=tuple(argv), fail_with_unknown_args=False)
+    assert (model.lora_r, model.lora_alpha) == (4, 8)
+    with pytest.raises(ValueError, match="no setting 'my_setting'"): parser.parse_args_and_config(argv)
+    with pytest.raises(ValueError, match="no flag --mine"):
+        parser.parse_args_and_config([*argv, "--mine", "1"], fail_with_unknown_args=False)
 
 
 # ---------------------------------------------------------------- model cards
@@ -245,6 +271,52 @@ def test_the_card_of_an_adapter_and_of_a_resumed_run(config, tmp_path):
     assert about["library_name"] == "peft" and about["base_model_relation"] == "adapter"
     assert about["datasets"] == ["me/sums", "me/products"]
     assert "| 1 | " in card.text and "| 2 | " in card.text and "an adapter for [me/base]" in card.text
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_page_of_others_is_never_written_over(adapter, config, hub, tmp_path):
+    """Nor added to, as PEFT does. Where there is none, an adapter's card is ours and not PEFT's draft."""
+    from peft import LoraConfig
+    options = dict(arguments=dict(peft_config=LoraConfig(r=2, target_modules=["q_proj"]))) if adapter else {}
+    trainer = made("sft", config, pocket.model(seed=0), hub_model_id="me/adder", **options)
+    (tmp_path / "README.md").write_text("by hand")
+    with pytest.warns(UserWarning, match="was not written by posttrain, and stays as it is"): trainer.push_to_hub()
+    with pytest.warns(UserWarning, match="no model card was made"): trainer.create_model_card()
+    trainer.save_model()
+    assert (tmp_path / "README.md").read_text() == "by hand" and ("upload_folder", "me/adder") in hub
+    (tmp_path / "README.md").unlink()
+    trainer.push_to_hub(model_name="Adder")
+    assert "# Adder" in card_in(tmp_path).text and "trained with [posttrain]" in card_in(tmp_path).text
+
+
+def test_a_template_is_found_in_the_home_folder(monkeypatch, tmp_path):
+    from posttrain.data.templates import CHATML, adopt_chat_template, load_chat_template
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.jinja").write_text("{{ messages }}")
+    source = pocket.tokenizer()
+    source.chat_template = CHATML
+    source.save_pretrained(tmp_path / "source")
+    assert load_chat_template("~/mine.jinja") == "{{ messages }}" and load_chat_template("~/source") == CHATML
+    tokenizer = pocket.tokenizer()
+    adopt_chat_template(tokenizer, "~/source")
+    assert tokenizer.chat_template == CHATML
+
+
+def test_turns_of_a_long_chat_are_found_without_reading_it_again_for_each():
+    from posttrain.data.templates import CHATML, encode_chats
+    marked, unmarked = pocket.tokenizer(), pocket.tokenizer()
+    marked.chat_template = CHATML
+    unmarked.chat_template = CHATML.replace("{%- generation -%}\n", "").replace("{%- endgeneration -%}\n", "")
+    read, call = [], type(unmarked).__call__
+    class Counted(type(unmarked)):
+        def __call__(self, text, *args, **kwargs):
+            read.append(len(text))
+            return call(self, text, *args, **kwargs)
+    unmarked.__class__ = Counted
+    chat = [{"role": role, "content": f"{i}+{i}="} for i in range(50) for role in ("user", "assistant")]
+    assert encode_chats(unmarked, [chat], assistant_masks=True) == encode_chats(marked, [chat], assistant_masks=True)
+    whole = len(unmarked.apply_chat_template(chat, tokenize=False))
+    assert whole < sum(read) < 5 * whole
 
 
 TOOLS_END_OTHERWISE = (

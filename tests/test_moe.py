@@ -182,3 +182,18 @@ def test_a_dense_model_of_a_family_with_mixtures_has_no_such_loss():
         layer_types=["attention"] * 2)
     lm = GraniteMoeHybridForCausalLM(config)
     assert balance_function(lm) is None and router_coefficient(lm) == 0
+
+
+def test_checkpointing_that_cuts_the_routers_off_is_refused(config):
+    """With use_reentrant=True the router logits of a forward pass have no gradient: the loss would teach nothing."""
+    def learn(router_aux_loss_coef, **options):
+        policy = model("Qwen3")
+        args = SFTConfig(**config(router_aux_loss_coef=router_aux_loss_coef, **options))
+        trainer = SFTTrainer(policy, args, train_dataset=rows("prompt_completion"), processing_class=TOKENIZER)
+        if not options: policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+        trainer.train()
+    in_config = dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
+    for options in ({}, in_config):
+        with pytest.raises(ValueError, match="use_reentrant=True cuts the routers off"): learn(.5, **options)
+    learn(0.0, **in_config)
+    learn(.5, **{**in_config, "gradient_checkpointing_kwargs": {"use_reentrant": False}})

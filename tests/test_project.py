@@ -1,5 +1,6 @@
 """The project itself: one place for its metadata, a lazy import, a build that holds what it should."""
 import configparser
+import json
 import re
 import subprocess
 import sys
@@ -150,6 +151,24 @@ def test_readme_leads_to_every_notebook():
     notebooks = [str(p.relative_to(ROOT)) for p in committed() if p.suffix == ".ipynb" and p.name != "index.ipynb"]
     missing = [name for name in notebooks if f"({name})" not in readme]
     assert not missing, "run nbs/index.ipynb, then `python tools/notebooks.py readme`"
+
+
+def cells_with_an_adapter():
+    """The cells for a real model that train LoRA; and the commands that do."""
+    for path in [*ROOT.glob("nbs/o*line/*.ipynb"), *ROOT.glob("tutorials/*.ipynb")]:
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            code = "".join(cell["source"])
+            if "Trainer(" in code and "peft_config=" in code and code.startswith("#| eval: false"):
+                yield pytest.param(code, id=f"{path.parent.name}/{path.stem}")
+    for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("posttrain ") and "--use_peft" in line: yield pytest.param(line, id="README.md")
+
+
+@pytest.mark.parametrize("code", list(cells_with_an_adapter()))
+def test_an_adapter_gets_ten_times_the_default_learning_rate(code):
+    """The defaults are for training all weights, and LoRA hardly learns with them."""
+    rates = {float(rate) for rate in re.findall(r"learning_rate[= ]([\d.e-]+)", code)}
+    assert rates == ({2e-4} if "SFT" in code else {1e-5}), f"{rates or 'the default'} for LoRA"
 
 
 def test_the_workflow_runs_what_ci_runs():

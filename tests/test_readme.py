@@ -53,6 +53,13 @@ def test_a_snippet_runs_in_an_empty_folder(code, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr, done.stderr
     if shares := re.findall(r"(\d+)%", done.stdout): assert int(shares[-1]) > int(shares[0]) + 50
+    if rewards := column("reward", done.stdout): assert rewards[-1] > rewards[0] + .1, done.stdout
+
+
+def column(name, printed):
+    """The numbers below a word of a table's first line; none where there is no such word."""
+    head, *rows = [line.split() for line in printed.splitlines() if line.startswith(" ")] or [[]]
+    return [float(row[head.index(name)]) for row in rows] if name in head else []
 
 
 def test_the_commands_run_one_after_the_other(tmp_path):

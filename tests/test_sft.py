@@ -298,3 +298,13 @@ def test_bad_config_is_named(options, message, config):
 def test_a_model_in_memory_without_tokenizer_says_so():
     with pytest.raises(ValueError, match="processing_class"):
         SFTTrainer(pocket.model(seed=0), train_dataset=rows())
+
+
+def test_a_pass_over_a_stream_ends_where_it_ends(config, monkeypatch):
+    """No further steps are asked of all processes until the number of steps of the whole run."""
+    trainer = SFTTrainer(pocket.model(seed=0), SFTConfig(**config(max_steps=40)), processing_class=pocket.tokenizer(),
+                         train_dataset=pocket.dataset("add", "prompt_completion", n=8).to_iterable_dataset())
+    asked, count = [], trainer._count
+    monkeypatch.setattr(trainer, "_count", lambda *args: asked.append(1) or count(*args))
+    trainer.train()
+    assert trainer.state.global_step == 40 and len(asked) < 100, "20 passes of 2 steps and an end"

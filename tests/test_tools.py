@@ -202,6 +202,23 @@ def test_good_exercises_pass(project):
     assert exercises.wrong_exercises(GOOD) == []  # a notebook may have none
 
 
+def small_lesson(*numbers, heading="## Exercise", introduction=None):
+    cells = lesson(*map(exercise, numbers))
+    cells[2] = md(f"{heading}\n\n{introduction or exercises.INTRODUCTION_OF_ONE}")
+    return cells
+
+
+def test_a_small_lesson_has_one_exercise_of_the_same_kind(project):
+    path = project / "nbs/data/01_a.ipynb"
+    def found(*numbers, **text): return "\n".join(exercises.wrong_exercises(small_lesson(*numbers, **text)))
+    assert tools.check_notebook(save(path, *small_lesson(1))) == []
+    assert "has 2 exercises, expected one" in found(1, 2) and "has 0 exercises" in found()
+    assert "must begin with the sentences" in found(1, introduction=exercises.INTRODUCTION)
+    assert "has 1 exercises, a lesson has at least 3" in found(1, heading="## Exercise: find the bug")
+    no_open_cell = [cell for cell in small_lesson(1) if not cell.source.startswith("answer = ")]
+    assert "exercise 1 has no open cell" in "\n".join(exercises.wrong_exercises(no_open_cell))
+
+
 def damaged(place, old, new):
     """Three exercises; in the second, `old` became `new` in the cell at this place."""
     parts = [exercise(n) for n in (1, 2, 3)]

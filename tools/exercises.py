@@ -1,5 +1,7 @@
 """The exercises of a lesson: one protocol for all, which `check` of tools/notebooks.py holds them to.
 
+They stand under `## Exercises`, and the only one of a small lesson under `## Exercise`.
+
 An exercise is five cells: the task, its folded checker, an open cell that calls the checker, the solution, and a folded
 cell which asserts that the checker accepts the solution and refuses the usual wrong answers."""
 import ast
@@ -12,11 +14,12 @@ AT_LEAST = 3
 # What stands under the heading: the whole protocol, as a learner has to know it.
 INTRODUCTION = ("Each exercise has an open cell. Replace the `...` there, or repair the code, and run the cell: "
                 "it says `right`, or what is not right yet.")
+INTRODUCTION_OF_ONE = INTRODUCTION.replace("Each exercise", "The exercise")
 
 
 def section(cells: list) -> list:
-    """The cells from `## Exercises` up to the next heading of this level."""
-    starts = [i for i, cell in enumerate(cells) if has_heading(cell, "Exercises")]
+    """The cells from `## Exercises` or `## Exercise` up to the next heading of this level."""
+    starts = [i for i, cell in enumerate(cells) if has_heading(cell, "Exercises?\\b.*")]
     if not starts: return []
     ends = (i for i, cell in enumerate(cells) if i > starts[0] and has_heading(cell))
     return cells[starts[0]:next(ends, len(cells))]
@@ -66,7 +69,7 @@ def borrowed(cells: list) -> set[str]:
 
 def numbers(cells: list) -> list[int]:
     """The exercises that begin in these cells, as in `**2. Find the planted bug.** ...`."""
-    texts = (cell.source.split("## Exercises")[-1] for cell in cells if cell.cell_type == "markdown")
+    texts = (cell.source.split("## Exercise")[-1] for cell in cells if cell.cell_type == "markdown")
     return [int(n) for text in texts for n in re.findall(r"^\*\*(\d+)\. ", text, re.M)]
 
 
@@ -74,10 +77,13 @@ def wrong_exercises(cells: list, introduces_a_trainer: bool = False) -> list[str
     """What is wrong with the exercises of a notebook; nothing where it has none."""
     cells = section(cells)
     if not cells: return []
-    found, bad = numbers(cells), []
-    if INTRODUCTION not in cells[0].source:
-        bad.append(f"## Exercises must begin with the sentences of tools/exercises.py: {INTRODUCTION}")
-    if len(found) < AT_LEAST: bad.append(f"## Exercises has {len(found)} exercises, a lesson has at least {AT_LEAST}")
+    found, bad, has_one = numbers(cells), [], has_heading(cells[0], "Exercise")
+    introduction = INTRODUCTION_OF_ONE if has_one else INTRODUCTION
+    if introduction not in cells[0].source:
+        bad.append(f"the exercises must begin with the sentences of tools/exercises.py: {introduction}")
+    if has_one and len(found) != 1: bad.append(f"## Exercise has {len(found)} exercises, expected one")
+    if not has_one and len(found) < AT_LEAST:
+        bad.append(f"## Exercises has {len(found)} exercises, a lesson has at least {AT_LEAST}")
     if found != list(range(1, len(found) + 1)): bad.append(f"exercises are numbered {found}, not from 1 on")
     if introduces_a_trainer and not any(re.search(r"^\*\*\d+\. Build it\.\*\*", cell.source, re.M) for cell in cells):
         bad.append("a notebook that introduces a trainer needs an exercise `**N. Build it.**`: its loss, from blank")

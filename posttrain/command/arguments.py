@@ -166,8 +166,7 @@ def reward_function(
     name: str,  # in posttrain.rollout.rewards, or module.function
 ):  # a function
     "The function that a name or an import path leads to. Raises ValueError where there is none."
-    # people also write file.py:function
-    module_name, _, function_name = name.replace(".py:", ".").rpartition(".")
+    module_name, _, function_name = _dotted(name).rpartition(".")
     known = [] if module_name else _own_rewards()
     module = _imported(name, module_name or "posttrain.rollout.rewards")
     function = getattr(module, function_name, None)
@@ -177,6 +176,16 @@ def reward_function(
                          f"{', '.join(there) or 'none'}.{closest(function_name, there)} A function of your own is "
                          "module.function")
     return function
+
+
+def _dotted(name: str) -> str:
+    "People also write file.py:function, perhaps with folders. Raises ValueError for a file that is not below this one."
+    if ".py:" not in name: return name
+    path = os.path.relpath(name)
+    if path.startswith(os.pardir):
+        raise ValueError(f"--reward_funcs {name}: the file must be in this folder ({os.getcwd()}) or below it. Start "
+                         "the command where the file is, or write module.function of an installed package")
+    return path.replace(".py:", ".").replace(os.sep, ".")
 
 
 def _own_rewards() -> list[str]:

@@ -5,6 +5,7 @@ __all__ = ['ALIASES', 'TITLES', 'read_file', 'Silent', 'make_parser', 'parse', '
 
 # %% ../../nbs/command/02_flags.ipynb #edc1f75a
 import argparse
+import functools
 import inspect
 import json
 import os
@@ -31,7 +32,7 @@ def read_file(
     if not file.is_file():
         raise FileNotFoundError(f"the config file {path} is not there.{closest_file(file)}")
     text = file.read_text(encoding="utf-8-sig", errors="replace")
-    try: values = json.loads(text) if file.suffix.lower() == ".json" else yaml.safe_load(text)
+    try: values = json.loads(text) if file.suffix.lower() == ".json" else yaml.load(text, Loader=_loader())
     except json.JSONDecodeError as e: raise ValueError(f"{path} is no JSON: line {e.lineno}: {e.msg}") from e
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
@@ -42,6 +43,24 @@ def read_file(
                          f"{'nothing' if values is None else 'a ' + type(values).__name__}")
     _set_environment(path, values.pop("env", None) or {})
     return values
+
+
+@functools.cache
+def _loader() -> type:
+    "YAML's safe loader, which also refuses a name that stands twice: of two values one would be lost."
+    import yaml
+
+    class Once(yaml.SafeLoader):
+        def construct_mapping(self, node, deep=False):
+            seen = set()
+            for key, _ in node.value:
+                if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                    raise yaml.constructor.ConstructorError(problem=f"{key.value!r} stands twice",
+                                                            problem_mark=key.start_mark)
+                if isinstance(key.value, str): seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
+    return Once
 
 
 def _set_environment(path, variables) -> None:
@@ -76,10 +95,11 @@ def _holds(hint, kind) -> bool: return any((get_origin(k) or k) is kind for k in
 
 def make_parser(
     classes: Iterable[type],  # dataclasses
+    bare_file: bool = True,   # may the config file stand alone, without --config?
 ) -> argparse.ArgumentParser:
     "A parser that knows the fields of these classes as flags, and takes all values as text."
     parser = Silent(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.add_argument("FILE", nargs="?")
+    if bare_file: parser.add_argument("FILE", nargs="?")
     parser.add_argument("--config", dest="--config")
     known = _fields(classes)
     for name, (cls, _) in known.items():
@@ -94,6 +114,9 @@ def make_parser(
 
 def _split(parser, argv, known) -> tuple[dict, str | None]:
     "What flags say, and the config file. Raises ValueError for a flag that there is not."
+    if dashed := [word for word in argv if word[:1] in "–—" and word]:
+        raise ValueError(f"there is no flag {dashed[0]}: it begins with a dash as in texts. Flags begin with two "
+                         f"hyphens: --{dashed[0].lstrip('–—-')}")
     said, rest = parser.parse_known_args(argv)
     if unknown := [word for word in rest if word.startswith("-")]:
         flag = unknown[0].split("=")[0]
@@ -106,11 +129,14 @@ def _split(parser, argv, known) -> tuple[dict, str | None]:
     return said, files[0] if files else None
 
 
-def _from_file(path, known) -> dict:
-    values = {ALIASES.get(name, name): value for name, value in read_file(path).items()}
+def _from_file(path) -> dict:
+    "The settings of a file by the names of their fields; nothing where there is no file."
+    return {ALIASES.get(name, name): value for name, value in read_file(path).items()} if path else {}
+
+
+def _refuse_unknown(path, values, known) -> None:
     if unknown := [name for name in values if name not in known]:
         raise ValueError(f"{path}: there is no setting {unknown[0]!r}.{closest(unknown[0], known)}")
-    return values
 
 
 def _value(value, cls, declared):
@@ -127,7 +153,13 @@ def parse(
     "Objects from flags and a config file. Raises ValueError and TypeError that name what is wrong."
     known = _fields(classes)
     said, file = _split(make_parser(classes), argv, known)
-    given = {**(_from_file(file, known) if file else {}), **said}
+    in_file = _from_file(file)
+    _refuse_unknown(file, in_file, known)
+    return _objects(classes, known, {**in_file, **said})
+
+
+def _objects(classes, known, given) -> tuple:
+    "One object of each class, with the values that were given, as text or as a file has them."
     values = {name: {} for name in classes}
     for name, value in given.items():
         cls, declared = known[name]
@@ -147,10 +179,23 @@ class TrlParser:
 
     def parse_args_and_config(
         self,
-        args: list[str] | None = None,  # default: those that the script was started with
-    ) -> tuple:  # one object of each class
+        args: Iterable[str] | None = None,  # default: those that the script was started with
+        return_remaining_strings: bool = False,  # also return what no class knows, instead of refusing it
+        fail_with_unknown_args: bool = True,     # False: settings of the file that no class knows are passed over
+    ) -> tuple:  # one object of each class, and with `return_remaining_strings` a list of words, the file's first
         "What the flags and the file of `--config` say. Raises as `parse` does."
-        return parse(self.classes, sys.argv[1:] if args is None else list(args))
+        argv, known = sys.argv[1:] if args is None else list(args), _fields(self.classes)
+        if return_remaining_strings:
+            said, words = make_parser(self.classes, bare_file=False).parse_known_args(argv)
+            said = vars(said)
+            file = said.pop("--config", None)
+        else: said, file, words = *_split(make_parser(self.classes), argv, known), []
+        in_file = _from_file(file)
+        if fail_with_unknown_args and not return_remaining_strings: _refuse_unknown(file, in_file, known)
+        left = {name: in_file.pop(name) for name in [*in_file] if name not in known}
+        made = _objects(self.classes, known, {**in_file, **said})
+        in_words = [word for name, value in left.items() for word in (f"--{name}", str(value))]
+        return (*made, in_words + words) if return_remaining_strings else made
 
 # %% ../../nbs/command/02_flags.ipynb #a4119087
 TITLES = {  # class that declares fields -> title of its group; other classes are a method's own

@@ -43,6 +43,8 @@ def load_named(
     **more,                     # for `datasets.load_dataset`
 ):  # a DatasetDict or IterableDatasetDict
     "A dataset with all its splits. Raises FileNotFoundError and ValueError that name it and what is wrong."
+    if "://" in name:
+        raise ValueError(f"{flag} {name} is an address; expected a hub id, a file or a folder: download it first")
     path = Path(name).expanduser()
     if config is not None and path.exists():
         raise ValueError(f"{flag} {name} is a file or folder here; a configuration ({config!r}) is for a hub dataset")
@@ -59,6 +61,7 @@ def _load(flag, name, *args, **kwargs):
     try: return load_dataset(*args, **kwargs)
     except Exception as e:  # of the hub, of pyarrow, of a script: all say what they met, none says who asked
         cause = e.__cause__ or e
+        if "corresponds to no data" in str(cause): raise ValueError(f"{flag} {name} holds no row") from e
         said = textwrap.shorten(str(cause), 400, placeholder=" ...")
         raise ValueError(f"{flag} {name}: {type(cause).__name__}: {said}") from e
 
@@ -70,9 +73,19 @@ def _load_file(path: Path, split, streaming, flag):
                          f"({', '.join(_PACKED)})")
     if not path.stat().st_size: raise ValueError(f"{flag} {path} is empty")
     if kind == "json": _check_lines(path, flag)
-    more = {"delimiter": "\t"} if ".tsv" in path.suffixes else {}
+    more = _csv_options(path, flag) if kind == "csv" else {}
     data = _load(flag, path, kind, data_files={split: str(path)}, streaming=streaming, **more)
     return data.filter(_has_text) if kind == "text" else data
+
+
+_TEXTS = ("text", "prompt", "completion", "chosen", "rejected", "system")
+
+
+def _csv_options(path: Path, flag) -> dict:
+    "What separates the columns, as the header shows. Cells of text stay text: 007 is no number."
+    header = next(_lines(path, flag), "")
+    delimiter = "\t" if ".tsv" in path.suffixes else max(",;\t|", key=header.count)
+    return {"delimiter": delimiter, "converters": dict.fromkeys(_TEXTS, str)}
 
 
 def _has_text(row) -> bool: return bool(row["text"].strip())
@@ -80,7 +93,7 @@ def _has_text(row) -> bool: return bool(row["text"].strip())
 
 def _check_lines(path: Path, flag) -> None:
     "Find the line of a .jsonl file that is no JSON object. datasets says only that there is one."
-    if ".json" in path.suffixes: return  # one value over all lines
+    if ".json" in path.suffixes: return _check_beginning(path, flag)  # one value over all lines
     for number, line in enumerate(_lines(path, flag), 1):
         if not line.strip(): continue
         shown = repr(line.strip()[:60])
@@ -91,9 +104,24 @@ def _check_lines(path: Path, flag) -> None:
             raise ValueError(f"{flag} {path}: line {number} is no object of columns: {shown}")
 
 
+_SMALL = 2**26  # bytes: a file up to this size is read once more, for the place of an error
+
+
+def _check_beginning(path: Path, flag) -> None:
+    "Of a file that ends in .json: datasets may crash at anything but rows, and says little of an error."
+    first = next((line.strip() for line in _lines(path, flag) if line.strip()), "")
+    if not first.startswith(("[", "{")):
+        raise ValueError(f"{flag} {path} must hold a list of objects, [{{...}}, ...], or an object in each line, but "
+                         f"it begins with {first[:60]!r}")
+    if not first.startswith("[") or path.stat().st_size > _SMALL: return
+    try: json.loads("".join(_lines(path, flag)))
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{flag} {path}: line {e.lineno}, column {e.colno} is no JSON: {e.msg}") from e
+
+
 def _lines(path: Path, flag):
     "Of a file of text, perhaps packed. Raises ValueError where it is something else."
-    with _PACKED.get(path.suffix, open)(path, "rt", encoding="utf-8") as lines:
+    with _PACKED.get(path.suffix, open)(path, "rt", encoding="utf-8-sig") as lines:
         try: yield from lines
         except UnicodeDecodeError as e:
             raise ValueError(f"{flag} {path} is no text in UTF-8 ({e.reason}): write it again in this encoding") from e

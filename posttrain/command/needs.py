@@ -79,7 +79,8 @@ def check_model(
     from transformers import AutoConfig
     try: AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as e:  # of the hub, of a network, of a broken config
-        raise ValueError(f"{flag} {name}: no such folder here, and the hub gave no model: {one_line(e)}") from e
+        raise ValueError(f"{flag} {name}: no such folder here, and the hub gave no model: {one_line(e)}"
+                         f"{closest_file(path)}") from e
 
 
 def _check_folder(path: Path, flag) -> None:

@@ -6,6 +6,7 @@ __all__ = ['TRUNCATION', 'truncate', 'Preparation', 'batch_of_one', 'naming_rows
 
 # %% ../../nbs/data/03b_mapping.ipynb #8ad1a936
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,6 +14,7 @@ from functools import partial
 from datasets import Dataset, Features, List, Value
 from jinja2 import TemplateError
 
+from .columns import _texts_in
 from .formats import column_names, first_row, warn_once
 
 # %% ../../nbs/data/03b_mapping.ipynb #67667cd8
@@ -109,9 +111,18 @@ def _error_of_row(tokenize, batch, indices, who) -> Exception | None:
             return ValueError(f"{who}: row {number}: the chat template cannot render it: {error}. Change the row, "
                               "leave it out (dataset.filter), or set another template (chat_template_path).")
         except Exception as error:
+            if place := _half_a_character(values): return ValueError(f"{who}: row {number}: {place}")
             kind = type(error) if isinstance(error, (TypeError, ValueError)) else ValueError
             return kind(f"{who}: row {number}: {error}")
     return None
+
+
+def _half_a_character(values) -> str:
+    "What is wrong with text that no file can hold; '' where nothing is."
+    found = re.search("[\ud800-\udfff]", " ".join(_texts_in(values)))
+    if not found: return ""
+    return (f"the text holds {found[0]!r}, half of a character, which is no text: repair it with "
+            "text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')")
 
 
 def _prepare_batch(batch, indices, preparation: Preparation, place: str, in_stream: bool) -> dict[str, list]:
@@ -236,8 +247,8 @@ def _why_nothing_is_left(row: dict, preparation: Preparation, seen: str) -> str:
     (prompt, parts), = preparation.split_rows(batch)
     start = preparation.first_target(prompt, parts)
     if start is None:
-        return (f"{seen} lack one. In the first row there is none to begin with: its completion is empty, or no "
-                "message is an assistant's.")
+        return (f"{seen} lack one. In the first row there is none to begin with: its text or completion is "
+                "empty, or no message has the role 'assistant'.")
     length = len(prompt) + max(map(len, parts))
     mode = preparation.truncation_mode
     other = ", or truncation_mode='keep_end', which cuts the prompt instead" if mode == "keep_start" else ""

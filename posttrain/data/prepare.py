@@ -8,6 +8,7 @@ from functools import partial
 
 from .formats import column_names, first_row, require, warn_once
 from .mapping import Preparation, batch_of_one, naming_rows, prepare_dataset
+from .messages import short_repr
 from .reading import TEXT, read_sft
 from .reading_answers import are_pairs, read_answers
 from .reading_pairs import read_pair_rows, read_pairs
@@ -25,7 +26,10 @@ from .values import read_rows
 
 # %% ../../nbs/data/03c_prepare.ipynb #886bcc3b
 def _formatted(example, formatting_func) -> dict[str, str]:
-    text = formatting_func(example)
+    try: text = formatting_func(example)
+    except Exception as error:
+        raise RuntimeError(f"formatting_func raised {type(error).__name__}: {error}, for the row with columns "
+                           f"{', '.join(example)}: {short_repr(example)}") from error
     if not isinstance(text, str):
         raise TypeError(f"formatting_func takes one row and returns a string; for the row with columns "
                         f"{', '.join(example)} it returned {type(text).__name__}.")
@@ -116,6 +120,11 @@ def prepare_sft(
     dataset, columns = read_sft(dataset, dataset_text_field, who, name)
     if columns == ("input_ids",):
         read, tokenize = check_tokenized, partial(labels_of_tokenized, completion_only=completion_only_loss)
+        there = column_names(dataset)
+        if "completion_mask" in there and "labels" not in there and completion_only_loss is None:
+            warn_once("completion_mask", f"{who}, {name} dataset: the column 'completion_mask' is not read, and all "
+                                         "tokens are learned. completion_only_loss=True applies it, and "
+                                         "completion_only_loss=False ends this warning.")
     else:
         _check_sft_masks(dataset, columns, tokenizer, completion_only_loss, assistant_only_loss)
         if completion_only_loss is None:

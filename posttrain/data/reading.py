@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['TEXT', 'Reading', 'some_rows', 'check_table', 'refuse_media', 'say_unread', 'say_odd', 'read_some', 'is_empty',
-           'DefaultField', 'read_sft', 'check_sft', 'check_prompts', 'prompt_columns', 'with_plain_prompts',
-           'read_prompts']
+           'odd_texts', 'odd_answers', 'DefaultField', 'read_sft', 'check_sft', 'check_prompts', 'prompt_columns',
+           'with_plain_prompts', 'read_prompts']
 
 # %% ../../nbs/data/01c_reading.ipynb #86d433dc
 import logging
@@ -14,7 +14,7 @@ from datasets import Dataset, Value
 
 from .columns import listed, unread_columns
 from .formats import column_names, dataset_type, first_row, require
-from .messages import looks_like_chat
+from .messages import ROLES, is_chat_as_text, looks_like_chat
 from .values import SIDES, check_rows, read_rows
 
 _BESIDE = ("system", "tools", "chat_template_kwargs")
@@ -131,6 +131,48 @@ def is_empty(
     said = [value for message in answer for name, value in message.items() if name != "role"]
     return not any(value.strip() if isinstance(value, str) else value for value in said)
 
+# %% ../../nbs/data/01c_reading.ipynb #7acd8c09
+def _messages_of(row, columns) -> list[dict]:
+    return [message for name in columns if looks_like_chat(row[name]) for message in row[name]]
+
+
+def odd_texts(
+    columns: tuple[str, ...],  # that are read, as text or as messages
+) -> tuple[tuple, ...]:  # as `say_odd` takes them: a test of a row, what is said of it, the repair
+    "What may be wrong with any text."
+    made = f"{{name: json.loads(row[name]) for name in {columns!r}}}"
+    return (
+        (lambda row: any(is_chat_as_text(row[name]) for name in columns),
+         "a conversation that is written as text, and so is read as text, without a chat template",
+         f"To make messages of it: dataset = dataset.map(lambda row: {made})"),
+        (lambda row: any(message["role"] not in ROLES for message in _messages_of(row, columns)),
+         f"a message of another speaker than {listed(ROLES)}",
+         "A chat template writes such a role as it stands, or leaves the message out: rename it (dataset.map)."))
+
+
+def _begins_with(answer, prompt) -> bool:
+    "Whether an answer says the prompt again. Of text a few letters are no sign."
+    return answer[:len(prompt)] == prompt and (len(prompt) >= 8 or bool(prompt) and not isinstance(prompt, str))
+
+
+def _begins_otherwise(answer) -> bool:
+    return looks_like_chat(answer) and answer[0]["role"] != "assistant"
+
+
+def odd_answers(
+    sides: tuple[str, ...],  # the columns of answers to a prompt
+) -> tuple[tuple, ...]:  # as of `odd_texts`
+    "What may be wrong with an answer to a prompt."
+    def repeats(row): return any(_begins_with(row[side], row["prompt"]) for side in sides)
+    def begins(row): return not repeats(row) and any(_begins_otherwise(row[side]) for side in sides)
+    cut = (f"{{side: row[side][len(row['prompt']):] for side in {sides!r} "
+           "if row[side][:len(row['prompt'])] == row['prompt']}")
+    return (
+        (repeats, "an answer that begins with its prompt, which is then read twice",
+         f"To take it away: dataset = dataset.map(lambda row: {cut})"),
+        (begins, "an answer that begins with a message of another speaker than the assistant",
+         "What the model is asked belongs into the column 'prompt'."))
+
 # %% ../../nbs/data/01c_reading.ipynb #9120737d
 class DefaultField(str):
     "The name of a text field that nobody has asked for: chats, and prompts with completions, are learned from first."
@@ -177,6 +219,20 @@ def _read_field(dataset, text_field, row, who) -> Reading:
     return Reading(dataset, (name,))
 
 
+_ODD_COMPLETIONS = (  # what `say_odd` says of completions
+    (lambda row: row.get("label") in (False, 0), "a 'label' that says not liked, and they are learned from too",
+     "To leave them out: dataset = dataset.filter(lambda row: row['label'])"),
+    (lambda row: is_empty(row["completion"]), "an empty completion, of which only the end is learned",
+     "To leave them out: dataset = dataset.filter(lambda row: row['completion'])"),
+)
+_ODD_CHATS = (  # and of whole conversations
+    (lambda row: looks_like_chat(row.get("messages")) and is_empty(
+        [message for message in row["messages"] if message["role"] == "assistant"]),
+     "no word of the assistant", "To leave them out: dataset = dataset.filter(lambda row: any("
+     "message['role'] == 'assistant' and message['content'] for message in row['messages']))"),
+)
+
+
 def check_sft(
     dataset,                  # as in `read_sft`
     text_field: str = TEXT,   # as in `read_sft`
@@ -194,11 +250,9 @@ def check_sft(
     check_table(reading.dataset, reading.columns, place)
     say_unread(reading, place)
     rows = read_some(reading, place)
-    if rows and "completion" in reading.columns:
-        say_odd(rows, lambda row: row.get("label") in (False, 0), "a 'label' that says not liked, and they are learned "
-                "from too", "To leave them out: dataset = dataset.filter(lambda row: row['label'])", place)
-        say_odd(rows, lambda row: is_empty(row["completion"]), "an empty completion, of which only the end is learned",
-                "To leave them out: dataset = dataset.filter(lambda row: row['completion'])", place)
+    odd = (*odd_texts(reading.columns), *(odd_answers(("completion",)) + _ODD_COMPLETIONS
+                                          if "completion" in reading.columns else _ODD_CHATS))
+    for rule in odd: say_odd(rows, *rule, place)
     if rows and "text" in rows[0] and "text" not in reading.columns:
         logging.getLogger("posttrain").warning(
             f"{place}: {listed(reading.columns)} is learned from, and the column 'text' is not read. To learn from the "
@@ -216,7 +270,10 @@ def check_prompts(
     place = f"{who}, {name} dataset"
     refuse_media(dataset, place)
     check_table(dataset, ("prompt",), place)
-    say_unread(Reading(dataset, ("prompt",)), place, used)
+    reading = Reading(dataset, ("prompt",))
+    say_unread(reading, place, used)
+    rows = read_some(reading, place)
+    for rule in odd_texts(("prompt",)): say_odd(rows, *rule, place)
 
 
 def prompt_columns(

@@ -12,6 +12,8 @@ from posttrain.data.reading import (
     Reading,
     check_table,
     is_empty,
+    odd_answers,
+    odd_texts,
     read_some,
     refuse_media,
     say_odd,
@@ -106,7 +108,19 @@ def _split(chosen, rejected, prompt, system, place, may_be_empty) -> dict:
     return {**row, "prompt": with_system(row["prompt"], system, place)} if row["prompt"] else row
 
 
+_SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"))
+
+
+def _is_swapped(row) -> bool:
+    "Whether the scores that some data sets have say that the other answer is the better one."
+    scores = [(row.get(better), row.get(worse)) for better, worse in _SCORES]
+    return any(isinstance(a, (int, float)) and isinstance(b, (int, float)) and a < b for a, b in scores)
+
+
 _ODD_PAIRS = (  # what `say_odd` says of pairs
+    *odd_answers(("chosen", "rejected")),
+    (_is_swapped, "a lower score for the chosen answer than for the rejected one",
+     "To leave them out, or to swap the two columns: dataset.filter, dataset.map."),
     (lambda row: row["chosen"] == row["rejected"], "twice the same answer, from which nothing can be learned",
      "To leave them out: dataset = dataset.filter(lambda row: row['chosen'] != row['rejected'])"),
     (lambda row: is_empty(row["chosen"]) or is_empty(row["rejected"]), "an empty answer, of which only the end is "
@@ -130,7 +144,7 @@ def check_pairs(
     if "prompt" in reading.columns:
         say_unread(reading, place)
     rows = read_some(reading, place, read_pair_rows)
-    for odd in _ODD_PAIRS: say_odd(rows, *odd, place)
+    for odd in (*odd_texts(("prompt", "chosen", "rejected")), *_ODD_PAIRS): say_odd(rows, *odd, place)
     one = {"ref_chosen_logps", "ref_rejected_logps"} & set(first_row(dataset))
     if len(one) == 1:
         raise ValueError(f"{place}: {listed(one)} is there without its twin: give the reference's log-probs of both "

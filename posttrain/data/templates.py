@@ -6,11 +6,13 @@ __all__ = ['CHATML', 'has_generation_markers', 'check_template', 'encode_chats',
            'adopt_chat_template', 'resize_embeddings_to_tokenizer', 'adopt_eos', 'clone_chat_template']
 
 # %% ../../nbs/data/02_templates.ipynb #3a7d7824
+import bisect
 import functools
 import itertools
 import os
 import re
 import unicodedata
+from operator import itemgetter
 
 from .formats import dataset_type, is_conversational, warn_once
 from .messages import looks_like_chat, plain_chat, without_none
@@ -165,21 +167,44 @@ def _one_form(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
+class _Whole:
+    """A rendered chat and its tokens, whose beginnings are looked at.
+
+    A special token parts the text before it from the text behind it. So a beginning is tokenised from its last special
+    token on: otherwise a chat of many turns would be tokenised again for each of them."""
+
+    def __init__(self, tokenizer, text: str, ids: list[int]):
+        self.encode = functools.partial(tokenizer, add_special_tokens=False, verbose=False)
+        self.text, self.ids = text, ids
+        encoded = self.encode(text, return_offsets_mapping=True)
+        places = zip(ids, encoded["offset_mapping"]) if encoded["input_ids"] == ids else ()
+        # where each special token ends and starts in the text, and its number among the tokens
+        self.marks = [(end, start, number) for number, (token, (start, end)) in enumerate(places)
+                      if token in tokenizer.added_tokens_decoder]
+
+    def look_at(self, text: str) -> tuple[int, bool]:
+        "How many tokens this text has, and whether they are the first ones of the whole."
+        begins = self.text.startswith(text)
+        marks = self.marks[:bisect.bisect_right(self.marks, len(text), key=itemgetter(0))] if begins else []
+        _, start, number = marks[-1] if marks else (0, 0, 0)
+        tail = self.encode(text[start:])["input_ids"]
+        return number + len(tail), self.ids[number:number + len(tail)] == tail
+
+
 def _found_mask(tokenizer, ends, chat, ids, tools, template_kwargs) -> list[int]:
     "1 at the tokens from where the generation prompt ends to where the turn does, 0 elsewhere."
-    def rendered(messages, **options):
-        return encode_chats(tokenizer, [messages], [tools], [template_kwargs], **options)[0]
-    mask = [0] * len(ids)
+    render = functools.partial(tokenizer.apply_chat_template, tokenize=False, **_options(tools, template_kwargs))
+    whole, mask = _Whole(tokenizer, render(chat), ids), [0] * len(ids)
     for i, message in enumerate(chat):
         if message["role"] != "assistant": continue
-        before = rendered(chat[:i], add_generation_prompt=True) if i else []
+        start, agrees = whole.look_at(render(chat[:i], add_generation_prompt=True)) if i else (0, False)
         # a turn that ends in another way, such as a call of a tool, must not run on into the next ones
-        start, most = len(before), len(rendered(chat[:i + 1]))
+        most, _ = whole.look_at(render(chat[:i + 1]))
         stops = (place + len(end) for place in range(start, most) for end in ends
                  if ids[place:place + len(end)] == end)
         stop = next(stops, start)
         is_there = start < stop <= most and _end_of(message) in _one_form(tokenizer.decode(ids[start:stop]))
-        if not i or ids[:start] != before or not is_there:
+        if not agrees or not is_there:
             raise _no_mask(tokenizer, f"message {i} cannot be found in the tokens: the template renders it differently "
                                       "where other messages follow, or begins or ends the turn in another way")
         mask[start:stop] = [1] * (stop - start)
@@ -290,14 +315,28 @@ def load_chat_template(
     path: str,  # a file that ends in .jinja or .j2, or a tokenizer: a folder or a name on the hub
 ) -> str:
     "The chat template at `path`. Raises FileNotFoundError when it is not there, ValueError when it has no template."
-    if (_is_file(path) or path.startswith(("/", ".", "~"))) and not os.path.exists(os.path.expanduser(path)):
+    if _is_file(path):
+        with open(_existing(path), encoding="utf-8") as file:
+            return file.read()
+    return _template_of(_source(path))
+
+
+def _existing(path: str) -> str:
+    "A path that is there, or a name on the hub."
+    place = os.path.expanduser(path)
+    if (_is_file(path) or path.startswith(("/", ".", "~"))) and not os.path.exists(place):
         raise FileNotFoundError(f"chat template {path!r}: there is no such file or folder; expected a file that ends "
                                 "in .jinja or .j2, or a tokenizer: a folder or a name on the hub")
-    if _is_file(path):
-        with open(path, encoding="utf-8") as file:
-            return file.read()
+    return place
+
+
+def _source(path: str):
+    "The tokenizer whose template is taken."
     from transformers import AutoTokenizer
-    source = AutoTokenizer.from_pretrained(path)
+    return AutoTokenizer.from_pretrained(_existing(path))
+
+
+def _template_of(source) -> str:
     check_template(source)
     return source.get_chat_template()
 
@@ -309,11 +348,11 @@ def adopt_chat_template(
     """Give `tokenizer` another chat template, and the tokens that it is written with.
 
     Raises ValueError when a tokenizer at `path` has no template."""
-    tokenizer.chat_template = load_chat_template(path)
     if _is_file(path):
+        tokenizer.chat_template = load_chat_template(path)
         return []
-    from transformers import AutoTokenizer
-    source, known = AutoTokenizer.from_pretrained(path), tokenizer.get_vocab()
+    source, known = _source(path), tokenizer.get_vocab()
+    tokenizer.chat_template = _template_of(source)
     new = [token for token in source.added_tokens_decoder.values() if token.content not in known]
     tokenizer.add_tokens(new)
     tokenizer.eos_token = source.eos_token

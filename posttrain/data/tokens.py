@@ -173,14 +173,22 @@ def _whole_chats(batch) -> list[list[dict]]:
     return [prompt + completion for prompt, completion in zip(batch["prompt"], batch["completion"])]
 
 # %% ../../nbs/data/03_tokens.ipynb #8383e138
+_BESIDE_TOKENS = ("attention_mask", "completion_mask", "assistant_masks")
+
+
 def check_tokenized(
     batch: dict[str, list],       # column -> values: `input_ids`, and perhaps `labels`
     indices: list[int],           # the row number of each value in the dataset
     who: str,                     # who asks, for the error message
     labels_are_ids: bool = True,  # whether each label must be its own token or -100; verdicts of steps are neither
 ) -> dict[str, list]:             # the same
-    "Raise TypeError for ids that are no integers, ValueError for labels that do not fit their tokens."
+    "Raise TypeError for ids that are no integers, ValueError for labels and masks that do not fit their tokens."
     check_rows(batch, ("input_ids",), indices, who)
+    for name in (name for name in _BESIDE_TOKENS if name in batch):
+        for row, ids, values in zip(indices, batch["input_ids"], batch[name]):
+            if values is None or len(ids) != len(values):
+                raise ValueError(f"{who}: row {row} has {len(ids)} input_ids but {len(values or ())} values of "
+                                 f"{name!r}; each token needs one.")
     for row, ids, labels in zip(indices, batch["input_ids"], batch.get("labels", ())):
         if len(ids) != len(labels):
             raise ValueError(f"{who}: row {row} has {len(ids)} input_ids but {len(labels)} labels; "
@@ -199,8 +207,8 @@ def _check_labels(ids, labels, row, who):
 
 def _without_padding(batch) -> dict[str, list]:
     "The token columns without the places that `attention_mask` takes out."
-    columns = [c for c in ("input_ids", "labels", "completion_mask", "assistant_masks") if c in batch]
-    if "attention_mask" not in batch:
+    columns = [c for c in ("input_ids", "labels", *_BESIDE_TOKENS) if c in batch]
+    if "attention_mask" not in columns:
         return {c: batch[c] for c in columns}
     return {c: [_where(row, mask) for row, mask in zip(batch[c], batch["attention_mask"])] for c in columns}
 

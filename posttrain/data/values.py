@@ -44,13 +44,17 @@ def _is_number(value):
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _is_number_or_numbers(value):
-    return all(map(_is_number, value)) if isinstance(value, list) else _is_number(value)
+def _is_logp(value):
+    return _is_number(value) and value <= 1e-3  # a little above 0 by rounding
+
+
+def _are_logps(value):
+    return all(map(_is_logp, value)) if isinstance(value, list) else _is_logp(value)
 
 
 _EITHER = (_is_text_or_chat, f"a string or {MESSAGES}")
 _IDS = (_is_ids, "a list of token ids (integers, not below 0)")
-_LOGPS = (_is_number_or_numbers, "a log-prob for each token, or their sum")
+_LOGPS = (_are_logps, "a log-prob for each token, or their sum, each 0 or below")
 
 #: column -> (test of a value, what it should have been)
 COLUMNS = {
@@ -121,6 +125,8 @@ def _repair(name, value) -> str:
         return f" Leave such rows out: dataset.filter(lambda row: row[{name!r}] is not None)"
     if isinstance(value, (int, float)) and name in (*SIDES, "text"):
         return f' Write it as text: dataset.map(lambda row: {{{name!r}: str(row[{name!r}])}})'
+    if isinstance(value, bytes):
+        return f" Read the bytes as text: dataset.map(lambda row: {{{name!r}: row[{name!r}].decode()}})"
     if isinstance(value, str) and name == "label":
         return f" For example: dataset.map(lambda row: {{'label': row['label'] == {value!r}}})"
     return f" Give the column {name!r} such values (dataset.map), or leave the row out (dataset.filter)."

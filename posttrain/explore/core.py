@@ -37,10 +37,17 @@ def pack_frames(
 
 # %% ../../nbs/explore/02_core.ipynb #c97b18ee
 _SCRIPT = """(async () => {
+  const waiting = () => document.querySelectorAll('[data-explorer="%s"]:not([data-ready])');
+  if (!window.DecompressionStream) {
+    const told = "This browser is too old to move it. Chrome 80, Firefox 113, Safari 16.4 and newer ones can.";
+    for (const root of waiting())
+      for (const still of root.querySelectorAll('[data-role="still"]')) still.textContent = told;
+    return;
+  }
   const bytes = Uint8Array.from(atob("%s"), c => c.charCodeAt(0));
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
   const data = JSON.parse(await new Response(stream).text());
-  for (const root of document.querySelectorAll('[data-explorer="%s"]:not([data-ready])')) {
+  for (const root of waiting()) {
     root.dataset.ready = "1";
     const part = role => root.querySelector(`[data-role="${role}"]`);
     const at = data.controls.map(c => c.start), shown = data.controls.map(() => null);
@@ -173,7 +180,7 @@ class Explorer:
             f'<div data-role="said" aria-live="polite" style="{_HIDDEN}"></div>',
             self._settings(),
             f'<p style="margin:6px 0 0"><b>Question.</b> {escape(self.question)}</p>' if self.question else "",
-            f"<script>{_SCRIPT % (data, key)}</script>", "</div>"])
+            f"<script>{_SCRIPT % (key, data)}</script>", "</div>"])
 
     def _settings(self) -> str:
         "What the first frame shows, for readers without scripts."
@@ -181,7 +188,7 @@ class Explorer:
         if not settings:
             return '<p data-role="settings"></p>'
         return (f'<p data-role="settings" style="margin:4px 0">Shown for {escape(settings)}. '
-                "It moves in a running or trusted notebook.</p>")
+                '<span data-role="still">It moves in a running or trusted notebook.</span></p>')
 
     def page(self) -> str:
         "A complete HTML document with this explorer alone."

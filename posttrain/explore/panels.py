@@ -64,18 +64,23 @@ def _together(svgs, spots, width: float, height: float) -> str:
     return "\n".join([head, *inner, "</svg>"])
 
 
+def _in_line(svgs, gap: int, down: bool) -> str:
+    "Pictures one behind the other, to the right or down, as one picture."
+    sizes, spots, end = [_size(s) for s in svgs], [], 0.0
+    for size in sizes:
+        spots.append((0.0, end) if down else (end, 0.0))
+        end += size[down] + gap
+    length, across = max(0.0, end - gap), max((size[not down] for size in sizes), default=0.0)
+    return _together(svgs, spots, *((across, length) if down else (length, across)))
+
+
 def beside(
     *svgs: str,  # pictures of this package
     gap: int = 8,  # px between them
 ) -> Rows:
     "Pictures from left to right. On a narrow page they wrap."
-    sizes, spots, x = [_size(s) for s in svgs], [], 0.0
-    for w, _ in sizes:
-        spots.append((x, 0.0))
-        x += w + gap
-    whole = _together(svgs, spots, max(0.0, x - gap), max((h for _, h in sizes), default=0.0))
     row = [panel for s in svgs for panel in (rows_of(s)[0] if len(rows_of(s)) == 1 else (s,))]
-    return Rows(whole, (tuple(row),))
+    return Rows(_in_line(svgs, gap, down=False), (tuple(row),))
 
 
 def stack(
@@ -83,12 +88,7 @@ def stack(
     gap: int = 4,  # px between them
 ) -> Rows:
     "Pictures from top to bottom."
-    sizes, spots, y = [_size(s) for s in svgs], [], 0.0
-    for _, h in sizes:
-        spots.append((0.0, y))
-        y += h + gap
-    whole = _together(svgs, spots, max((w for w, _ in sizes), default=0.0), max(0.0, y - gap))
-    return Rows(whole, tuple(row for s in svgs for row in rows_of(s)))
+    return Rows(_in_line(svgs, gap, down=True), tuple(row for s in svgs for row in rows_of(s)))
 
 # %% ../../nbs/explore/01_panels.ipynb #78422391
 SMALLEST = 11  # px, of a text as it is shown
@@ -137,12 +137,12 @@ def images(
     return _laid_out(svg, _image)
 
 # %% ../../nbs/explore/01_panels.ipynb #f5e63c31
-_UNWRAP = """<script>for (const img of document.querySelectorAll(".pt-picture img")) {
+_UNWRAP = """<script>for (const img of document.querySelectorAll(".pt-picture img")) try {
   const text = new TextDecoder().decode(Uint8Array.from(atob(img.src.split(",")[1]), c => c.charCodeAt(0)));
   const svg = new DOMParser().parseFromString(text, "image/svg+xml").documentElement;
   svg.querySelector("style").remove();
   img.replaceWith(svg);
-}</script>"""
+} catch (error) { console.warn("posttrain: a picture stays an image", error); }</script>"""
 
 
 class Picture:

@@ -199,7 +199,8 @@ def _extreme_row(x, rho, mask, extreme) -> Tensor:
 def _ratio_stats(rho, mask) -> dict[str, Tensor]:
     count = _counted(rho, mask)
     mean = torch.where(count.any(), _mean(rho, rho, mask), 1.0)  # where nothing counts nothing has moved
-    inside = torch.where(count == 0, mean, rho)  # the mean is never an extreme, so padding is none either
+    # the mean is never an extreme, so padding is none either
+    inside = torch.cat([mean.reshape(1), torch.where(count == 0, mean, rho).flatten()])
     return {"ratio/mean": mean, "ratio/min": inside.min(), "ratio/max": inside.max()}
 
 # %% ../../nbs/foundations/06_policy_gradient.ipynb #0eb80d6f

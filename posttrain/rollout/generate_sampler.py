@@ -9,7 +9,7 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
-from .sampling import Engine, Samples, Sampling, _check, _stops, eos_ids
+from .sampling import Engine, Samples, Sampling, _check, _stops, ends_of_completion, eos_ids
 from ..training.heads import scoring, unwrapped
 
 # %% ../../nbs/rollout/01b_generate_sampler.ipynb #cd8ed68c
@@ -116,7 +116,7 @@ class GenerateSampler(Engine):
         logits_fit = completions * s.max_tokens * vocabulary * 4 <= self.LOGITS_BYTES
         return GenerationConfig(max_new_tokens=s.max_tokens, do_sample=s.temperature > 0, **how,
                                 repetition_penalty=float(s.repetition_penalty),
-                                eos_token_id=[*self.eos, *s.stop_ids] or None,
+                                eos_token_id=ends_of_completion(self.eos, s, vocabulary) or None,
                                 pad_token_id=pad, use_cache=True, return_dict_in_generate=True,
                                 output_logits=logits_fit)
 
@@ -124,7 +124,7 @@ class GenerateSampler(Engine):
         "Completions without what `generate` has put behind their ends."
         tokens, ends = out.sequences[:, stops.width:], stops.ends.tolist()
         rows = tokens.tolist()
-        last = [*self.eos, *sampling.stop_ids]
+        last = ends_of_completion(self.eos, sampling)
         lengths = [_length(row, last, end) for row, end in zip(rows, ends)]
         rows = [row[:n] for row, n in zip(rows, lengths)]
         finished = [row[-1] in last or end <= stops.limit for row, end in zip(rows, ends)]

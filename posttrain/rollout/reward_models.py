@@ -10,9 +10,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..training.fields import closest_file, is_path
 from ..training.heads import scoring
+from ..training.loading import _from_pretrained
 
 # %% ../../nbs/rollout/03e_reward_models.ipynb #aa931224
+def _path(source: str | os.PathLike) -> str:
+    "Where to load a model from. Raises FileNotFoundError for a folder that is not there."
+    name = os.fspath(source)
+    if not is_path(name): return name
+    path = os.path.expanduser(name)
+    if os.path.isdir(path): return path
+    raise FileNotFoundError(f"reward model {name!r}: there is no such folder.{closest_file(path)}")
+
+
 class ModelReward:
     """A sequence-classification model with one label as a reward function.
 
@@ -34,7 +45,7 @@ class ModelReward:
     ):
         in_memory = isinstance(model, nn.Module)
         self.model, self.processing_class = model if in_memory else None, processing_class
-        self.source = getattr(getattr(model, "config", None), "_name_or_path", "") if in_memory else os.fspath(model)
+        self.source = getattr(getattr(model, "config", None), "_name_or_path", "") if in_memory else _path(model)
         self.__name__ = self._name(model)
         self.chat_template_kwargs, self.model_init_kwargs = chat_template_kwargs or {}, model_init_kwargs or {}
         self.batch_size, self.device = batch_size, None
@@ -72,14 +83,14 @@ class ModelReward:
         if self._ready: return
         from transformers import AutoTokenizer
         if self.model is None: self.model = self._loaded_model()
-        if self.processing_class is None: self.processing_class = AutoTokenizer.from_pretrained(self.source)
+        if self.processing_class is None: self.processing_class = _from_pretrained(AutoTokenizer, self.source)
         self._set_padding()
         self._ready = True
 
     def _loaded_model(self) -> nn.Module:
         from transformers import AutoModelForSequenceClassification
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            self.source, num_labels=1, output_loading_info=True, **self.model_init_kwargs)
+        model, info = _from_pretrained(AutoModelForSequenceClassification, self.source, num_labels=1,
+                                       output_loading_info=True, **self.model_init_kwargs)
         if made_up := sorted(set(info["missing_keys"]) & dict(model.named_parameters()).keys()):
             raise ValueError(f"{self.source} is no reward model: it has no weights for {', '.join(made_up[:3])}, which "
                              "would be random numbers; train one, or name another checkpoint")

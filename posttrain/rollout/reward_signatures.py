@@ -106,10 +106,14 @@ def check_columns(
     passed: list[str],       # as from `passed_columns`
 ) -> None:
     "Raises TypeError when a function needs a column that is not there."
+    if signature.names == frozenset():
+        raise TypeError(f"reward {name!r} takes no argument by name, so it would judge nothing: give it parameters, "
+                        "such as (completions, **columns)")
     there = [*GIVEN, *SERVICES, *passed]
     if missing := [p for p in signature.required if p not in there]:
         close = difflib.get_close_matches(missing[0], there, n=1)
         advice = f"Did you mean {close[0]!r}? " if close else ""
+        if name.startswith("get_"): advice = f"If {name} makes a reward function, call it: {name}(...). "
         raise TypeError(f"reward {name!r} needs {listed(missing)}, which the dataset does not have; its columns for "
                         f"rewards: {listed(passed)}. {advice}Rename the column or the parameter, or give the "
                         "parameter a default")

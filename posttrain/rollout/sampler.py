@@ -13,7 +13,17 @@ from torch import Tensor, nn
 from .decoder import CachedDecoder, verify
 from .generate_sampler import GenerateSampler
 from .packed import pack
-from .sampling import Engine, Samples, Sampling, _check, _stops, eos_ids, pick, uniforms
+from posttrain.rollout.sampling import (
+    Engine,
+    Samples,
+    Sampling,
+    _check,
+    _stops,
+    ends_of_completion,
+    eos_ids,
+    pick,
+    uniforms,
+)
 
 # %% ../../nbs/rollout/01c_sampler.ipynb #382aaed2
 def _groups(prompts: list) -> list[range]:
@@ -168,7 +178,7 @@ class Sampler(Engine):
     def _ends(self, sampling: Sampling, logits: Tensor) -> Callable:
         "A function that tells which places of the grid, (U * g,), have just got their last token."
         is_eos = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
-        is_eos[[*self.eos, *sampling.stop_ids]] = True
+        is_eos[ends_of_completion(self.eos, sampling, logits.shape[1])] = True
         if not sampling.stop: return lambda completions: is_eos[completions.tokens]
         is_complete = _stops(self.tokenizer, sampling.stop)
         return lambda completions: is_eos[completions.tokens] | is_complete(completions.texts())

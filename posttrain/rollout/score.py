@@ -90,6 +90,14 @@ def _one_each(processing_classes, n: int) -> list:
     return processing_classes
 
 
+def _refuse_own_name(function) -> None:
+    "A text leads to a reward model. One that is the name of a function of ours was meant as that."
+    from posttrain import rewards
+    if isinstance(function, str) and function in rewards.__all__:
+        raise TypeError(f"reward {function!r} is a text, which is read as the path of a reward model. For the function "
+                        f"of this name: from posttrain.rewards import {function}")
+
+
 def _checked_function(function):
     if inspect.isclass(function): raise TypeError(f"reward {shown(function)} is a class; pass an object of it")
     if not callable(function):
@@ -132,6 +140,7 @@ class Rewards:
     ):
         functions = list(functions) if isinstance(functions, (list, tuple)) else [functions]
         if not functions: raise ValueError("no reward functions: give at least one")
+        for function in functions: _refuse_own_name(function)
         tokenizers = _one_each(processing_classes, len(functions))
         model_reward = functools.partial(ModelReward, chat_template_kwargs=chat_template_kwargs, batch_size=batch_size,
                                          model_init_kwargs=model_init_kwargs)

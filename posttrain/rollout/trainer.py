@@ -4,6 +4,7 @@
 __all__ = ['OnlineTrainer']
 
 # %% ../../nbs/rollout/08_trainer.ipynb #6407d85f
+import inspect
 import warnings
 
 import torch
@@ -16,16 +17,26 @@ from .config import OnlineConfig
 from .generation import Generation
 from .prompts import ReadsPrompts
 from .sampler import make_sampler
-from .sampling import Engine
+from .sampling import Engine, ends_of_completion, eos_ids
 from .score import Rewards
 from .stages import Stages, weighted
 from .stream import Prompts, RolloutStream, Rounds, completion_seeds
-from ..training.heads import use_float32_head
+from ..training.heads import unwrapped, use_float32_head
 from ..training.references import disable_dropout, has_dropout
 from ..training.trainer import PostTrainer
 from ..training.with_reference import WithReference
 
 # %% ../../nbs/rollout/08_trainer.ipynb #3625a9b0
+def _must_take_two(rollout_func) -> None:
+    "Raise TypeError for a function that cannot be called with prompts and the trainer."
+    try: signature = inspect.signature(rollout_func)
+    except (TypeError, ValueError): return  # some builtins do not tell
+    try: signature.bind(None, None)
+    except TypeError as e:
+        raise TypeError(f"rollout_func has the parameters {signature}: it is called as rollout_func(prompts, trainer) "
+                        f"({e})") from e
+
+
 class OnlineTrainer(Stages, ReadsPrompts, WithReference, PostTrainer):
     """A trainer of methods that sample. Call it as TRL's GRPOTrainer.
 
@@ -68,6 +79,7 @@ class OnlineTrainer(Stages, ReadsPrompts, WithReference, PostTrainer):
                                  "rollout_func, and mark what the tool wrote with 0 in its env_mask")
         if rollout_func is not None and not callable(rollout_func):
             raise TypeError(f"rollout_func is {rollout_func!r}: expected a function (prompts, trainer) -> dict")
+        if rollout_func is not None: _must_take_two(rollout_func)
         args = self.config_class.adopt(args)
         if reward_funcs is None and self.needs_rewards:
             raise TypeError(f"{type(self).__name__} needs reward_funcs: a function (prompts, completions, **columns) "
@@ -95,7 +107,9 @@ class OnlineTrainer(Stages, ReadsPrompts, WithReference, PostTrainer):
         if args.disable_dropout: disable_dropout(self.model)
         if args.log_completions: self.add_callback(CompletionsLog())
         if self.rewards: self.rewards.to(args.device)
-        if not self.rollout_func: self.engine = self.make_engine()
+        if not self.rollout_func:
+            self._check_ends()
+            self.engine = self.make_engine()
         # with one's own loop in the trainer's precision its log-probs are the old policy's: nothing is computed again
         own_loop = self.engine is not None and not args.use_vllm
         in_float32 = next(self.model.parameters()).dtype == torch.float32
@@ -103,6 +117,11 @@ class OnlineTrainer(Stages, ReadsPrompts, WithReference, PostTrainer):
         # then the policy that learns is never quite the one that sampled
         self.forward_is_stochastic = args.neftune_noise_alpha is not None or has_dropout(self.model)
         if self.train_dataset is not None: self.stream = self.make_stream()
+
+    def _check_ends(self) -> None:
+        "Raise ValueError where a completion would end with a token that the model cannot write."
+        vocabulary = getattr(unwrapped(self.model).get_input_embeddings(), "num_embeddings", None)
+        ends_of_completion(eos_ids(self.model, self.processing_class), self.args.sampling(), vocabulary)
 
     def make_engine(self) -> Engine:
         "Who samples."

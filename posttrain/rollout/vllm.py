@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..foundations.layouts import make_batch
-from .sampling import Engine, Samples, Sampling, _check
+from .sampling import Engine, Samples, Sampling, _check, ends_of_completion
 from .weights import checkpoint_weights
 from ..training.heads import completion_logps, scoring, unwrapped
 
@@ -61,7 +61,7 @@ def request(
     filters = dict(top_p=s.top_p, top_k=s.top_k, min_p=s.min_p or 0.0)
     penalties = dict(repetition_penalty=s.repetition_penalty, presence_penalty=0.0, frequency_penalty=0.0)
     ends = dict(max_tokens=s.max_tokens, stop=list(s.stop), include_stop_str_in_output=True,
-                stop_token_ids=[*eos, *s.stop_ids])
+                stop_token_ids=ends_of_completion(eos, s))
     # logprobs=0: of the chosen token alone
     answer = dict(skip_special_tokens=False, logprobs=0)
     return dict(temperature=s.temperature, seed=seed % 2**63, **filters, **penalties, **ends, **answer)

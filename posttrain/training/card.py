@@ -9,6 +9,7 @@ import os
 import warnings
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -173,6 +174,7 @@ class WritesCard:
     "For trainers on transformers' Trainer: name it before Trainer among the bases."
 
     data_columns = ()  # of the training data, as the user gave it
+    _draft = b""       # the page that was left beside the weights when they were last saved
 
     def method(self) -> Method:
         "What the card says of the method; a method of its own says more."
@@ -186,16 +188,36 @@ class WritesCard:
         language: str | None = None,      # such as "en"
         license: str | None = None,       # such as "apache-2.0"
     ) -> None:
-        "Write README.md into output_dir: how this model was made."
+        """Write README.md into output_dir: how this model was made. `push_to_hub` calls it.
+
+        Warns, and writes nothing, where somebody else's README.md is there."""
+        page = Path(self.args.output_dir, "README.md")
+        if self._is_of_others(page):
+            if self.is_world_process_zero():
+                warnings.warn(f"{page} was not written by posttrain, and stays as it is: no model card was made. Move "
+                              "it away, or call create_model_card of a trainer with another output_dir", stacklevel=2)
+            return
         self._write_card(self.args.output_dir, model_name, dataset_name, tags, language, license)
 
     def save_model(self, output_dir=None, _internal_call=False):
         "As transformers has it, and a model card beside the weights, unless somebody else's README.md is there."
         folder = output_dir or self.args.output_dir
-        keep = _is_of_others(os.path.join(folder, "README.md"))
+        page = Path(folder, "README.md")
+        others = page.read_bytes() if self._is_of_others(page) and page.is_file() else None
         super().save_model(output_dir, _internal_call)
+        if not self.args.should_save: return
+        # beside an adapter PEFT drafts a page, or adds lines to the one that is there
+        if others is not None: page.write_bytes(others)
+        elif page.is_file(): self._draft = page.read_bytes()
         # a checkpoint needs none, and `push_to_hub` writes one with what it was told
-        if not _internal_call and not self.args.push_to_hub and not keep: self._card_or_warning(folder)
+        if not _internal_call and not self.args.push_to_hub and not self._is_of_others(page):
+            self._card_or_warning(folder)
+
+    def _is_of_others(self, page: Path) -> bool:
+        "Is there a page that neither a trainer here wrote, nor PEFT beside this run's weights?"
+        if not page.is_file(): return page.exists()
+        content = page.read_bytes()
+        return _OURS.encode() not in content and content != self._draft
 
     def _card_or_warning(self, folder) -> None:
         "The weights are saved by now: nothing about the card may end the run, or leave other processes waiting."
@@ -227,12 +249,6 @@ class WritesCard:
         state = self.state
         return (f"{state.global_step} optimizer steps, {state.num_input_tokens_seen:,} tokens read."
                 if state.global_step else "Nothing has been trained yet.")
-
-
-def _is_of_others(path: str) -> bool:
-    "Is there a page that no trainer here wrote?"
-    if not os.path.isfile(path): return os.path.exists(path)
-    with open(path, encoding="utf-8", errors="replace") as file: return _OURS not in file.read()
 
 
 def _cell(value) -> str:

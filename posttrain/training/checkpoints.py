@@ -150,10 +150,18 @@ class Resumable:
             raise TypeError("resume_from_checkpoint must be the path of a checkpoint, True for the last one in "
                             f"output_dir, or None, got {resume_from_checkpoint!r}")
         folder = os.fspath(resume_from_checkpoint)
+        if steps := _checkpoints_in(folder):
+            raise ValueError(f"{folder} is the folder of a run and no checkpoint: did you mean {steps[-1]}, or "
+                             "resume_from_checkpoint=True with this output_dir?")
         found = check_checkpoint(folder, self.needed_parts())
         if (method := found.get("method", self._method)) != self._method:
             raise ValueError(f"{folder} was saved by {method}, and this is {self._method}: a run goes on with the "
                              "method that it began with. To begin with its weights, pass the folder as `model`")
+        _must_fit_adapter(Path(folder), getattr(self.model, "peft_config", None))
+        rows, before = _rows(self.train_dataset), found.get("rows")
+        if None not in (rows, before) and rows != before:
+            warnings.warn(f"{folder} was saved with a train dataset of {before} rows, and this one has {rows}: the run "
+                          "goes on at the row where it would be in the other one", stacklevel=2)
         output = super().train(folder, *args, **kwargs)
         if self.state.global_step == found["global_step"] >= self.state.max_steps:
             warnings.warn(f"{folder} is the end of a run of {self.state.max_steps} steps: it was loaded, and nothing "
@@ -175,9 +183,27 @@ class Resumable:
         if self.state.global_step < self.state.max_steps: return super()._run_epoch(*args, **kwargs)
         self.control.should_training_stop = True
 
+    def _issue_warnings_after_load(self, load_result):
+        "As transformers has it, but for weights that are tied to others: a file holds them once, so none is missing."
+        weights = dict(self.model.named_parameters(remove_duplicate=False))
+        absent = set(load_result.missing_keys)
+        loaded = {id(weight) for name, weight in weights.items() if name not in absent}
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if id(weights.get(name)) not in loaded]
+        super()._issue_warnings_after_load(load_result)
+
     def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None: return
+        if checkpoint is None: return super()._load_optimizer_and_scheduler(checkpoint)
+        asked = _rates(self)
+        try: super()._load_optimizer_and_scheduler(checkpoint)
+        except (KeyError, ValueError) as e: raise self._other_optimizer(checkpoint, e) from e
+        optimizer = getattr(self, "optimizer", None)
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's is around another one
+        if asked != (goes_on := _rates(self)):
+            warnings.warn(f"the learning rate of {checkpoint} goes on, {goes_on[0]:g}, and not that of this run, "
+                          f"{asked[0]:g}. To take another one, pass the folder as `model`", stacklevel=2)
+        wanted = getattr(optimizer, "defaults", {}).keys()
+        for group in getattr(optimizer, "param_groups", []):
+            if missing := sorted(wanted - group.keys()): raise self._other_optimizer(checkpoint, f"no {missing[0]!r}")
         own, first = (Path(checkpoint, _run_state_file(process)) for process in (self.args.process_index, 0))
         for name, reason in self.needed_parts().items(): _must_exist(Path(checkpoint, name), reason)
         if not first.exists(): return
@@ -186,6 +212,12 @@ class Resumable:
         if missing := [name for name in ("processes", *self.run_state()) if name not in state]:
             raise ValueError(f"{path} holds no {missing[0]!r}: expected a checkpoint of {self._method}")
         self.load_run_state(state)
+
+    def _other_optimizer(self, checkpoint, why) -> ValueError:
+        return ValueError(f"{Path(checkpoint, 'optimizer.pt')} does not fit the optimizer of this run, optim="
+                          f"{getattr(self.args.optim, 'value', self.args.optim)!r} with the weights that learn here "
+                          f"({why}): a run goes on with the model, the adapter and the optimizer that it began with. "
+                          "To begin with its weights, pass the folder as `model`")
 
     # ------------------------------------------------ writing
     @property
@@ -198,6 +230,9 @@ class Resumable:
         "The folder may hold a checkpoint of an earlier run: what calls it complete is taken away first."
         folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
         if self.args.should_save:
+            for path in folder.glob("*.*"):
+                if path.suffix in _CHECKS and path.is_dir():
+                    raise IsADirectoryError(f"{path} is a folder, and a checkpoint writes a file there: move it away")
             for name in (STATE, RECORD): (folder / name).unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
@@ -218,8 +253,45 @@ class Resumable:
         folder, kinds = Path(output_dir), {".safetensors", ".pt", ".pth", ".bin", ".distcp"}
         files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*"))
                  if path.suffix in kinds}
-        record = {"method": self._method, "processes": self.args.world_size, "files": files}
+        record = {"method": self._method, "processes": self.args.world_size, "rows": _rows(self.train_dataset),
+                  "files": files}
         (folder / RECORD).write_text(json.dumps(record, indent=1))
+
+
+def _rates(trainer) -> list[float] | None:
+    "The learning rates that a schedule begins with; None where there is no such schedule."
+    return getattr(getattr(trainer, "lr_scheduler", None), "base_lrs", None)
+
+
+def _rows(dataset) -> int | None:
+    "How many there are; None of a stream."
+    return len(dataset) if hasattr(dataset, "__len__") else None
+
+
+def _checkpoints_in(folder: str) -> list[Path]:
+    "Of a folder that is no checkpoint itself: those in it, in their order."
+    if Path(folder, STATE).exists(): return []
+    found = [path for path in Path(folder).glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+_OF_ADAPTER = ("peft_type", "r", "lora_alpha", "target_modules", "modules_to_save", "use_rslora", "use_dora")
+
+
+def _must_fit_adapter(folder: Path, configs) -> None:
+    "Raise ValueError where a checkpoint is of an adapter and the model has none, another one, or the other way round."
+    file, again = folder / "adapter_config.json", "a run goes on with the adapter that it began with"
+    if file.exists() != bool(configs) and not any(folder.glob("*/adapter_config.json")):
+        has, lacks = ("an adapter", "has none") if file.exists() else ("a whole model", "has an adapter")
+        raise ValueError(f"{folder} is the checkpoint of {has}, and the model of this run {lacks}: {again}. Give the "
+                         "trainer the same peft_config, or none")
+    if not file.exists() or "default" not in (configs or {}): return
+    saved, now = _read_json(file), configs["default"].to_dict()
+    def plain(value): return sorted(value) if isinstance(value, (list, tuple, set)) else getattr(value, "value", value)
+    for name in _OF_ADAPTER:
+        if name in saved and name in now and plain(saved[name]) != plain(now[name]):
+            raise ValueError(f"{folder} was saved with {name}={plain(saved[name])!r} of the adapter, and this run has "
+                             f"{plain(now[name])!r}: {again}")
 
 
 def _run_state_file(process: int) -> str: return f"run-state-{process}.pt"

@@ -7,6 +7,7 @@ __all__ = ['RANGES', 'TYPES', 'UNCHECKED', 'RENAMED', 'PostConfig', 'ReferenceFi
 # %% ../../nbs/training/00_config.ipynb #f687e0b4
 import inspect
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from math import inf
@@ -144,6 +145,14 @@ class PostConfig(TrainingArguments):
                              "'bfloat16' or 'float16'")
 
     def _refuse_what_is_not_here(self):
+        if self.output_dir == "":
+            raise ValueError("output_dir is an empty text: expected a folder, old or new, such as 'out'")
+        if re.search(r"\$\{?\w", self.output_dir or "") and not os.path.exists(self.output_dir):
+            raise ValueError(f"output_dir={self.output_dir!r} holds a variable, which nobody replaces here: write the "
+                             "folder itself, or let a shell or os.path.expandvars replace it")
+        if self.load_best_model_at_end and self.eval_strategy == "no":
+            raise ValueError("load_best_model_at_end=True needs evaluations, which say what is best: set eval_strategy "
+                             "to 'steps' or 'epoch', and save_strategy to the same")
         if self.output_dir and os.path.exists(self.output_dir) and not os.path.isdir(self.output_dir):
             raise FileExistsError(f"output_dir={self.output_dir!r} is a file; expected a folder, old or new")
         if self.n_gpu > 1:

@@ -101,15 +101,20 @@ def _advice(value, kinds) -> str:
     return ""
 
 
+def _most_like(name: str, known: Collection):
+    "The known name that is most like a misspelt one; None where none is near."
+    plain = {str(k).lower().replace("-", "_"): k for k in known}
+    found = difflib.get_close_matches(name.lower().replace("-", "_"), plain, 1, 0.6)
+    return plain[found[0]] if found else None
+
+
 def closest(
     name,  # what somebody wrote
     known: Collection,  # what there is
 ) -> str:  # ' Did you mean ...?', or '' when nothing is near
     "The known name that is most like a misspelt one."
-    if not isinstance(name, str): return ""
-    plain = {str(k).lower().replace("-", "_"): k for k in known}
-    found = difflib.get_close_matches(str(name).lower().replace("-", "_"), plain, 1, 0.6)
-    return f" Did you mean {plain[found[0]]!r}?" if found else ""
+    found = _most_like(name, known) if isinstance(name, str) else None
+    return "" if found is None else f" Did you mean {found!r}?"
 
 
 def is_path(
@@ -122,9 +127,17 @@ def is_path(
 def closest_file(
     path: str | os.PathLike,  # which is not there
 ) -> str:  # ' Did you mean ...?', or '' when nothing is near
-    "The file or folder beside it whose name is most like it."
-    path = Path(path)
-    return closest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
+    "The file or folder whose name is most like it, in the folder that is most like its own."
+    found = _nearest(Path(path))
+    return "" if found is None else f" Did you mean {str(found)!r}?"
+
+
+def _nearest(path: Path) -> Path | None:
+    if path.exists(): return path
+    folder = _nearest(path.parent)
+    if folder is None or not folder.is_dir(): return None
+    found = _most_like(path.name, [p.name for p in folder.iterdir()])
+    return None if found is None else folder / found
 
 # %% ../../nbs/training/00_fields.ipynb #bdb4cb71
 def choices_of(
@@ -215,6 +228,9 @@ def check_fields(
         if fit is not value: setattr(config, name, fit)
 
 
+_FEW = 12  # fields that a message can list
+
+
 def refuse_unknown(
     cls: type,  # a dataclass
     names: Collection[str],  # keywords that it was called with
@@ -225,5 +241,7 @@ def refuse_unknown(
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()): return
     for name in names:
         if name in parameters: continue
-        hint = f" {renamed[name]}" if name in renamed else closest(name, [*parameters][1:])
+        known = [*parameters][1:]
+        few = f" Its fields are {', '.join(known)}." if len(known) <= _FEW else ""
+        hint = f" {renamed[name]}" if name in renamed else closest(name, known) or few
         raise TypeError(f"{cls.__name__} has no field {name!r}.{hint}")

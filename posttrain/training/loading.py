@@ -4,14 +4,17 @@
 __all__ = ['load_tokenizer', 'load_model', 'add_adapter', 'must_learn']
 
 # %% ../../nbs/training/03b_loading.ipynb #5a118033
+import json
 import os
+import warnings
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .config import PostConfig
-from .fields import closest_file, is_path
+from .fields import closest, closest_file, is_path
 
 # %% ../../nbs/training/03b_loading.ipynb #c0b10f35
 def load_tokenizer(
@@ -27,7 +30,11 @@ def load_tokenizer(
     name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
     if not name:
         raise ValueError("this model was made in memory and names no tokenizer: pass processing_class=tokenizer")
-    return _from_pretrained(AutoTokenizer, name, trust_remote_code=trust_remote_code)
+    tokenizer = _from_pretrained(AutoTokenizer, name, trust_remote_code=trust_remote_code)
+    if tokenizer("a 1")["input_ids"]: return tokenizer
+    raise ValueError(f"{name!r} has no tokenizer that can read a text: expected files such as tokenizer.json and "
+                     "tokenizer_config.json beside the weights. Write them there with tokenizer.save_pretrained(...), "
+                     "or pass processing_class=tokenizer")
 
 
 def _tokenizer_of(processing_class):
@@ -53,15 +60,29 @@ def _existing(name: str) -> str:
     if not is_path(name): return name
     path = os.path.expanduser(name)
     if not os.path.isdir(path): raise FileNotFoundError(f"model {name!r}: there is no such folder.{closest_file(path)}")
-    if any(os.path.exists(os.path.join(path, file)) for file in ("config.json", "adapter_config.json")): return path
+    adapter = os.path.join(path, "adapter_config.json")
+    if os.path.exists(os.path.join(path, "config.json")): return path
+    if os.path.exists(adapter):
+        _base_must_exist(adapter)
+        return path
     raise FileNotFoundError(f"model {name!r}: the folder has no config.json; expected one that save_pretrained or a "
                             "trainer's save_model wrote, such as out or out/checkpoint-100")
+
+
+def _base_must_exist(adapter: str) -> None:
+    "Raise ValueError for an adapter that does not say of which model it is, or whose model is not there."
+    with open(adapter, encoding="utf-8") as file: base = json.load(file).get("base_model_name_or_path")
+    if base and not (is_path(base) and not os.path.isdir(os.path.expanduser(base))): return
+    raise ValueError(f"{adapter}: base_model_name_or_path is {base!r}: expected the folder or the hub id of the model "
+                     "that the adapter belongs to. Write it there, or load the model and the adapter yourself: "
+                     "PeftModel.from_pretrained(model, folder, is_trainable=True)")
 
 
 def _from_pretrained(auto_class, name: str, **options):
     "What is loaded; the hub's errors do not say of which name they are."
     try: return auto_class.from_pretrained(name, **options)
-    except OSError as e: raise OSError(f"{name!r} could not be loaded: {e}") from e
+    except (OSError, SafetensorError) as e:
+        raise OSError(f"{name!r} could not be loaded: {type(e).__name__}: {e}") from e
 
 
 def load_model(
@@ -93,16 +114,34 @@ def add_adapter(
     "The model in a new adapter. Raises ValueError when it has one already."
     if peft_config is None: return model
     from peft import PeftModel, get_peft_model
+    _say_unknown_modules(model, peft_config)
     if isinstance(model, PeftModel):
         raise ValueError("peft_config was given for a model that already has an adapter; merge it first "
                          "(model.merge_and_unload()) or leave peft_config out")
     return get_peft_model(model, peft_config)
 
 
+def _say_unknown_modules(model: nn.Module, peft_config) -> None:
+    "Warn of names in lists of modules that no module has: PEFT passes over them, where another name is found."
+    there = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    for field in ("target_modules", "modules_to_save"):
+        names = getattr(peft_config, field, None)
+        if not isinstance(names, (list, tuple, set)): continue
+        if unknown := sorted(name for name in names if name.rpartition(".")[2] not in there):
+            warnings.warn(f"peft_config: {field} names {unknown[0]!r}, and {type(model).__name__} has no such module: "
+                          f"it is passed over.{closest(unknown[0], there)}", stacklevel=5)
+
+
 def must_learn(
     model: nn.Module,  # the model to train, with its adapter
+    optimizer=None,    # that was given for it
 ) -> None:
     "Raise ValueError for a model in which nothing learns."
+    learns = {id(p) for p in model.parameters() if p.requires_grad}
+    groups = getattr(optimizer, "param_groups", None)
+    if groups and learns and not learns & {id(p) for group in groups for p in group["params"]}:
+        raise ValueError("optimizers: the optimizer holds no weight of the model that learns: make it of the "
+                         "parameters of this very model, or pass optimizer_cls_and_kwargs=(torch.optim.SGD, {...})")
     if any(p.requires_grad for p in model.parameters()): return
     raise ValueError("the model has no weight that learns: all of its parameters have requires_grad=False. An adapter "
                      "is loaded for training with PeftModel.from_pretrained(..., is_trainable=True)")

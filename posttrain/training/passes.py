@@ -45,7 +45,9 @@ class KnowsItsPass:
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         "The micro-batches of a step; none where a process has too few: a step takes all processes."
-        if self._is_over: return [], None
+        if self._is_over:
+            self.control.should_epoch_stop = True  # nothing is asked of the other processes again in this pass
+            return [], None
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         fewest = self._fewest(len(batches), device)
         self._is_over = fewest < num_batches

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch
 from torch import Tensor, nn
 
 from .states import is_classifier
@@ -52,15 +53,30 @@ def router_coefficient(
     return 0.0
 
 
+def _reentrant(lm: nn.Module) -> bool:
+    "Will activations be computed again in the backward pass, of a forward pass that keeps no gradient?"
+    functions = (getattr(module, "_gradient_checkpointing_func", None) for module in lm.modules()
+                 if getattr(module, "gradient_checkpointing", False) and module.training)
+    settings = (getattr(function, "keywords", {}) for function in functions)
+    return torch.is_grad_enabled() and any(keywords.get("use_reentrant") for keywords in settings)
+
+
 def summed_balance(
     lm: nn.Module,  # a model with a `balance_function`
     router_logits: tuple[Tensor, ...],  # of each layer: (R * L, experts)
     times: Tensor,  # (R, L) how often each token counts, as in `foundations.layouts.Layout`
 ) -> Tensor:  # ()
-    "The loss of these rows times their number of tokens. So the parts of a batch can be added up."
+    """The loss of these rows times their number of tokens. So the parts of a batch can be added up.
+
+    Raises ValueError where there are no router logits, or where gradient checkpointing keeps the gradient from
+    them."""
     if not router_logits:
         raise ValueError(f"{type(lm).__name__} gives no router logits, from which its load-balancing loss is computed: "
                          "set router_aux_loss_coef=0")
+    if _reentrant(lm) and not any(logits.requires_grad for logits in router_logits):
+        raise ValueError("gradient checkpointing with use_reentrant=True cuts the routers off: their load-balancing "
+                         "loss would teach nothing. Set gradient_checkpointing_kwargs={'use_reentrant': False}, or "
+                         "router_aux_loss_coef=0")
     loss = balance_function(lm)(router_logits, *_experts(lm), times)
     return loss * times.sum()
 

@@ -4,6 +4,7 @@
 __all__ = ['PostTrainer']
 
 # %% ../../nbs/training/04_trainer.ipynb #dfade4ac
+import functools
 import warnings
 
 import torch
@@ -11,7 +12,7 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Trainer, set_seed
 
-from ..data.formats import show_warnings_again
+from ..data.formats import first_row, show_warnings_again
 from ..data.templates import adopt_chat_template, resize_embeddings_to_tokenizer
 from ..foundations.layouts import lay_out
 from ..foundations.masks import Totals
@@ -19,6 +20,7 @@ from .arguments import check_arguments, never_fail_to_print
 from .card import WritesCard
 from .checkpoints import Resumable
 from .config import PostConfig
+from .fields import closest
 from .heads import attach_head, unwrapped
 from .loading import add_adapter, load_model, load_tokenizer, must_learn
 from .metrics import Mean, MetricAccumulator
@@ -26,8 +28,17 @@ from .passes import KnowsItsPass
 from .progress import LastLog, WithCallbacks
 from .repeated_rows import CountsRowsOnce, SizedRows
 from .router import router_coefficient, router_losses
+from .states import is_classifier
 
 # %% ../../nbs/training/04_trainer.ipynb #e916340f
+_MADE_OF = {  # what people have instead of a Dataset -> how one is made of it
+    "DataFrame": "Dataset.from_pandas(frame) makes one", "Table": "Dataset(table) makes one",
+    "dict": "Dataset.from_dict(columns) makes one of a dict of lists",
+    "list": "Dataset.from_list(rows) makes one of a list of dicts",
+    **dict.fromkeys(("function", "generator"), "IterableDataset.from_generator(function) makes one of a function that "
+                    "yields rows")}
+
+
 def _of_config(name: str) -> property:
     "A field of the config as an attribute of the trainer."
     return property(lambda self: getattr(self.args, name), doc=f"`{name}` of the config.")
@@ -109,7 +120,7 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WritesCard, WithCallb
         train_dataset, eval_dataset = self._prepare_all(train_dataset, eval_dataset)
         self.quantization_config = quantization_config
         model = self._make_model(model, peft_config)
-        if train_dataset is not None: must_learn(model)
+        if train_dataset is not None: must_learn(model, optimizers[0])
         self.router_aux_loss_coef = router_coefficient(unwrapped(model), args.router_aux_loss_coef)
         if args.accelerator_config.dispatch_batches is None:
             # the tensors of our batches differ in length: each process reads its own
@@ -119,8 +130,8 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WritesCard, WithCallb
         super().__init__(
             model=model, args=args, data_collator=data_collator if args.world_size == 1 else SizedRows(data_collator),
             train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=self.processing_class,
-            compute_metrics=compute_metrics, callbacks=callbacks, optimizers=optimizers,
-            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            compute_metrics=_giving_numbers(compute_metrics, args.batch_eval_metrics), callbacks=callbacks,
+            optimizers=optimizers, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics)
         self.model_accepts_loss_kwargs = True  # transformers < 5.19: the same as loss_is_scaled_for_ga
         self.replace_progress()
@@ -142,12 +153,19 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WritesCard, WithCallb
         return dataset
 
     def _check_all(self, train_dataset, eval_dataset) -> None:
-        if isinstance(train_dataset, dict):
-            raise TypeError(f"train_dataset must be one dataset, got a dict of {', '.join(train_dataset)}; pass one of "
-                            "its splits, e.g. dataset['train']")
-        if train_dataset is not None: self.check(train_dataset, "train")
+        if isinstance(train_dataset, dict) and not any(isinstance(part, list) for part in train_dataset.values()):
+            raise TypeError(f"train_dataset must be one dataset, got a dict of {', '.join(map(str, train_dataset))}; "
+                            "pass one of its splits, e.g. dataset['train']")
+        if train_dataset is not None: self._check_one(train_dataset, "train")
         self.data_columns = getattr(train_dataset, "column_names", None) or ()
-        for name, dataset in _by_name(eval_dataset).items(): self.check(dataset, name)
+        if isinstance(eval_dataset, dict): _must_be_named(eval_dataset)
+        for name, dataset in _by_name(eval_dataset).items(): self._check_one(dataset, name)
+
+    def _check_one(self, dataset, name: str) -> None:
+        "What can be said of any dataset, and then what the method says of it."
+        if isinstance(dataset, (Dataset, IterableDataset)):
+            first_row(dataset, f"{type(self).__name__} as its {name} dataset")
+        self.check(dataset, name)
 
     def _make_tokenizer(self, model, processing_class) -> None:
         self.processing_class = load_tokenizer(model, processing_class, self.args.trust_remote_code)
@@ -168,6 +186,10 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WritesCard, WithCallb
 
     def _make_model(self, model, peft_config) -> nn.Module:
         model = load_model(model, self.args, self.auto_class, self.quantization_config)
+        lm = unwrapped(model)
+        if self.auto_class is AutoModelForCausalLM and hasattr(lm, "get_output_embeddings") and is_classifier(lm):
+            raise TypeError(f"{type(self).__name__} needs a causal LM, got a {type(lm).__name__}, which has no head "
+                            "over the vocabulary: load it with AutoModelForCausalLM")
         if self.new_tokens:
             resize_embeddings_to_tokenizer(model, self.processing_class)
             warnings.warn(f"the chat template of {self.args.chat_template_path} brought {len(self.new_tokens)} new "
@@ -182,9 +204,10 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WritesCard, WithCallb
     def needs_dataset(self, dataset, name: str) -> None:
         "Raise TypeError for anything but a Dataset or a stream."
         if not isinstance(dataset, (Dataset, IterableDataset)):
-            raise TypeError(f"the {name} dataset is a {type(dataset).__name__}; {type(self).__name__} needs a "
-                            "datasets.Dataset or IterableDataset (Dataset.from_list(rows) makes one of a list of "
-                            "dicts)")
+            kind = type(dataset).__name__
+            how = _MADE_OF.get(kind, "Dataset.from_list(list(rows)) makes one of anything that gives rows as dicts")
+            raise TypeError(f"the {name} dataset is a {kind}; {type(self).__name__} needs a datasets.Dataset or "
+                            f"IterableDataset ({how})")
 
     def adopt_tokens(self, *names: str) -> None:
         """Give the tokenizer the special tokens that the config names.
@@ -203,7 +226,15 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WritesCard, WithCallb
     def train(self, *args, **kwargs):
         "As `Resumable` has it. Metrics start at nothing: an interrupted run may have left some."
         self.metrics["train"] = MetricAccumulator()
-        return super().train(*args, **kwargs)
+        output = super().train(*args, **kwargs)
+        if self.state.global_step == 0:
+            sized = hasattr(self.train_dataset, "__len__")
+            rows = f"has {len(self.train_dataset)} rows" if sized else "gave too few rows"
+            size = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            warnings.warn(f"nothing was trained, not a single step: the train dataset {rows}, and a step takes {size} "
+                          "(per_device_train_batch_size * gradient_accumulation_steps * processes), unless a callback "
+                          "stopped the run. Lower these, or leave dataloader_drop_last False", stacklevel=2)
+        return output
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         "Draw the micro-batches of a step and count what it averages over, on all processes (step 1 of the rule)."
@@ -331,7 +362,14 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WritesCard, WithCallb
         return super().evaluation_loop(dataloader, *args, **kwargs)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        "Evaluate; a dataset passed here may be raw, as the constructor takes it."
+        """Evaluate. A dataset passed here may be raw, as the constructor takes it.
+
+        A text is the name of one of the constructor's. Raises ValueError where there is none."""
+        named = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+        if isinstance(eval_dataset, str) and eval_dataset not in named:
+            raise ValueError(f"evaluate({eval_dataset!r}): the trainer's eval_dataset has nothing of this name; it has "
+                             f"{', '.join(map(repr, named)) or 'no names'}.{closest(eval_dataset, named)}")
+        if isinstance(eval_dataset, dict): _must_be_named(eval_dataset)
         if eval_dataset is not None and not isinstance(eval_dataset, (str, dict)):
             eval_dataset = self._from_raw(eval_dataset, metric_key_prefix)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -341,7 +379,7 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WritesCard, WithCallb
         return super().predict(self._from_raw(test_dataset, metric_key_prefix), ignore_keys, metric_key_prefix)
 
     def _from_raw(self, dataset, name):
-        self.check(dataset, name)
+        self._check_one(dataset, name)
         return self.with_model(self._prepared(dataset, name), name)
 
     # ------------------------------------------------ logging
@@ -362,6 +400,23 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WritesCard, WithCallb
     def floating_point_ops(self, inputs) -> float:
         "6 operations per parameter and token, the usual estimate (forward 2, backward 4)."
         return 6.0 * self._parameters * (inputs["completion_ids"].numel() + inputs["prompt_ids"].numel())
+
+
+def _must_be_named(datasets: dict) -> None:
+    if datasets and all(isinstance(name, str) for name in datasets): return
+    raise ValueError("eval_dataset must be a dataset or a dict of them by their names, got a dict of "
+                     f"{', '.join(map(repr, datasets)) or 'nothing'}; pass None to evaluate nothing")
+
+
+def _giving_numbers(compute_metrics, in_batches: bool):
+    "The function, whose answer is looked at. With batch_eval_metrics it answers at the last batch alone."
+    if compute_metrics is None or in_batches: return compute_metrics
+    @functools.wraps(compute_metrics, updated=())
+    def checked(*args, **kwargs):
+        metrics = compute_metrics(*args, **kwargs)
+        if isinstance(metrics, dict): return metrics
+        raise TypeError(f"compute_metrics returned {metrics!r}: expected a dict of names and numbers")
+    return checked
 
 
 def _by_name(dataset) -> dict:
