@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['fit_classifier', 'density_ratio', 'WeighsPrompts']
 
-# %% ../../nbs/training/11_prompt_weights.ipynb #7f3d16df
+# %% ../../nbs/training/11_prompt_weights.ipynb #21260fa9
 from collections.abc import Callable
 
 import numpy as np
@@ -47,7 +47,7 @@ def density_ratio(
     logit = features.double() @ classifier[:-1] + classifier[-1]
     return logit.exp().clamp(min_density_ratio, max_density_ratio).float()
 
-# %% ../../nbs/training/11_prompt_weights.ipynb #a4fbed8e
+# %% ../../nbs/training/11_prompt_weights.ipynb #de2aaa05
 class WeighsPrompts:
     """For trainers of judged answers whose liked and disliked ones may belong to different prompts: name it first.
 

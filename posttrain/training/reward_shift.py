@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['RewardShift']
 
-# %% ../../nbs/training/10_reward_shift.ipynb #754dffd4
+# %% ../../nbs/training/10_reward_shift.ipynb #34300c8d
 from collections.abc import Callable
 
 import torch
