@@ -163,6 +163,18 @@ def test_the_workflow_runs_what_ci_runs():
     assert (ROOT / ".ci/run").read_text().rstrip().endswith('make "${1:-test}"')
 
 
+def test_the_workflow_takes_actions_that_run_and_targets_that_there_are():
+    text, targets = (ROOT / ".github/workflows/ci.yml").read_text(), (ROOT / "Makefile").read_text()
+    # The releases before these ask for Node 20, which GitHub took away in 2026.
+    first = {"actions/checkout": 5, "actions/setup-python": 6}
+    for action, release in re.findall(r"uses: (\S+)@v(\d+)", text):
+        assert int(release) >= first[action], f"{action}@v{release} needs Node 20"
+    named = {*re.findall(r"run: make (\S+)", text), "test", "test-all"}
+    assert named == {"test", "test-all", "newest"}
+    for name in named:
+        assert re.search(rf"^{name}:", targets, re.M), f"the Makefile has no target {name!r}"
+
+
 def test_contributing_shows_the_newest_preference_loss_as_it_is():
     """The two pieces of `sigmoid_norm` in CONTRIBUTING.md stand word for word in the zoo."""
     import nbformat
