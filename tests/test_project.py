@@ -52,6 +52,15 @@ def test_requirements_are_pinned(settings):
             assert name in pinned, f"{name} of {key} has no version in constraints.txt"
 
 
+def test_the_readme_names_the_versions_that_are_tested(settings):
+    readme, pins = (ROOT / "README.md").read_text(encoding="utf-8"), (ROOT / "constraints.txt").read_text()
+    section = readme[readme.index("## Compatibility"):]
+    pinned = {name: re.search(rf"^{name}==(\d+\.\d+)", pins, re.M)[1] for name in ("transformers", "torch")}
+    assert f"with transformers {pinned['transformers']} and torch {pinned['torch']};" in section
+    oldest = re.search(r"transformers>=(\S+)", settings["requirements"])[1]
+    assert f"transformers {oldest}, which Colab ships" in section
+
+
 def run(*code, **kw):
     return subprocess.run([sys.executable, "-c", "\n".join(code)], capture_output=True, text=True, check=True,
                           **kw).stdout
