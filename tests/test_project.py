@@ -53,6 +53,15 @@ def test_requirements_are_pinned(settings):
             assert name in pinned, f"{name} of {key} has no version in constraints.txt"
 
 
+def test_the_readme_names_the_versions_that_are_tested(settings):
+    readme, pins = (ROOT / "README.md").read_text(encoding="utf-8"), (ROOT / "constraints.txt").read_text()
+    section = readme[readme.index("## Compatibility"):]
+    pinned = {name: re.search(rf"^{name}==(\d+\.\d+)", pins, re.M)[1] for name in ("transformers", "torch")}
+    assert f"with transformers {pinned['transformers']} and torch {pinned['torch']};" in section
+    oldest = re.search(r"transformers>=(\S+)", settings["requirements"])[1]
+    assert f"transformers {oldest}, which Colab ships" in section
+
+
 def run(*code, **kw):
     return subprocess.run([sys.executable, "-c", "\n".join(code)], capture_output=True, text=True, check=True,
                           **kw).stdout
@@ -180,6 +189,18 @@ def test_the_workflow_runs_what_ci_runs():
     # YAML reads the key `on` as true.
     assert "schedule" in workflow[True]
     assert (ROOT / ".ci/run").read_text().rstrip().endswith('make "${1:-test}"')
+
+
+def test_the_workflow_takes_actions_that_run_and_targets_that_there_are():
+    text, targets = (ROOT / ".github/workflows/ci.yml").read_text(), (ROOT / "Makefile").read_text()
+    # The releases before these ask for Node 20, which GitHub took away in 2026.
+    first = {"actions/checkout": 5, "actions/setup-python": 6}
+    for action, release in re.findall(r"uses: (\S+)@v(\d+)", text):
+        assert int(release) >= first[action], f"{action}@v{release} needs Node 20"
+    named = {*re.findall(r"run: make (\S+)", text), "test", "test-all"}
+    assert named == {"test", "test-all", "newest"}
+    for name in named:
+        assert re.search(rf"^{name}:", targets, re.M), f"the Makefile has no target {name!r}"
 
 
 def test_contributing_shows_the_newest_preference_loss_as_it_is():

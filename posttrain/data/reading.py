@@ -8,6 +8,7 @@ __all__ = ['TEXT', 'Reading', 'some_rows', 'check_table', 'refuse_media', 'say_u
 # %% ../../nbs/data/01c_reading.ipynb #86d433dc
 import logging
 from collections.abc import Callable
+from itertools import islice
 from typing import NamedTuple
 
 from datasets import Dataset, Value
@@ -31,7 +32,8 @@ def some_rows(
     n: int = 100,  # rows
 ) -> list[dict]:
     "The first rows as plain Python values."
-    return list(dataset.with_format(None).take(n))
+    # `take` of a short table is an error in datasets 4.0
+    return list(islice(dataset.with_format(None), n))
 
 
 def _has_transform(dataset) -> bool:
