@@ -96,13 +96,14 @@ def test_with_an_adapter_no_second_model(method, models, config):
 def test_forms_of_data(method, form, models, config):
     data = {"stream": lambda: rows(8).to_iterable_dataset(), "chats": lambda: rows(8, True),
             "implicit prompt": lambda: rows(8).map(
-                lambda row: {side: row["prompt"] + row[side] for side in ("chosen", "rejected")}, remove_columns="prompt"),
+                lambda row: {s: row["prompt"] + row[s] for s in ("chosen", "rejected")}, remove_columns="prompt"),
             "text of many turns": lambda: Dataset.from_list(4 * [
                 {"chosen": "\n\nHuman: 1 2\n\nAssistant: 2\n\nHuman: 3 4\n\nAssistant: 3 4",
                  "rejected": "\n\nHuman: 1 2\n\nAssistant: 2\n\nHuman: 3 4\n\nAssistant: 9"}])}[form]()
     if form == "text of many turns":  # words that the pocket's tokenizer does not know
-        import tiny
         from transformers import LlamaConfig, LlamaForCausalLM
+
+        import tiny
         tokenizer = tiny.tokenizer()
         torch.manual_seed(0)
         small = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32,
@@ -132,8 +133,8 @@ def test_the_zero_of_kto_is_the_steps(models, config):
     with torch.no_grad():
         rows_alone = [{k: v[b:b + 1] for k, v in mismatched(batch).items()} for batch in batches for b in range(2)]
         for row in rows_alone: row["prompt_index"] = torch.tensor([0])
-        logratios = [completion_logps(run.model, row)["logps"].sum() - completion_logps(run.ref_model, row)["logps"].sum()
-                     for row in rows_alone]
+        def log_prob(model, row): return completion_logps(model, row)["logps"].sum()
+        logratios = [log_prob(run.model, row) - log_prob(run.ref_model, row) for row in rows_alone]
     by_hand = torch.stack(logratios).mean().clamp(min=0)
     found = [batch["kl"] for batch in run.before_step(batches, None)]
     assert len(set(map(float, found))) == 1 and torch.allclose(found[0], by_hand, atol=1e-5)

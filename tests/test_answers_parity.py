@@ -2,8 +2,6 @@
 
 As in test_parity: after one step of plain gradient descent with learning rate 1, equal weights mean equal gradients."""
 import copy
-import json
-import warnings
 
 import pytest
 import torch
@@ -14,7 +12,7 @@ from posttrain.offline.cpo_trainer import CPOConfig, CPOTrainer
 from posttrain.offline.kto_trainer import KTOConfig, KTOTrainer
 from posttrain.offline.orpo_trainer import ORPOConfig, ORPOTrainer
 from stamps import short_hash
-from test_dpo_parity import moved, rows, trl  # noqa: F401 (a fixture)
+from test_dpo_parity import moved, rows
 
 pytestmark = pytest.mark.parity
 BATCH = dict(per_device_train_batch_size=8)
@@ -26,6 +24,13 @@ LOGGED = {"KTO": ("loss", "grad_norm", "entropy", "num_tokens", "kl", "rewards/m
 OURS = {"KTO": (KTOTrainer, KTOConfig), "CPO": (CPOTrainer, CPOConfig), "ORPO": (ORPOTrainer, ORPOConfig)}
 #: the options with which a method computes what TRL computes
 AS_TRL = {"KTO": dict(mismatched="batch"), "CPO": {}, "ORPO": dict(nll_of="sequence")}
+
+
+@pytest.fixture(scope="module")
+def trl():
+    import trl
+    assert trl.__version__ == "1.16.0", "the reference is TRL 1.16.0; install the dev extra with -c constraints.txt"
+    return trl
 
 
 def theirs_of(method, trl):
@@ -44,9 +49,9 @@ def one_step(classes, models, dataset, options, peft=None):
     (trainer_class, config_class), policy = classes, copy.deepcopy(models[0])
     args = config_class(**{**options, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 1e9, "max_steps": 1,
                            "lr_scheduler_type": "constant", "train_sampling_strategy": "sequential"})
+    has_reference = peft is None and trainer_class.__name__ == "KTOTrainer"
+    more = {"ref_model": copy.deepcopy(models[1])} if has_reference else {}
     if peft is not None: policy = peft(policy)
-    elif trainer_class.__name__ == "KTOTrainer": more = {"ref_model": copy.deepcopy(models[1])}
-    if peft is not None or trainer_class.__name__ != "KTOTrainer": more = {}
     trainer = trainer_class(model=policy, args=args, train_dataset=dataset, processing_class=pocket.tokenizer(), **more)
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
     trainer.train()

@@ -13,8 +13,8 @@ from posttrain.offline.bco_trainer import BCOConfig, BCOTrainer
 from test_answers_parity import answers, one_step
 from test_dpo_parity import moved, rows
 
-RECORDED = json.loads((Path(__file__).parent / "oracles" / "bco.json").read_text()) if (
-    Path(__file__).parent / "oracles" / "bco.json").exists() else {}
+ORACLE = Path(__file__).parent / "oracles" / "bco.json"
+RECORDED = json.loads(ORACLE.read_text()) if ORACLE.exists() else {}  # it is not there while it is made
 QUIET = dict(use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", logging_steps=1,
              save_strategy="no", disable_tqdm=True, seed=0, warmup_steps=0, per_device_train_batch_size=8)
 CASES = {"bco": dict(), "large beta": dict(beta=2.0), "precomputed": dict(precompute_ref_log_probs=True)}
@@ -63,7 +63,8 @@ def theirs(case, folder):
 def test_loss_gradient_and_metrics_equal_trl(case, tmp_path):
     theirs = RECORDED[case]
     ours = step((BCOTrainer, BCOConfig), case, str(tmp_path), reward_shift="running_mean")
-    (gradient,), (log,), recorded = ours.gradients, ours.logs, Sketch(torch.tensor(theirs["projections"]), theirs["norm"])
+    (gradient,), (log,) = ours.gradients, ours.logs
+    recorded = Sketch(torch.tensor(theirs["projections"]), theirs["norm"])
     assert (recorded - gradient).norm() <= 1e-5 * max(1, recorded.norm())
     for key in LOGGED:
         assert abs(log[key] - theirs["log"][key]) <= 1e-5 * max(1, abs(theirs["log"][key])), key

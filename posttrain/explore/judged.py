@@ -58,8 +58,8 @@ def draw_judged(
 
 def judged_explorer() -> Explorer:
     "The explorer of KTO's z0 and BCO's delta."
-    question = ("Move the zero to 16. A disliked answer at log-ratio −20 and a liked one at −20: which of them does KTO "
-                "still pull, and which does BCO?")
+    question = ("Move the zero to 16. A disliked answer at log-ratio −20 and a liked one at −20: which of them does "
+                "KTO still pull, and which does BCO?")
     return Explorer(draw_judged, title="Where an answer counts as good", question=question,
                     zero=slider(-16.0, 16.0, value=0.0, steps=9, label="zero (nats)"),
                     beta=slider(0.1, 0.5, value=0.1, steps=9, label="β"))

@@ -46,11 +46,12 @@ def draw_lengths(
              "γ, the lead that SimPO asks for": [gamma] * len(LENGTHS)}
     losses = {"CPO, sum": [v["sum"][1] for v in views], "SimPO, mean": [v["mean"][1] for v in views]}
     look = dict(xlabel="tokens of the chosen answer (the rejected one has 6)", vline=6, width=344, height=250, desc="")
-    lead = svg.line_plot(LENGTHS, leads, title="Lead of the chosen answer", ylabel="margin × β", ylim=(-3.2, 2.2), **look)
+    lead = svg.line_plot(LENGTHS, leads, title="Lead of the chosen answer", ylabel="margin × β",
+                         ylim=(-3.2, 2.2), **look)
     loss = svg.line_plot(LENGTHS, losses, title="Loss", ylabel="loss (nats)", ylim=(0, 4), **look)
     turn = next((n for n, v in zip(LENGTHS, views) if v["sum"][0] < 0), None)
-    said = (f"Each chosen token has log-prob {svg.short(per_token)}, each rejected one −1. By its sum the chosen answer "
-            + (f"falls behind from {turn} tokens on." if turn else "leads at every length shown."))
+    said = (f"Each chosen token has log-prob {svg.short(per_token)}, each rejected one −1. By its sum the chosen "
+            "answer " + (f"falls behind from {turn} tokens on." if turn else "leads at every length shown."))
     return svg.stack(svg.beside(lead, loss), svg.paragraph(said, lines=2))
 
 

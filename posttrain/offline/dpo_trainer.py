@@ -23,8 +23,8 @@ from posttrain.offline.preference_zoo import (
     rank_mates,
     verbosity_weights,
 )
-from ..training.card import Method
 from ..training.asks_reference import AsksReference
+from ..training.card import Method
 from ..training.config import AnswerFields, PostConfig, PrecomputeFields, option
 from ..training.heads import completion_logps
 from ..training.pairs import PairTrainer, make_pairs
