@@ -18,7 +18,9 @@ from posttrain.explore import (
     clip,
     dashboard,
     groups,
+    judged,
     kl,
+    lengths,
     microscope,
     pair_losses,
     plane,
@@ -106,7 +108,7 @@ def a_plane():
 EXPLORERS = [
     tokens.tokens_explorer, kl.kl_explorer, weights.weights_explorer, beta.beta_explorer, a_plane,
     pair_losses.pair_loss_curves, zero_loss.zero_loss_explorer, groups.groups_explorer, clip.clip_explorer, a_run,
-    a_microscope]
+    a_microscope, judged.judged_explorer, lengths.lengths_explorer]
 
 
 @pytest.mark.parametrize("make", EXPLORERS)

@@ -11,13 +11,14 @@ from xml.dom import minidom
 
 import pytest
 
-from posttrain.explore import clip, groups, kl, svg, tokens, weights, zero_loss
+from posttrain.explore import clip, groups, judged, kl, lengths, svg, tokens, weights, zero_loss
 from posttrain.explore.core import WIDGET_VIEW, Explorer, choice, slider, toggle
 from posttrain.explore.panels import Picture, rows_of
 from posttrain.explore.theme import image_css
 
 EXPLORERS = {"tokens": tokens.tokens_explorer, "kl": kl.kl_explorer, "weights": weights.weights_explorer,
-             "zero loss": zero_loss.zero_loss_explorer, "groups": groups.groups_explorer, "clip": clip.clip_explorer}
+             "zero loss": zero_loss.zero_loss_explorer, "groups": groups.groups_explorer, "clip": clip.clip_explorer,
+             "judged": judged.judged_explorer, "lengths": lengths.lengths_explorer}
 
 
 @pytest.fixture(scope="module", params=EXPLORERS)

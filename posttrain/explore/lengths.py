@@ -45,13 +45,13 @@ def draw_lengths(
     leads = {"sum × 0.1 (CPO)": [v["sum"][0] for v in views], "mean × 2 (SimPO)": [v["mean"][0] for v in views],
              "γ, the lead that SimPO asks for": [gamma] * len(LENGTHS)}
     losses = {"CPO, sum": [v["sum"][1] for v in views], "SimPO, mean": [v["mean"][1] for v in views]}
-    look = dict(xlabel="tokens of the chosen answer (the rejected one has 6)", vline=6, width=344, height=250, desc="")
+    look = dict(xlabel="tokens of the chosen answer", vline=REJECTED[0], width=344, height=250, desc="")
     lead = svg.line_plot(LENGTHS, leads, title="Lead of the chosen answer", ylabel="margin × β",
                          ylim=(-3.2, 2.2), **look)
     loss = svg.line_plot(LENGTHS, losses, title="Loss", ylabel="loss (nats)", ylim=(0, 4), **look)
     turn = next((n for n, v in zip(LENGTHS, views) if v["sum"][0] < 0), None)
-    said = (f"Each chosen token has log-prob {svg.short(per_token)}, each rejected one −1. By its sum the chosen "
-            "answer " + (f"falls behind from {turn} tokens on." if turn else "leads at every length shown."))
+    said = (f"Each chosen token has log-prob {svg.short(per_token)}. The rejected answer has 6 tokens of −1 (dashed "
+            "line). By its sum the chosen answer " + (f"falls behind from {turn} tokens on." if turn else "leads at every length shown."))
     return svg.stack(svg.beside(lead, loss), svg.paragraph(said, lines=2))
 
 
@@ -61,4 +61,4 @@ def lengths_explorer() -> Explorer:
                 "chosen answer up hardest, and does SimPO see any difference?")
     return Explorer(draw_lengths, title="Sums and means", question=question,
                     per_token=slider(-1.6, -0.2, value=-0.8, steps=8, label="log-prob of a chosen token"),
-                    gamma=slider(0.0, 1.6, value=0.4, steps=9, label="γ"))
+                    gamma=slider(0.0, 1.6, value=0.6, steps=9, label="γ"))

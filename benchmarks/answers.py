@@ -1,0 +1,122 @@
+"""KTO, CPO and ORPO against TRL 1.16: whole training steps with their reference pass, peak memory, and equal gradients.
+
+    python benchmarks/answers.py [--rounds 5] [--only steps,memory]
+
+Same model, same reference, same texts, same optimizer, float32, in one process; gradients are compared before a time is
+believed. Each method computes here what TRL computes: KTO takes its mismatched answers from the row before, and ORPO
+learns the prompt of the chosen answer."""
+import argparse
+import copy
+import json
+import tempfile
+
+import harness  # sets the environment before transformers is imported
+import datasets
+import numpy as np
+import torch
+from datasets import Dataset
+from dpo import MODELS, REPEATS, STEPS
+
+from posttrain import pocket
+
+datasets.disable_progress_bars()
+
+ROWS = 4  # per step: pairs, or judged answers
+METHODS = {  # name -> options of both libraries, and of ours alone to compute what TRL computes
+    "KTO": ({}, dict(mismatched="batch")),
+    "CPO": ({}, {}),
+    "SimPO": (dict(loss_type="simpo", cpo_alpha=0.0, beta=2.0), {}),
+    "ORPO": ({}, dict(nll_of="sequence")),
+}
+
+
+def texts(method, prompt, completion, n=ROWS * STEPS):
+    "Rows of digits, each of which is a token."
+    rng = np.random.default_rng(0)
+    def digits(size): return "".join(map(str, rng.integers(0, 10, size)))
+    def row(i):
+        answer = digits(completion - 1)  # its end is a token too
+        if method == "KTO": return dict(prompt=digits(prompt), completion=answer, label=bool(i % 2))
+        return dict(prompt=digits(prompt), chosen=answer, rejected=digits(completion - 1))
+    return Dataset.from_list([row(i) for i in range(n)])
+
+
+def classes(library, method):
+    name = {"SimPO": "CPO"}.get(method, method)
+    if library == "posttrain": import posttrain as home
+    elif name == "KTO": import trl as home
+    else:
+        from importlib import import_module
+        home = import_module(f"trl.experimental.{name.lower()}")
+    return getattr(home, f"{name}Trainer"), getattr(home, f"{name}Config")
+
+
+def trainer(library, method, name, folder, **more):
+    trainer_class, config_class = classes(library, method)
+    make, prompt, completion = MODELS[name]
+    model = make()
+    reference = {"ref_model": copy.deepcopy(model)} if method == "KTO" else {}
+    options, as_trl = METHODS[method]
+    quiet = dict(max_length=prompt + completion, use_cpu=True, bf16=False, gradient_checkpointing=False,
+                 max_steps=STEPS, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
+                 learning_rate=1e-4, per_device_train_batch_size=ROWS, train_sampling_strategy="sequential", seed=0)
+    own = as_trl if library == "posttrain" else {}
+    args = config_class(folder, **{**quiet, **options, **own, **more})
+    return harness.silence(trainer_class(model=model, args=args, train_dataset=texts(method, prompt, completion),
+                                         processing_class=pocket.tokenizer(), **reference))
+
+
+def gradients_agree(method, name):
+    """One step of plain gradient descent from the same weights ends at the same weights."""
+    ends = []
+    for library in ("TRL", "posttrain"):
+        with tempfile.TemporaryDirectory() as folder:
+            t = trainer(library, method, name, folder, optim="sgd", learning_rate=1.0, max_steps=1,
+                        lr_scheduler_type="constant", max_grad_norm=1e9)
+            before = [p.detach().clone() for p in t.model.parameters()]
+            t.train()
+            ends.append(torch.cat([(b - a.detach()).flatten() for b, a in zip(before, t.model.parameters())]))
+    difference = ((ends[0] - ends[1]).norm() / ends[0].norm()).item()
+    assert difference < 1e-4, f"{method}, {name}: gradients differ by {difference:.1e} of their size"
+    return difference
+
+
+def bench_steps(rounds, names):
+    print(f"\n{'training step':44}{'TRL':>9}{'posttrain':>11}   TRL / posttrain         gradients differ by")
+    for name in names:
+        for method in METHODS:
+            difference = gradients_agree(method, name)
+            with tempfile.TemporaryDirectory() as folder:
+                both = {lib: trainer(lib, method, name, folder) for lib in ("TRL", "posttrain")}
+                seconds = harness.interleaved({lib: harness.timed(t) for lib, t in both.items()}, rounds)
+            harness.print_times(f"{method}, {name}", seconds, f"{difference:.0e}")
+
+
+def memory_of(library, method, name):
+    return harness.memory_of_training(lambda folder: trainer(library, method, name, folder))
+
+
+def bench_memory(names):
+    print(f"\n{'peak memory of training over the loaded models':46}{'TRL':>9}{'posttrain':>11}   TRL / posttrain")
+    for name in names:
+        for method in METHODS:
+            harness.print_memory(f"{method}, {name}",
+                                 harness.memory_of_both(__file__, REPEATS, ("train",), method, name))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", default="steps,memory")
+    parser.add_argument("--models", default="pocket;10M, 32k vocabulary", help="names, separated by ;")
+    parser.add_argument("--memory", nargs="+", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.memory: return print(json.dumps(memory_of(*args.memory[1:])))
+    print(harness.machine())
+    names = args.models.split(";")
+    if "steps" in args.only: bench_steps(args.rounds, names)
+    if "memory" in args.only: bench_memory([n for n in names if n != "pocket"])
+
+
+if __name__ == "__main__":
+    main()
