@@ -8,6 +8,7 @@ from datasets import Dataset
 import posttrain
 from posttrain import pocket
 from test_dpo_parity import moved, rows
+from test_real_shapes import SHAPES, from_file
 
 METHODS = ("KTO", "BCO", "CPO", "ORPO")
 UNPAIRED = ("KTO", "BCO")
@@ -272,3 +273,33 @@ def test_log_odds_never_give_nan():
             loss = odds_ratio(chosen, rejected).sum() + odds_ratio(rejected, chosen).sum()
             assert torch.isfinite(loss)
             assert all(torch.isfinite(g).all() for g in torch.autograd.grad(loss, (chosen, rejected)))
+
+
+# ---------------------------------------------------------------- data that people have
+READ_BY = {"ultrafeedback": METHODS, "hh_rlhf": METHODS, "kto": UNPAIRED}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes_are_read_or_refused_by_name(shape, method, models, config, tmp_path):
+    data = from_file(shape, tmp_path)
+    if method in READ_BY.get(shape, ()):
+        run = make(method, (pocket.model(0), pocket.model(0)), config, data, max_steps=1)
+        run.train()
+        assert run.state.global_step == 1
+        return
+    with pytest.raises((ValueError, TypeError), match=f"{method}Trainer") as refused:
+        make(method, models, config, data)
+    words = str(refused.value)
+    assert "missing" in words or "would not be read" in words, words
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_model_card_has_the_objective(method, models, config, tmp_path):
+    run = make(method, models, config)
+    run.train()
+    run.save_model(str(tmp_path / "saved"))
+    card = (tmp_path / "saved" / "README.md").read_text()
+    words = {"KTO": ("z_0", "2402.01306"), "BCO": ("delta", "2404.04656"), "CPO": ("log", "2401.08417"),
+             "ORPO": ("odds", "2403.07691")}[method]
+    assert all(word in card for word in (*words, f"by {method}")) and "of the optimizer step" in card

@@ -29,7 +29,9 @@ def data(method, **kw):
     rows = pocket.dataset("sort", "preference", **kw)
     def unequal(row, i):
         return {"rejected": row["rejected"][: 2 + i % 3] if i % 2 else row["rejected"] + row["chosen"][:3]}
-    return rows.map(unequal, with_indices=True)
+    rows = rows.map(unequal, with_indices=True)
+    judged = posttrain.unpair_preference_dataset(rows).shuffle(seed=0).select(range(len(rows)))
+    return judged if method in ("KTO", "BCO") else rows
 
 def train(out, method, size, accumulate, stream=False, shards=1, n=64, **options):
     os.makedirs(out, exist_ok=True)  # two processes make it
@@ -106,15 +108,20 @@ SFT = {"nll": {}, "packed dft": {"loss_type": "dft", "packing": True, "max_lengt
 DPO = {"losses that sort": {"loss_type": ["sigmoid", "aot", "aot_unpaired", "sft"]},
        "precomputed": {"precompute_ref_log_probs": True, "loss_type": ["ipo"]},
        "following reference": {"sync_ref_model": True, "ref_model_sync_steps": 1}}
+ANSWERS = {"KTO": {}, "KTO, precomputed": {"precompute_ref_log_probs": True}, "BCO": {},
+           "BCO, running mean": {"reward_shift": "running_mean"}, "CPO": {"loss_type": "simpo", "cpo_alpha": .5},
+           "ORPO": {}, "ORPO, sequence": {"nll_of": "sequence"}}
 # One pass over eight rows; on two processes two passes over two rows each, and for one case one pass over four.
 WHOLE = dict(size=8, accumulate=1)
 ALONE = [*(dict(options, method="SFT", out=name, **WHOLE) for name, options in SFT.items()),
-         *(dict(options, method="DPO", out=name, learning_rate=.1, **WHOLE) for name, options in DPO.items())]
+         *(dict(options, method="DPO", out=name, learning_rate=.1, **WHOLE) for name, options in DPO.items()),
+         *(dict(options, method=name.split(",")[0], out=name, learning_rate=.1, **WHOLE)
+           for name, options in ANSWERS.items())]
 TOGETHER = [*(dict(job, size=2, accumulate=2) for job in ALONE), dict(ALONE[0], out="nll, whole", size=4)]
 # The last step of a pass is not full: the second process has one row less, or none.
 CASES = (("SFT", 11, {}), ("SFT", 9, {}), ("SFT", 11, dict(stream=True)), ("DPO", 9, dict(stream=True)),
          ("SFT", 17, dict(packing=True, max_length=64)), ("DPO", 9, {}), ("DPO", 9, dict(loss_type=["aot"])),
-         ("DPO", 11, dict(loss_type=["sigmoid", "aot", "aot_unpaired"])))
+         ("DPO", 11, dict(loss_type=["sigmoid", "aot", "aot_unpaired"])), ("KTO", 9, {}), ("BCO", 9, {}))
 PARTIAL = [dict(method=method, out=f"{method}, {n} rows, {' '.join(more)}", n=n, size=4, accumulate=1, max_steps=5,
                 learning_rate=.1, **more) for method, n, more in CASES]
 # Three shards for two processes: one has twice as many rows as the other. The weights stay, so both evaluate the same.
@@ -146,6 +153,8 @@ def agree(one, two, keys):
     assert torch.allclose(alone, together, atol=1e-5), (alone - together).abs().max()
     for a, b in zip(log["log"], other["log"], strict=True):
         for key in keys:
+            assert (key in a) == (key in b), key
+            if key not in a: continue  # a step without answers of one class
             # A tie but for rounding: the policy is the reference.
             if key == "rewards/accuracies" and abs(a["rewards/margins"]) < 1e-6: continue
             assert abs(a[key] - b[key]) <= 1e-4 * max(1, abs(a[key])), (key, a[key], b[key])
@@ -165,6 +174,16 @@ DPO_METRICS = ("loss", "grad_norm", "rewards/margins", "rewards/accuracies", "lo
                "entropy", "mean_token_accuracy", "num_tokens")
 
 
+JUDGED_METRICS = ("loss", "grad_norm", "logps/chosen", "logits/rejected", "entropy", "num_tokens")
+OF_A_BATCH = ("eval_loss", "eval_kl")  # an evaluation's batch has a zero of its own
+
+
+def metrics_of(method):
+    more = {"KTO": ("kl",), "BCO": ("delta",)}
+    if method in more: return (*JUDGED_METRICS, *more[method])
+    return SFT_METRICS if method == "SFT" else DPO_METRICS
+
+
 @pytest.mark.parametrize("name", SFT)
 def test_two_processes_are_one(runs, name):
     for cut in [name] + (["nll, whole"] if name == "nll" else []):
@@ -176,8 +195,8 @@ def test_two_processes_are_one(runs, name):
 def test_rows_that_a_process_repeats_count_nothing(runs, job):
     one, two = runs[1, job["out"]], runs[2, job["out"]]
     assert len(one[1]["log"]) == 5
-    agree(one, two, SFT_METRICS if job["method"] == "SFT" else DPO_METRICS)
-    agree_in_evaluation(one, two)
+    agree(one, two, metrics_of(job["method"]))
+    agree_in_evaluation(one, two, but=OF_A_BATCH if job["method"] == "KTO" else ())
 
 
 def test_a_pass_over_unequal_shards_ends_for_all(runs):
@@ -191,6 +210,14 @@ def test_two_processes_learn_from_pairs_as_one(runs, name):
     one, two = runs[1, name], runs[2, name]
     agree(one, two, DPO_METRICS)
     agree_in_evaluation(one, two)
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_two_processes_learn_from_answers_as_one(runs, name):
+    one, two, method = runs[1, name], runs[2, name], name.split(",")[0]
+    agree(one, two, metrics_of(method))
+    agree_in_evaluation(one, two, but=OF_A_BATCH if method == "KTO" else ())
+    if method == "KTO": assert one[1]["log"][1]["kl"] > 0 or one[1]["log"][0]["kl"] == 0
 
 
 def test_fsdp2_gathers_and_reduces_through_the_head(tmp_path):
