@@ -9,6 +9,7 @@ import argparse
 import copy
 import json
 import tempfile
+from importlib import import_module
 
 import harness  # sets the environment before transformers is imported
 import datasets
@@ -43,11 +44,8 @@ def texts(method, prompt, completion, n=ROWS * STEPS):
 
 def classes(library, method):
     name = {"SimPO": "CPO"}.get(method, method)
-    if library == "posttrain": import posttrain as home
-    elif name == "KTO": import trl as home
-    else:
-        from importlib import import_module
-        home = import_module(f"trl.experimental.{name.lower()}")
+    place = "posttrain" if library == "posttrain" else "trl" if name == "KTO" else f"trl.experimental.{name.lower()}"
+    home = import_module(place)
     return getattr(home, f"{name}Trainer"), getattr(home, f"{name}Config")
 
 

@@ -13,6 +13,8 @@ from posttrain.data.reading import (
     Reading,
     check_table,
     is_empty,
+    odd_answers,
+    odd_texts,
     read_some,
     refuse_media,
     say_odd,
@@ -67,7 +69,8 @@ def check_answers(
     check_table(dataset, columns, place)
     say_unread(reading, place, used=("label",))
     rows = read_some(Reading(dataset, columns), place, read_rows)
-    for odd in _ODD_ANSWERS: say_odd(rows, *odd, place)
+    odd_ones = (*_ODD_ANSWERS, *odd_texts(reading.columns), *odd_answers(("completion",)))
+    for odd in odd_ones: say_odd(rows, *odd, place)
 
 
 def _say_one_class(dataset, place: str) -> None:
