@@ -48,7 +48,7 @@ PAPER_ROOMS = {"offline", "online", "reward", "distillation"}
 # The papers that introduce a trainer. Each also holds the whole method as one plain loop, a cell which asserts that
 # the loop takes the trainer's step, and an exercise that builds the loss from blank.
 ONE_PAGE = "The method on one page"
-INTRODUCE_A_TRAINER = {"offline/01_sft", "offline/03_dpo", "online/01_grpo", "online/10_rloo"}
+INTRODUCE_A_TRAINER = {"offline/01_sft", "offline/03_dpo", "offline/13_cpo", "online/01_grpo", "online/10_rloo"}
 
 
 def all_notebooks() -> list[Path]:
