@@ -42,7 +42,7 @@ def run(line, folder):
 
 
 def test_there_is_something_to_run():
-    assert len(snippets()) == 3 and len(commands()) == 6 and len([k for k, _ in FENCES if k == "yaml"]) == 1
+    assert len(snippets()) == 4 and len(commands()) == 7 and len([k for k, _ in FENCES if k == "yaml"]) == 1
 
 
 @pytest.mark.parametrize("code", snippets(), ids=[re.search(r"(\w+)Trainer", code)[0] for code in snippets()])
@@ -69,7 +69,7 @@ def test_the_commands_run_one_after_the_other(tmp_path):
     for line in filter(lambda line: not is_for_a_gpu(line), commands()):
         done = run(line, tmp_path)
         assert done.returncode == 0 and "Warning" not in done.stderr, f"{line}\n{done.stderr}"
-    assert all((tmp_path / name / "model.safetensors").exists() for name in ("sft", "dpo", "grpo", "out"))
+    assert all((tmp_path / name / "model.safetensors").exists() for name in ("sft", "dpo", "kto", "grpo", "out"))
 
 
 def test_the_command_for_a_gpu_names_flags_that_there_are(tmp_path):

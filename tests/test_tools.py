@@ -192,6 +192,9 @@ def test_headings(project):
     lesson = project / "nbs/foundations/01_lesson.ipynb"
     assert tools.check_notebook(save(lesson, *paper(*tools.LESSON))) == []
     assert tools.check_notebook(save(lesson, *paper(*tools.PAPER))) == ["missing headings: The code"]
+    short = project / "nbs/offline/14_kto_trainer.ipynb"
+    assert tools.check_notebook(save(short, *paper(*tools.TRAINER))) == []
+    assert tools.check_notebook(save(short, *paper(*tools.TRAINER[1:]))) == ["missing headings: Quick facts"]
     by_badge = paper(*tools.LESSON)
     by_badge[0] = md("# A paper in another room\n\n[paper](https://example.org)")
     assert "The loss" in tools.check_notebook(save(project / "nbs/data/01_paper.ipynb", *by_badge))[0]

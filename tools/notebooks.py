@@ -40,15 +40,24 @@ NBS, PACKAGE = ROOT / "nbs", ROOT / "posttrain"
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 MAX_OUTPUT_KB = 750  # a notebook larger than this is slow to open on GitHub and in Colab
 
-# The headings that a reader may rely on, in order. A paper has all of them, a lesson on foundations the second list.
+# The headings that a reader may rely on, in order. A paper has all of them, a lesson on foundations the second list,
+# and a trainer whose paper has a lesson of its own the third.
 PAPER = ["Quick facts", "The idea", "The objective", "The derivation", "The loss", "Checks", "Explore", "The trainer",
          "Run it", "What to watch", "Exercises", "Further reading"]
 LESSON = ["Quick facts", "The idea", "The derivation", "The code", "Checks", "Explore", "Exercises", "Further reading"]
+TRAINER = ["Quick facts", "The trainer", "Checks", "Further reading"]
 PAPER_ROOMS = {"offline", "online", "reward", "distillation"}
 # The papers that introduce a trainer. Each also holds the whole method as one plain loop, a cell which asserts that
 # the loop takes the trainer's step, and an exercise that builds the loss from blank.
 ONE_PAGE = "The method on one page"
-INTRODUCE_A_TRAINER = {"offline/01_sft", "offline/03_dpo", "offline/13_cpo", "online/01_grpo", "online/10_rloo"}
+INTRODUCE_A_TRAINER = {
+    "offline/01_sft", "offline/03_dpo", "offline/07_orpo", "offline/10_kto", "offline/11_bco", "offline/13_cpo",
+    "online/01_grpo", "online/10_rloo",
+}
+# The trainers of which a paper's lesson already says all but how they are called.
+SHORT_TRAINERS = {
+    "offline/14_kto_trainer", "offline/15_bco_trainer", "offline/16_cpo_trainer", "offline/17_orpo_trainer",
+}
 
 
 def all_notebooks() -> list[Path]:
@@ -307,6 +316,8 @@ def headings(nb) -> list[str]:
 def expected_headings(path: Path, nb) -> list[str]:
     room = path.relative_to(NBS).parts[0] if NBS in path.parents else ""
     title = nb.cells[0].source if nb.cells else ""
+    if is_among(SHORT_TRAINERS, path):
+        return TRAINER
     if room in PAPER_ROOMS or "[paper]" in title.lower():
         return PAPER
     return LESSON if room == "foundations" else []
@@ -330,8 +341,12 @@ def unchecked_functions(nb) -> list[str]:
     return missing
 
 
+def is_among(names: set[str], path: Path) -> bool:
+    return any(path.match(f"nbs/{name}.ipynb") for name in names)
+
+
 def introduces_a_trainer(path: Path) -> bool:
-    return any(path.match(f"nbs/{name}.ipynb") for name in INTRODUCE_A_TRAINER)
+    return is_among(INTRODUCE_A_TRAINER, path)
 
 
 def bad_headings(path: Path, nb) -> list[str]:
