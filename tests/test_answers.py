@@ -207,6 +207,11 @@ def test_an_embedding_needs_its_tokenizer(missing, models, config):
         trainer(model=models[0], args=settings(**config()), train_dataset=data_for("BCO"), **given)
 
 
+def test_bounds_of_the_density_ratio_in_their_order(config):
+    with pytest.raises(ValueError, match="min_density_ratio=2 is above max_density_ratio=1"):
+        posttrain.BCOConfig(**config(min_density_ratio=2, max_density_ratio=1))
+
+
 # ---------------------------------------------------------------- what is said
 def test_simpo_says_what_cpo_alpha_does(config):
     with pytest.warns(UserWarning, match="SimPO itself has cpo_alpha=0"):

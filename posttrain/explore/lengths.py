@@ -51,7 +51,8 @@ def draw_lengths(
     loss = svg.line_plot(LENGTHS, losses, title="Loss", ylabel="loss (nats)", ylim=(0, 4), **look)
     turn = next((n for n, v in zip(LENGTHS, views) if v["sum"][0] < 0), None)
     said = (f"Each chosen token has log-prob {svg.short(per_token)}. The rejected answer has 6 tokens of −1 (dashed "
-            "line). By its sum the chosen answer " + (f"falls behind from {turn} tokens on." if turn else "leads at every length shown."))
+            "line). By its sum the chosen answer "
+            + (f"falls behind from {turn} tokens on." if turn else "leads at every length shown."))
     return svg.stack(svg.beside(lead, loss), svg.paragraph(said, lines=2))
 
 

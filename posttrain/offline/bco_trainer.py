@@ -32,6 +32,12 @@ class BCOConfig(AnswerFields, PrecomputeFields, DecoderOnlyFields, PostConfig):
     min_density_ratio: float = option(0.5, "The density ratio is at least this.", low=0)
     max_density_ratio: float = option(10.0, "The density ratio is at most this.", above=0)
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.min_density_ratio > self.max_density_ratio:
+            raise ValueError(f"min_density_ratio={self.min_density_ratio:g} is above max_density_ratio="
+                             f"{self.max_density_ratio:g}: the density ratio is kept between them")
+
 # %% ../../nbs/offline/15_bco_trainer.ipynb #0ab75873
 class BCOTrainer(WeighsPrompts, AsksReference, UnpairedTrainer):
     """

@@ -54,30 +54,27 @@ class CPOConfig(AnswerFields, DecoderOnlyFields, PostConfig):
 class CPOTrainer(PairTrainer):
     """
     Contrastive preference optimisation (https://arxiv.org/abs/2401.08417), SimPO (https://arxiv.org/abs/2405.14734)
-    and AlphaPO (https://arxiv.org/abs/2501.03884). Call it as TRL's.
+    and AlphaPO (https://arxiv.org/abs/2501.03884): pairs without a reference. Call it as TRL's.
 
-    The datasets are those of `PairTrainer`, the parameters those of `PostTrainer`. There is no reference. Raises
-    ValueError and TypeError that say what is wrong with the data or the config, before the model is loaded.
+    The datasets are those of `PairTrainer`, the parameters those of `PostTrainer`, and so are the errors.
     """
 
     config_class = CPOConfig
     shown = ("beta", "loss_type", "label_smoothing", "cpo_alpha", "simpo_gamma", "alpha")
 
     def method(self):
-        args, of_means = self.args, self.args.loss_type in OF_MEANS
-        score = "\\frac{1}{|y|} \\log \\pi_\\theta(y \\mid x)" if of_means else "\\log \\pi_\\theta(y \\mid x)"
-        simpo = self.args.loss_type == "simpo"
+        args, mean = self.args, r"\frac{1}{|y|}" if self.args.loss_type in OF_MEANS else ""
+        cpo = ("CPO", "Contrastive Preference Optimization: Pushing the Boundaries of LLM Performance in Machine "
+               "Translation", "2401.08417")
+        simpo = "SimPO", "SimPO: Simple Preference Optimization with a Reference-Free Reward", "2405.14734"
         return Method(
-            "SimPO" if simpo else "CPO",
-            "SimPO: Simple Preference Optimization with a Reference-Free Reward" if simpo else
-            "Contrastive Preference Optimization: Pushing the Boundaries of LLM Performance in Machine Translation",
-            "2405.14734" if simpo else "2401.08417",
-            rf"L = \frac1P \sum_{{\text{{pairs}}}} \ell(s_w - s_l) - \alpha\, \mathbb E[\log \pi_\theta(y_w)],\quad s = {score}",
+            *(simpo if args.loss_type == "simpo" else cpo),
+            r"L = \frac1P \sum_{\text{pairs}} \ell(s_w - s_l) - \alpha\, \mathbb E[\log \pi_\theta(y_w)],\quad "
+            rf"s = {mean} \log \pi_\theta(y \mid x)",
             f"$y_w$ is the chosen answer and $y_l$ the rejected one. The loss of a pair is `{args.loss_type}`, and the "
             "likelihood is a mean over the chosen tokens of the step.",
             "the pairs of the optimizer step", "none: there is no reference",
-            {name: getattr(args, name) for name in ("beta", "label_smoothing", "cpo_alpha", "simpo_gamma", "alpha",
-                                                    "max_length")})
+            {name: getattr(args, name) for name in (*self.shown, "max_length")})
 
     def answers(self, batch, logps, ref_logps, totals):
         weights = per_token(batch["mask"]) if self.args.loss_type in OF_MEANS else None

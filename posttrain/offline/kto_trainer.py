@@ -71,7 +71,8 @@ class KTOTrainer(AsksReference, UnpairedTrainer):
             "KTO", "KTO: Model Alignment as Prospect Theoretic Optimization", "2402.01306",
             r"L = \frac1S \sum_i \lambda_i \left(1 - \sigma\big(s_i \beta\, (r_i - z_0)\big)\right),\quad r_i = "
             r"\log\frac{\pi_\theta(y_i \mid x_i)}{\pi_{\text{ref}}(y_i \mid x_i)}",
-            f"$s_i$ is 1 for a liked answer and -1 for a disliked one, and {zero}.", "the answers of the optimizer step",
+            f"$s_i$ is 1 for a liked answer and -1 for a disliked one, and {zero}.",
+            "the answers of the optimizer step",
             f"implicit in the loss, weight beta = {args.beta:g}",
             {name: getattr(args, name) for name in ("beta", "loss_type", "desirable_weight", "undesirable_weight",
                                                     "mismatched", "max_length", "sync_ref_model")})
@@ -85,7 +86,8 @@ class KTOTrainer(AsksReference, UnpairedTrainer):
         with self.compute_loss_context_manager():
             for batch in map(self._prepare_inputs, batches):
                 logratios, ref_logps = self._ask_about_both(batch)
-                if "repeated" not in batch: local += torch.stack([logratios.sum(), logratios.new_tensor(len(logratios))])
+                found = torch.stack([logratios.sum(), logratios.new_tensor(len(logratios))])
+                if "repeated" not in batch: local += found
                 asked.append({**batch, "ref_logps": ref_logps})
         total, count = local if self.evaluating else self.accelerator.gather(local[None]).sum(0)
         return [{**batch, "kl": reference_point(total[None], count)} for batch in asked]
