@@ -15,7 +15,7 @@ from ..foundations.preferences import Judged
 from ..offline.bco import bco
 from ..offline.kto import kto
 
-LOGRATIOS = torch.arange(-40, 41, 1.0, dtype=torch.float64)
+LOGRATIOS = torch.arange(-40, 41, 2.0, dtype=torch.float64)
 LOSSES = {"KTO": kto, "BCO": bco}
 
 # %% ../../nbs/explore/15_judged.ipynb #10c9d054
