@@ -233,7 +233,8 @@ def test_wrong_tokens_of_a_rollout_func(wrong, words, config):
         out = answers(len(prompts))
         for name, value in wrong.items():
             right = out["completion_ids"] if name != "prompt_ids" else out["prompt_ids"]
-            of_tokens = out[name] if name.endswith("ids") else [[-1 if name == "logprobs" else 1] * len(ids) for ids in right]
+            good = -1 if name == "logprobs" else 1
+            of_tokens = out[name] if name.endswith("ids") else [[good] * len(ids) for ids in right]
             out[name] = [of_tokens[0], [value] * len(right[1]), *of_tokens[2:]]
         return out
     with pytest.raises(ValueError, match=words): train(config, rollout_func=rollouts)
