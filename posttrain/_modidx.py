@@ -1395,6 +1395,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'posttrain.offline.bco.running_mean': ('offline/bco.html#running_mean', 'posttrain/offline/bco.py')},
             'posttrain.offline.bco_trainer': { 'posttrain.offline.bco_trainer.BCOConfig': ( 'offline/bco_trainer.html#bcoconfig',
                                                                                             'posttrain/offline/bco_trainer.py'),
+                                               'posttrain.offline.bco_trainer.BCOConfig.__post_init__': ( 'offline/bco_trainer.html#bcoconfig.__post_init__',
+                                                                                                          'posttrain/offline/bco_trainer.py'),
                                                'posttrain.offline.bco_trainer.BCOTrainer': ( 'offline/bco_trainer.html#bcotrainer',
                                                                                              'posttrain/offline/bco_trainer.py'),
                                                'posttrain.offline.bco_trainer.BCOTrainer._move_delta': ( 'offline/bco_trainer.html#bcotrainer._move_delta',

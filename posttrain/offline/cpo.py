@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['with_likelihood', 'cpo']
 
-# %% ../../nbs/offline/13_cpo.ipynb #47daa925
+# %% ../../nbs/offline/13_cpo.ipynb #b76c10bb
 from torch import Tensor
 
 from ..foundations.preferences import Pairs
