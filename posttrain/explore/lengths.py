@@ -52,8 +52,10 @@ def draw_lengths(
     turn = next((n for n, v in zip(LENGTHS, views) if v["sum"][0] < 0), None)
     said = (f"Each chosen token has log-prob {svg.short(per_token)}. The rejected answer has 6 tokens of −1 (dashed "
             "line). By its sum the chosen answer "
-            + (f"falls behind from {turn} tokens on." if turn else "leads at every length shown."))
-    return svg.stack(svg.beside(lead, loss), svg.paragraph(said, lines=2))
+            + (f"falls behind from {turn} tokens on." if turn else "leads at every length shown.")
+            + f" By its mean it leads by {svg.short(views[0]['mean'][0], 2)} at every length; SimPO asks for "
+            f"{svg.short(gamma)}.")
+    return svg.stack(svg.beside(lead, loss), svg.paragraph(said, lines=3))
 
 
 def lengths_explorer() -> Explorer:
