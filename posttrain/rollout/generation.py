@@ -114,7 +114,7 @@ def _padded(rows: list[list[float]], shape: tuple) -> Tensor:
 
 # %% ../../nbs/rollout/04_generation.ipynb #4a27e4fd
 _OF_TOKENS = ("prompt_ids", "completion_ids", "logprobs", "env_mask")  # what a rollout_func says of tokens
-_A_LOGP = "a log-prob, finite and 0 or below, or None where it is unknown"
+_A_LOGP = "a log-prob, finite and 0 or below, or None or NaN where it is unknown"
 _A_MARK = "1 for a token that the model wrote, and 0 for one that something else wrote"
 
 
@@ -179,7 +179,7 @@ def _mark(x) -> int:
 
 
 def _logp(x) -> float:
-    if x is None: return math.nan  # vLLM's way to say that it does not know
+    if x is None or math.isnan(x): return math.nan  # an engine's ways to say that it does not know
     if not -math.inf < float(x) <= 1e-3: raise ValueError  # a little above 0 by rounding
     return float(x)
 
