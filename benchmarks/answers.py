@@ -8,13 +8,12 @@ learns the prompt of the chosen answer."""
 import argparse
 import copy
 import json
-import tempfile
+from functools import partial
 from importlib import import_module
 
 import harness  # sets the environment before transformers is imported
 import datasets
 import numpy as np
-import torch
 from datasets import Dataset
 from dpo import MODELS, REPEATS, STEPS
 
@@ -49,7 +48,7 @@ def classes(library, method):
     return getattr(home, f"{name}Trainer"), getattr(home, f"{name}Config")
 
 
-def trainer(library, method, name, folder, **more):
+def trainer(method, name, library, folder, **more):
     trainer_class, config_class = classes(library, method)
     make, prompt, completion = MODELS[name]
     model = make()
@@ -64,34 +63,15 @@ def trainer(library, method, name, folder, **more):
                                          processing_class=pocket.tokenizer(), **reference))
 
 
-def gradients_agree(method, name):
-    """One step of plain gradient descent from the same weights ends at the same weights."""
-    ends = []
-    for library in ("TRL", "posttrain"):
-        with tempfile.TemporaryDirectory() as folder:
-            t = trainer(library, method, name, folder, optim="sgd", learning_rate=1.0, max_steps=1,
-                        lr_scheduler_type="constant", max_grad_norm=1e9)
-            before = [p.detach().clone() for p in t.model.parameters()]
-            t.train()
-            ends.append(torch.cat([(b - a.detach()).flatten() for b, a in zip(before, t.model.parameters())]))
-    difference = ((ends[0] - ends[1]).norm() / ends[0].norm()).item()
-    assert difference < 1e-4, f"{method}, {name}: gradients differ by {difference:.1e} of their size"
-    return difference
-
-
 def bench_steps(rounds, names):
     print(f"\n{'training step':44}{'TRL':>9}{'posttrain':>11}   TRL / posttrain         gradients differ by")
     for name in names:
         for method in METHODS:
-            difference = gradients_agree(method, name)
-            with tempfile.TemporaryDirectory() as folder:
-                both = {lib: trainer(lib, method, name, folder) for lib in ("TRL", "posttrain")}
-                seconds = harness.interleaved({lib: harness.timed(t) for lib, t in both.items()}, rounds)
-            harness.print_times(f"{method}, {name}", seconds, f"{difference:.0e}")
+            harness.compare_steps(partial(trainer, method, name), f"{method}, {name}", rounds)
 
 
 def memory_of(library, method, name):
-    return harness.memory_of_training(lambda folder: trainer(library, method, name, folder))
+    return harness.memory_of_training(lambda folder: trainer(method, name, library, folder))
 
 
 def bench_memory(names):

@@ -7,12 +7,11 @@ a time is believed."""
 import argparse
 import copy
 import json
-import tempfile
+from functools import partial
 
 import harness  # sets the environment before transformers is imported
 import datasets
 import numpy as np
-import torch
 from datasets import Dataset
 
 from posttrain import pocket
@@ -47,7 +46,7 @@ def rows(kind, vocab, prompt, completion, n=PAIRS * STEPS):
     return Dataset.from_list([row() for _ in range(n)])
 
 
-def trainer(library, name, kind, folder, **more):
+def trainer(name, kind, library, folder, **more):
     if library == "TRL":
         import trl
         class DPOTrainer(trl.DPOTrainer):
@@ -71,35 +70,15 @@ def trainer(library, name, kind, folder, **more):
                                       peft_config=peft_config))
 
 
-def gradients_agree(name, kind):
-    """One step of plain gradient descent from the same weights ends at the same weights."""
-    ends = []
-    for library in ("TRL", "posttrain"):
-        with tempfile.TemporaryDirectory() as folder:
-            t = trainer(library, name, kind, folder, optim="sgd", learning_rate=1.0, max_steps=1,
-                        lr_scheduler_type="constant", max_grad_norm=1e9)
-            before = [p.detach().clone() for p in t.model.parameters() if p.requires_grad]
-            t.train()
-            after = (p.detach() for p in t.model.parameters() if p.requires_grad)
-            ends.append(torch.cat([(b - a).flatten() for b, a in zip(before, after)]))
-    difference = ((ends[0] - ends[1]).norm() / ends[0].norm()).item()
-    assert difference < 1e-4, f"{name}, {kind}: gradients differ by {difference:.1e} of their size"
-    return difference
-
-
 def bench_steps(rounds, names):
     print(f"\n{'training step':44}{'TRL':>9}{'posttrain':>11}   TRL / posttrain         gradients differ by")
     for name in names:
         for kind in KINDS:
-            difference = gradients_agree(name, kind)
-            with tempfile.TemporaryDirectory() as folder:
-                both = {lib: trainer(lib, name, kind, folder) for lib in ("TRL", "posttrain")}
-                seconds = harness.interleaved({lib: harness.timed(t) for lib, t in both.items()}, rounds)
-            harness.print_times(f"{name}, {kind}", seconds, f"{difference:.0e}")
+            harness.compare_steps(partial(trainer, name, kind), f"{name}, {kind}", rounds)
 
 
 def memory_of(library, name, kind):
-    return harness.memory_of_training(lambda folder: trainer(library, name, kind, folder))
+    return harness.memory_of_training(lambda folder: trainer(name, kind, library, folder))
 
 
 def bench_memory(names):

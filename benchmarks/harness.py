@@ -82,6 +82,36 @@ def timed(trainer):
     return lambda: steps.of(trainer)
 
 
+def gradients_agree(make, label: str) -> float:
+    """One step of plain gradient descent from the same weights ends at the same weights: how far the steps are apart,
+    as a share of their size. `make` gets a library, a folder and settings, and returns a trainer."""
+    import tempfile
+
+    import torch
+    ends = []
+    for library in ("TRL", "posttrain"):
+        with tempfile.TemporaryDirectory() as folder:
+            t = make(library, folder, optim="sgd", learning_rate=1.0, max_steps=1, lr_scheduler_type="constant",
+                     max_grad_norm=1e9)
+            before = [p.detach().clone() for p in t.model.parameters() if p.requires_grad]
+            t.train()
+            after = (p.detach() for p in t.model.parameters() if p.requires_grad)
+            ends.append(torch.cat([(b - a).flatten() for b, a in zip(before, after)]))
+    difference = ((ends[0] - ends[1]).norm() / ends[0].norm()).item()
+    assert difference < 1e-4, f"{label}: gradients differ by {difference:.1e} of their size"
+    return difference
+
+
+def compare_steps(make, label: str, rounds: int) -> None:
+    """One row of a table: a step of both libraries in seconds, if their gradients agree. `make` as there."""
+    import tempfile
+    difference = gradients_agree(make, label)
+    with tempfile.TemporaryDirectory() as folder:
+        both = {lib: make(lib, folder) for lib in ("TRL", "posttrain")}
+        seconds = interleaved({lib: timed(t) for lib, t in both.items()}, rounds)
+    print_times(label, seconds, f"{difference:.0e}")
+
+
 def memory_of_training(make) -> dict:
     """What training needs over what is loaded: `make` gets a folder and returns a trainer. For a fresh process."""
     import tempfile
