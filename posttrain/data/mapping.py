@@ -8,7 +8,7 @@ __all__ = ['TRUNCATION', 'truncate', 'Preparation', 'batch_of_one', 'naming_rows
 import logging
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from datasets import Dataset, Features, List, Value
@@ -64,6 +64,8 @@ class Preparation:
     max_length: int | None = None        # most tokens of a row; None: no limit
     truncation_mode: str = "keep_start"  # a key of `TRUNCATION`
     keep: tuple[str, ...] = ()           # other columns to pass on where they exist
+    rows_made: int = 1                   # rows that `read` makes of each: first of all rows the first, and so on
+    adds: dict = field(default_factory=dict)  # columns of `keep` that `read` adds, with their types
 
     def split_rows(self, batch: dict, indices=None, place: str = ""):
         """Tokenised rows as (prompt, parts). The prompt is empty where it is not a column of its own.
@@ -128,6 +130,7 @@ def _half_a_character(values) -> str:
 def _prepare_batch(batch, indices, preparation: Preparation, place: str, in_stream: bool) -> dict[str, list]:
     "What is mapped: a batch of raw rows -> a batch of prepared rows, perhaps fewer."
     batch = preparation.read(batch, indices=indices, who=place)
+    indices = [*indices] * preparation.rows_made
     rows = list(preparation.cut_rows(batch, indices, place))
     if in_stream:
         _say_dropped_from_stream({number for number, _ in rows}, indices, preparation)
@@ -153,7 +156,7 @@ def prepare_dataset(
     Raises ValueError when no row has a token left to train on, or when the dataset has a transform."""
     dataset = without_format(dataset, preparation.who)
     there = column_names(dataset)
-    preparation = replace(preparation, keep=tuple(c for c in preparation.keep if c in there))
+    preparation = replace(preparation, keep=tuple(c for c in preparation.keep if c in {*there, *preparation.adds}))
     settings = dict(batched=True, with_indices=True, remove_columns=there, features=_features(dataset, preparation))
     if isinstance(dataset, Dataset):
         settings |= dict(num_proc=num_proc, desc=f"Tokenising the {name} dataset")
@@ -167,8 +170,8 @@ def _map_table(dataset, preparation: Preparation, name: str, settings: dict):
     prepared = dataset.map(prepare, **settings)
     if len(prepared) == 0:
         raise _nothing_left(dataset, f"all {len(dataset)} rows", preparation, name)
-    if len(prepared) < len(dataset):
-        _say_dropped(len(dataset) - len(prepared), len(dataset), preparation, name)
+    made = preparation.rows_made * len(dataset)
+    if len(prepared) < made: _say_dropped(made - len(prepared), made, preparation, name)
     return prepared
 
 
@@ -196,10 +199,11 @@ def without_format(
 
 def _features(dataset, preparation: Preparation) -> Features | None:
     "The types of the prepared columns. None: a stream may not know the type of what it passes on."
-    if preparation.keep and not dataset.features:
+    if set(preparation.keep) - set(preparation.adds) and not dataset.features:
         return None
     ids = {name: List(Value("int32")) for name in preparation.columns}
-    return Features({**ids, **{name: dataset.features[name] for name in preparation.keep}})
+    known = {**(dataset.features or {}), **preparation.adds}
+    return Features({**ids, **{name: known[name] for name in preparation.keep}})
 
 
 def with_lengths(
@@ -244,7 +248,7 @@ def _nothing_left(dataset, seen: str, preparation: Preparation, name: str) -> Va
 def _why_nothing_is_left(row: dict, preparation: Preparation, seen: str) -> str:
     "The first row, before it is cut, tells why."
     batch = preparation.read(batch_of_one(row), indices=[0], who=preparation.who)
-    (prompt, parts), = preparation.split_rows(batch)
+    prompt, parts = next(iter(preparation.split_rows(batch)))
     start = preparation.first_target(prompt, parts)
     if start is None:
         return (f"{seen} lack one. In the first row there is none to begin with: its text or completion is "

@@ -12,7 +12,7 @@ from datasets import Dataset, concatenate_datasets
 
 from .mapping import truncate
 
-PIECE = 1000  # rows of a stream among which answers are exchanged
+PIECE = 1000  # rows at a time: of a stream those among which answers are exchanged
 
 
 def mismatched_rows(
@@ -55,15 +55,15 @@ def with_mismatched(
     if not isinstance(dataset, Dataset):
         draw = partial(_draw, seed=seed, batch_size=batch_size, cut=cut)
         return dataset.map(draw, batched=True, batch_size=batch_size or PIECE, with_indices=True)
-    prompts = map(tuple, dataset["prompt_ids"])
+    prompts = [hash(tuple(ids)) for part in dataset.select_columns("prompt_ids").iter(PIECE) for ids in part["prompt_ids"]]
     others = dataset.select_columns("completion_ids").rename_column("completion_ids", "mismatched_ids")
-    others = others.select(_rows(list(prompts), seed, batch_size))
+    others = others.select(_rows(prompts, seed, batch_size))
     together = concatenate_datasets([dataset, others], axis=1)
     if batch_size is None and len(dataset) == 1: cut = _none
     return together.map(cut, batched=True, desc="Mismatched answers")
 
 
-def _rows(prompts: list[tuple], seed: int, batch_size: int | None) -> np.ndarray:
+def _rows(prompts: list[Hashable], seed: int, batch_size: int | None) -> np.ndarray:
     return mismatched_rows(prompts, seed) if batch_size is None else rotated_rows(len(prompts), batch_size)
 
 

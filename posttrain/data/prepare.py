@@ -4,8 +4,12 @@
 __all__ = ['prepare_sft', 'prepare_pairs', 'prepare_unpaired', 'prepare_steps']
 
 # %% ../../nbs/data/03c_prepare.ipynb #b35f3707
+from dataclasses import replace
 from functools import partial
 
+from datasets import List, Value
+
+from .conversions import take_apart
 from .formats import column_names, first_row, require, warn_once
 from .mapping import Preparation, batch_of_one, naming_rows, prepare_dataset
 from .messages import short_repr
@@ -168,17 +172,31 @@ def _read_sides(batch, indices, who, columns, sides, keep):
     return _without_weights(read_pair_rows(read, columns, indices, who), sides, indices, who)
 
 
-def _prepare_sides(dataset, columns, tokenizer, sides, keep, who, limit, num_proc, name):
-    "Prompts and what follows them, of pairs and of single answers; `columns` are those that are read."
+def _read_apart(batch, indices, who, columns, sides, keep):
+    "A batch of pairs as judged answers. Each has its own prompt from here on, and its own border behind the prompt."
+    return take_apart(_read_sides(batch, indices, who, columns, sides, keep))
+
+
+def _sides_of(dataset, columns, tokenizer, sides, keep, who, limit) -> Preparation:
+    "How prompts are prepared with what follows them, in pairs and in single answers; `columns` are those that are read."
     check_tokenizer(tokenizer, who)
-    if not isinstance(first_row(dataset)[columns[-1]], str) and "prompt_ids" not in columns:
-        check_template(tokenizer)
     there = first_row(dataset)
+    if not isinstance(there[columns[-1]], str) and "prompt_ids" not in columns:
+        check_template(tokenizer)
     keep = tuple(column for column in keep if column in there)
     read = partial(_read_sides, columns=columns, sides=sides, keep=keep)
     tokenize = partial(_tokenize_sides, tokenizer=tokenizer, sides=sides)
-    preparation = Preparation(who, read, tokenize, side_columns(*sides), _first_of_sides, keep=keep, **limit)
-    return prepare_dataset(dataset, preparation, num_proc, name)
+    return Preparation(who, read, tokenize, side_columns(*sides), _first_of_sides, keep=keep, **limit)
+
+
+def _taken_apart(of_pairs: Preparation, dataset, tokenizer) -> Preparation:
+    "The preparation of pairs, as one of judged answers."
+    sides, features = ("completion",), dataset.features or {}
+    adds = {"label": Value("bool")}
+    if "ref_chosen_logps" in of_pairs.keep: adds["ref_logps"] = features.get("ref_chosen_logps", List(Value("float32")))
+    return replace(of_pairs, read=partial(_read_apart, **of_pairs.read.keywords), columns=side_columns(*sides),
+                   tokenize=partial(_tokenize_sides, tokenizer=tokenizer, sides=sides), keep=tuple(adds), rows_made=2,
+                   adds=adds)
 
 
 def _is_numeric(value) -> bool:
@@ -203,16 +221,8 @@ def prepare_pairs(
     if not _is_numeric(first_row(dataset).get("margin")):
         keep = [column for column in keep if column != "margin"]
     limit = dict(max_length=max_length, truncation_mode=truncation_mode)
-    return _prepare_sides(dataset, columns, tokenizer, ("chosen", "rejected"), keep, who, limit, num_proc, name)
-
-
-def _judge_sides(batch) -> dict[str, list]:
-    "Prepared pairs as answers: first the chosen ones of all rows, which were liked, then the rejected ones."
-    n = len(batch["prompt_ids"])
-    judged = {"prompt_ids": 2 * batch["prompt_ids"], "completion_ids": batch["chosen_ids"] + batch["rejected_ids"],
-              "label": [True] * n + [False] * n}
-    if "ref_chosen_logps" in batch: judged["ref_logps"] = batch["ref_chosen_logps"] + batch["ref_rejected_logps"]
-    return judged
+    preparation = _sides_of(dataset, columns, tokenizer, ("chosen", "rejected"), keep, who, limit)
+    return prepare_dataset(dataset, preparation, num_proc, name)
 
 
 def prepare_unpaired(
@@ -229,10 +239,14 @@ def prepare_unpaired(
     "Prepare single answers with a verdict. Raises as `prepare_sft` does."
     limit = dict(max_length=max_length, truncation_mode=truncation_mode)
     if are_pairs(first_row(dataset, who)):
-        pairs = prepare_pairs(dataset, tokenizer, **limit, num_proc=num_proc, name=name, who=who)
-        return pairs.map(_judge_sides, batched=True, remove_columns=column_names(pairs))
-    dataset, columns = read_answers(dataset, who, name)
-    return _prepare_sides(dataset, columns, tokenizer, ("completion",), ("label", *keep), who, limit, num_proc, name)
+        dataset, columns = read_pairs(dataset, who, name)
+        of_references = ("ref_chosen_logps", "ref_rejected_logps")
+        of_pairs = _sides_of(dataset, columns, tokenizer, ("chosen", "rejected"), of_references, who, limit)
+        preparation = _taken_apart(of_pairs, dataset, tokenizer)
+    else:
+        dataset, columns = read_answers(dataset, who, name)
+        preparation = _sides_of(dataset, columns, tokenizer, ("completion",), ("label", *keep), who, limit)
+    return prepare_dataset(dataset, preparation, num_proc, name)
 
 # %% ../../nbs/data/03c_prepare.ipynb #e3f146b9
 def _read_steps(batch, indices, who):

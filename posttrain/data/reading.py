@@ -167,13 +167,17 @@ def odd_answers(
     "What may be wrong with an answer to a prompt."
     def repeats(row): return any(_begins_with(row[side], row["prompt"]) for side in sides)
     def begins(row): return not repeats(row) and any(_begins_otherwise(row[side]) for side in sides)
+    def empty(row): return any(is_empty(row[side]) for side in sides)
     cut = (f"{{side: row[side][len(row['prompt']):] for side in {sides!r} "
            "if row[side][:len(row['prompt'])] == row['prompt']}")
+    filled = " and ".join(f"row[{side!r}]" for side in sides)
     return (
         (repeats, "an answer that begins with its prompt, which is then read twice",
          f"To take it away: dataset = dataset.map(lambda row: {cut})"),
         (begins, "an answer that begins with a message of another speaker than the assistant",
-         "What the model is asked belongs into the column 'prompt'."))
+         "What the model is asked belongs into the column 'prompt'."),
+        (empty, "an empty answer, of which only the end is learned",
+         f"To leave them out: dataset = dataset.filter(lambda row: {filled})"))
 
 # %% ../../nbs/data/01c_reading.ipynb #9120737d
 class DefaultField(str):
@@ -224,8 +228,6 @@ def _read_field(dataset, text_field, row, who) -> Reading:
 _ODD_COMPLETIONS = (  # what `say_odd` says of completions
     (lambda row: row.get("label") in (False, 0), "a 'label' that says not liked, and they are learned from too",
      "To leave them out: dataset = dataset.filter(lambda row: row['label'])"),
-    (lambda row: is_empty(row["completion"]), "an empty completion, of which only the end is learned",
-     "To leave them out: dataset = dataset.filter(lambda row: row['completion'])"),
 )
 _ODD_CHATS = (  # and of whole conversations
     (lambda row: looks_like_chat(row.get("messages")) and is_empty(

@@ -12,7 +12,6 @@ from .formats import first_row, require
 from posttrain.data.reading import (
     Reading,
     check_table,
-    is_empty,
     odd_answers,
     odd_texts,
     read_some,
@@ -46,11 +45,7 @@ def read_answers(
     return Reading(dataset, columns)
 
 
-_ODD_ANSWERS = (  # what `say_odd` says of answers
-    (lambda row: is_empty(row["completion"]), "an empty answer, of which only the end is learned",
-     "To leave them out: dataset = dataset.filter(lambda row: row['completion'])"),
-    (lambda row: not row["prompt"], "no prompt", "If there is one, give it in the column 'prompt'."),
-)
+_NO_PROMPT = lambda row: not row["prompt"], "no prompt", "If there is one, give it in the column 'prompt'."
 
 
 def check_answers(
@@ -59,7 +54,12 @@ def check_answers(
     name: str = "train",      # what the dataset is called in messages
 ) -> None:
     "Raise ValueError or TypeError for a dataset that cannot be learned from; warn of what is passed over."
-    if are_pairs(first_row(dataset, who)): return check_pairs(dataset, who, name)
+    if are_pairs(row := first_row(dataset, who)):
+        if {"completion", "label"} <= set(row):
+            raise ValueError(f"{who}, {name} dataset: a row holds a judged answer ('completion' and 'label') and a pair "
+                             "('chosen' and 'rejected'). Say which to learn from: dataset = dataset.remove_columns("
+                             "['chosen', 'rejected']), or dataset.remove_columns(['completion', 'label'])")
+        return check_pairs(dataset, who, name)
     reading, place = read_answers(dataset, who, name), f"{who}, {name} dataset"
     columns = (*reading.columns, "label")
     _say_one_class(dataset, place)
@@ -69,15 +69,14 @@ def check_answers(
     check_table(dataset, columns, place)
     say_unread(reading, place, used=("label",))
     rows = read_some(Reading(dataset, columns), place, read_rows)
-    odd_ones = (*_ODD_ANSWERS, *odd_texts(reading.columns), *odd_answers(("completion",)))
-    for odd in odd_ones: say_odd(rows, *odd, place)
+    for odd in (_NO_PROMPT, *odd_texts(reading.columns), *odd_answers(("completion",))): say_odd(rows, *odd, place)
 
 
 def _say_one_class(dataset, place: str) -> None:
     "Warn of data whose answers were all liked, or all disliked: of a stream its first rows are looked at."
     is_table = isinstance(dataset, Dataset) and dataset.format["type"] != "custom"
     labels = dataset.with_format(None)["label"] if is_table else [row["label"] for row in some_rows(dataset)]
-    found = {label for label in labels if isinstance(label, (bool, int))}
+    found = {label for label in labels if label in (0, 1)}
     if len(found) != 1 or len(labels) == 1: return
     which, other = ("True", "disliked") if found.pop() else ("False", "liked")
     rows = f"all {len(labels)} rows" if is_table else f"the first {len(labels)} rows"

@@ -11,7 +11,6 @@ from .messages import looks_like_chat, short_repr, with_system
 from posttrain.data.reading import (
     Reading,
     check_table,
-    is_empty,
     odd_answers,
     odd_texts,
     read_some,
@@ -123,8 +122,6 @@ _ODD_PAIRS = (  # what `say_odd` says of pairs
      "To leave them out, or to swap the two columns: dataset.filter, dataset.map."),
     (lambda row: row["chosen"] == row["rejected"], "twice the same answer, from which nothing can be learned",
      "To leave them out: dataset = dataset.filter(lambda row: row['chosen'] != row['rejected'])"),
-    (lambda row: is_empty(row["chosen"]) or is_empty(row["rejected"]), "an empty answer, of which only the end is "
-     "learned", "To leave them out: dataset = dataset.filter(lambda row: row['chosen'] and row['rejected'])"),
     (lambda row: not row["prompt"], "no prompt: it is empty, or there is no column 'prompt' and the two answers do not "
      "begin alike", "If there is one, give it in a column 'prompt'."),
 )

@@ -12,7 +12,7 @@ from .bco import SHIFTS, bco
 from ..training.asks_reference import AsksReference
 from ..training.card import Method
 from ..training.config import AnswerFields, DecoderOnlyFields, PostConfig, PrecomputeFields, option
-from ..training.heads import completion_logps, scoring
+from ..training.heads import completion_logps
 from ..training.metrics import Mean
 from ..training.prompt_weights import WeighsPrompts
 from ..training.reward_shift import RewardShift
@@ -56,9 +56,11 @@ class BCOTrainer(WeighsPrompts, AsksReference, UnpairedTrainer):
         self.shift = RewardShift(SHIFTS[self.args.reward_shift], self.accelerator.gather)
         self.add_callback(self.shift)
 
-    def run_state(self): return {"reward_sums": self.shift.sums}
+    def run_state(self): return {**super().run_state(), "reward_sums": self.shift.sums}
 
-    def load_run_state(self, state): self.shift.sums = state["reward_sums"]
+    def load_run_state(self, state):
+        super().load_run_state(state)
+        self.shift.sums = state["reward_sums"]
 
     def method(self):
         args = self.args
@@ -75,19 +77,17 @@ class BCOTrainer(WeighsPrompts, AsksReference, UnpairedTrainer):
     def before_step(self, batches, totals):
         "Delta is one number for the whole step. The step's rewards move it afterwards; TRL's mean has them already."
         has_them_already = self.args.reward_shift == "running_mean"
-        if has_them_already and not self.evaluating: self._move_delta(batches)
+        if has_them_already and not self.evaluating:  # the rewards as they are before the step, which costs a pass
+            self.ask(batches, self._note_rewards)
+            self.shift.on_step_end()
         def moves(batch): return float(not (has_them_already or self.evaluating or "repeated" in batch))
         return [{**batch, "delta": torch.tensor(self.shift.delta), "moves_delta": torch.tensor(moves(batch))}
                 for batch in batches]
 
-    def _move_delta(self, batches):
-        "By the rewards as they are before the step, which takes a pass without gradients."
-        with self.compute_loss_context_manager(), scoring(self.model):
-            for batch in map(self._prepare_inputs, batches):
-                judged = super().answers(batch, completion_logps(self.model, batch)["logps"],
-                                         self.reference.logps(batch), None)
-                self.shift.add(self.args.beta * judged.logratios, judged.label, float("repeated" not in batch))
-        self.shift.on_step_end()
+    def _note_rewards(self, batch):
+        logps, ref_logps = completion_logps(self.model, batch)["logps"], self.ask_reference(batch)
+        judged = super().answers(batch, logps, ref_logps, None)
+        self.shift.add(self.args.beta * judged.logratios, judged.label, float("repeated" not in batch))
 
     def answers(self, batch, logps, ref_logps, totals):
         judged = super().answers(batch, logps, ref_logps, totals)

@@ -115,10 +115,10 @@ class DPOTrainer(AsksReference, PairTrainer):
         "Losses that sort compare across the whole step: ask it once beforehand, unless it is one batch on one process."
         sorting = [name for name in self.args.loss_type if name in RANKED_SAMPLES]
         if not sorting or self.evaluating or len(batches) * self.args.world_size == 1: return batches
-        with torch.no_grad(), self.compute_loss_context_manager():
-            batches = [self._prepare_inputs(batch) for batch in batches]
-            parts = [self.answers(batch, completion_logps(self.model, batch)["logps"], self.reference.logps(batch),
-                                totals) for batch in batches]
+        def pairs_of(batch):
+            logps, ref_logps = completion_logps(self.model, batch)["logps"], self.ask_reference(batch)
+            return batch, self.answers(batch, logps, ref_logps, totals)
+        batches, parts = zip(*self.ask(batches, pairs_of))
         # a pair that a process repeats has no rank, and is compared with itself
         sizes = [0 if "repeated" in batch else len(pairs.chosen_logps) for batch, pairs in zip(batches, parts)]
         for name in sorting:

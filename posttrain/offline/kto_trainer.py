@@ -15,7 +15,7 @@ from .kto import kto, reference_point
 from ..training.asks_reference import AsksReference
 from ..training.card import Method
 from ..training.config import AnswerFields, PostConfig, PrecomputeFields, option
-from ..training.heads import completion_logps, scoring
+from ..training.heads import completion_logps
 from ..training.metrics import Mean
 from ..training.unpaired import UnpairedTrainer
 
@@ -81,23 +81,24 @@ class KTOTrainer(AsksReference, UnpairedTrainer):
     def before_step(self, batches, totals):
         "z0 belongs to the whole step: a pass without gradients estimates it before the first micro-batch is learned."
         if not self.calculate_KL: return batches
-        local = torch.zeros(2, device=self.args.device)  # the sum of log-ratios, and of how many answers
-        asked = []
-        with self.compute_loss_context_manager():
-            for batch in map(self._prepare_inputs, batches):
-                logratios, ref_logps = self._ask_about_both(batch)
-                found = torch.stack([logratios.sum(), logratios.new_tensor(len(logratios))])
-                if "repeated" not in batch: local += found
-                asked.append({**batch, "ref_logps": ref_logps})
+        batches, found = zip(*self.ask(batches, self._ask_about_both))
+        local = torch.stack(found).sum(0)
         total, count = local if self.evaluating else self.accelerator.gather(local[None]).sum(0)
-        return [{**batch, "kl": reference_point(total[None], count)} for batch in asked]
+        return [{**batch, "kl": reference_point(total[None], count)} for batch in batches]
 
     def _ask_about_both(self, batch):
-        "The log-ratios of the mismatched answers that there are, and what the reference says of the judged ones."
+        "The batch with what the reference says of its judged answers; the sum of the log-ratios of how many others."
+        judged, other = self._ask_reference_about_both(batch)
+        logratios = (completion_logps(self.model, mismatched(batch))["logps"] - other).sum(1)
+        counts = (batch["mismatched_completion_lengths"] > 0) * ("repeated" not in batch)
+        return {**batch, "ref_logps": judged}, torch.stack([(logratios * counts).sum(), counts.sum()])
+
+    def _ask_reference_about_both(self, batch):
+        "Judged and mismatched answers; what the dataset says of the judged ones is not asked again."
+        if "ref_logps" in batch and "mismatched_ref_logps" not in batch:
+            return batch["ref_logps"], self.reference.logps(mismatched(batch))
         judged, other = split_pairs(self.reference.logps(with_both_answers(batch)))
-        with scoring(self.model): logps = completion_logps(self.model, mismatched(batch))["logps"]
-        logratios = logps.sum(1) - other.sum(1)
-        return logratios[batch["mismatched_completion_lengths"] > 0], judged[:, :batch["mask"].shape[1]]
+        return judged[:, :batch["mask"].shape[1]], other[:, :batch["mismatched_mask"].shape[1]]
 
     def answers(self, batch, logps, ref_logps, totals):
         return replace(super().answers(batch, logps, ref_logps, totals), shift=batch.get("kl", 0.0))

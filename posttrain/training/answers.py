@@ -4,11 +4,13 @@
 __all__ = ['asks_lengths', 'AnswerTrainer']
 
 # %% ../../nbs/training/06c_answers.ipynb #e6ab3182
+from collections.abc import Callable
+
 from torch import Tensor
 
 from ..data.mapping import with_lengths
 from ..foundations.masks import Totals
-from .heads import completion_logps
+from .heads import completion_logps, scoring
 from .references import disable_dropout
 from .trainer import PostTrainer
 
@@ -66,10 +68,19 @@ class AnswerTrainer(PostTrainer):
         if self.args.disable_dropout: disable_dropout(self.model)
 
     # ------------------------------------------------ one step
+    def ask(self, batches: list[dict], question: Callable[[dict], object]) -> list:
+        "For `before_step`: what `question` finds in each batch of the step, without gradients and dropout."
+        with self.compute_loss_context_manager(), scoring(self.model):
+            return [question(batch) for batch in map(self._prepare_inputs, batches)]
+
+    def ask_reference(self, batch: dict) -> Tensor | None:
+        "The reference's log-probs of the batch's answers: those of the dataset, if it has some."
+        if "ref_logps" in batch: return batch["ref_logps"]  # computed before training, or before the step
+        return None if self.reference is None else self.reference.logps(batch)
+
     def loss(self, model, batch, totals):
         out = completion_logps(model, batch, want=self.statistics())
-        ref_logps = batch.get("ref_logps")  # computed before training, or before the step
-        if ref_logps is None and self.reference is not None: ref_logps = self.reference.logps(batch)
+        ref_logps = self.ask_reference(batch)
         answers = self.answers(batch, out["logps"], ref_logps, totals)
         losses = self.weigh(self.answer_loss(answers), batch, out)
         shown = batch if ref_logps is None else {**batch, "ref_logps": ref_logps}

@@ -8,7 +8,7 @@ import weakref
 
 import torch
 from accelerate.utils import gather_object
-from datasets import IterableDataset
+from datasets import IterableDataset, concatenate_datasets
 from torch import nn
 
 from ..data.formats import column_names
@@ -60,7 +60,8 @@ class AsksReference(WithReference):
 
     def with_model(self, dataset, name):
         args, dataset = self.args, super().with_model(dataset, name)
-        if not args.precompute_ref_log_probs or set(self.ref_columns) <= set(column_names(dataset)): return dataset
+        given = [column for column in self.ref_columns if column in column_names(dataset)]
+        if not args.precompute_ref_log_probs or len(given) == len(self.ref_columns): return dataset
         source = self.reference.source or self._reference_again(name)
         batches, precision = self._batches_to_ask(dataset, name), self.accelerator.mixed_precision
         settings = source.settings()
@@ -68,10 +69,12 @@ class AsksReference(WithReference):
         if precision != "no" or unwrapped(self.model).dtype != torch.float32: settings += repr(batches)
         key = f"{fingerprint(source.weights(), dataset, settings)}-{precision}"
         with self.compute_loss_context_manager():
-            return precompute_ref_logps(
-                dataset, source.logps, lambda rows: self.asked_batch(self.data_collator(rows)), self.ref_columns,
-                batches=batches, process=args.process_index, key=key, device=args.device, name=name,
-                gather=gather_object)
+            whole = precompute_ref_logps(
+                dataset.remove_columns(given), source.logps,
+                lambda rows: self.asked_batch(self.data_collator(rows)), self.ref_columns, batches=batches,
+                process=args.process_index, key=key, device=args.device, name=name, gather=gather_object)
+        # log-probs that the dataset has are used, whatever the reference says
+        return concatenate_datasets([whole.remove_columns(given), dataset.select_columns(given)], axis=1)
 
     def _reference_again(self, name):
         "The reference, for data that come after the constructor. Raises ValueError where it is gone."

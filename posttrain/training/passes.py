@@ -26,7 +26,8 @@ class KnowsItsPass:
         if not isinstance(self.train_dataset, IterableDataset): return {}
         return {"pass": self._pass, "drawn": self._drawn}
 
-    def load_run_state(self, state): self._go_on_at = state["pass"], state["drawn"]
+    def load_run_state(self, state):
+        if "pass" in state: self._go_on_at = state["pass"], state["drawn"]
 
     def needed_parts(self):
         "A stream can go on without knowing its place, as transformers does: rightly in its first pass."
