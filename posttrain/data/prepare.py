@@ -13,7 +13,7 @@ from .conversions import take_apart
 from .formats import column_names, first_row, require, warn_once
 from .mapping import Preparation, batch_of_one, naming_rows, prepare_dataset
 from .messages import short_repr
-from .reading import TEXT, read_sft
+from .reading import TEXT, read_sft, say_odd, some_rows
 from .reading_answers import are_pairs, read_answers
 from .reading_pairs import read_pair_rows, read_pairs
 from .templates import check_template
@@ -222,7 +222,17 @@ def prepare_pairs(
         keep = [column for column in keep if column != "margin"]
     limit = dict(max_length=max_length, truncation_mode=truncation_mode)
     preparation = _sides_of(dataset, columns, tokenizer, ("chosen", "rejected"), keep, who, limit)
-    return prepare_dataset(dataset, preparation, num_proc, name)
+    prepared = prepare_dataset(dataset, preparation, num_proc, name)
+    if max_length is not None: _say_cut_alike(prepared, max_length, f"{who}, {name} dataset")
+    return prepared
+
+
+def _say_cut_alike(prepared, max_length, place):
+    "Warn of pairs that differ only behind the cut."
+    def is_alike(row):
+        return row["chosen_ids"] == row["rejected_ids"] and len(row["prompt_ids"] + row["chosen_ids"]) == max_length
+    say_odd(some_rows(prepared), is_alike, f"answers that are the same within max_length={max_length}",
+            "Nothing can be learned from their difference: raise max_length, or leave them out.", place)
 
 
 def prepare_unpaired(

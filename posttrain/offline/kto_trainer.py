@@ -35,6 +35,13 @@ class KTOConfig(AnswerFields, PrecomputeFields, PostConfig):
         "dataset", "Where a prompt's mismatched answer comes from: any row, or 'batch', the row before it (TRL).",
         choices=("dataset", "batch"))
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.mismatched == "batch" and self.per_device_train_batch_size == 1 and ESTIMATES_KL[self.loss_type]:
+            raise ValueError("mismatched='batch' takes the answer of the row before in the batch, and with "
+                             "per_device_train_batch_size=1 that is the row itself: set mismatched='dataset', or a "
+                             "larger batch")
+
 # %% ../../nbs/offline/14_kto_trainer.ipynb #2dfc84e8
 class KTOTrainer(AsksReference, UnpairedTrainer):
     """
