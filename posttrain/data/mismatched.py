@@ -55,7 +55,8 @@ def with_mismatched(
     if not isinstance(dataset, Dataset):
         draw = partial(_draw, seed=seed, batch_size=batch_size, cut=cut)
         return dataset.map(draw, batched=True, batch_size=batch_size or PIECE, with_indices=True)
-    prompts = [hash(tuple(ids)) for part in dataset.select_columns("prompt_ids").iter(PIECE) for ids in part["prompt_ids"]]
+    parts = dataset.select_columns("prompt_ids").iter(PIECE)
+    prompts = [hash(tuple(ids)) for part in parts for ids in part["prompt_ids"]]
     others = dataset.select_columns("completion_ids").rename_column("completion_ids", "mismatched_ids")
     others = others.select(_rows(prompts, seed, batch_size))
     together = concatenate_datasets([dataset, others], axis=1)

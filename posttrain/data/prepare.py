@@ -178,7 +178,7 @@ def _read_apart(batch, indices, who, columns, sides, keep):
 
 
 def _sides_of(dataset, columns, tokenizer, sides, keep, who, limit) -> Preparation:
-    "How prompts are prepared with what follows them, in pairs and in single answers; `columns` are those that are read."
+    "How prompts and what follows them are prepared, in pairs and single answers; `columns` are those that are read."
     check_tokenizer(tokenizer, who)
     there = first_row(dataset)
     if not isinstance(there[columns[-1]], str) and "prompt_ids" not in columns:

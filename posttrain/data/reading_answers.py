@@ -56,9 +56,10 @@ def check_answers(
     "Raise ValueError or TypeError for a dataset that cannot be learned from; warn of what is passed over."
     if are_pairs(row := first_row(dataset, who)):
         if {"completion", "label"} <= set(row):
-            raise ValueError(f"{who}, {name} dataset: a row holds a judged answer ('completion' and 'label') and a pair "
-                             "('chosen' and 'rejected'). Say which to learn from: dataset = dataset.remove_columns("
-                             "['chosen', 'rejected']), or dataset.remove_columns(['completion', 'label'])")
+            raise ValueError(
+                f"{who}, {name} dataset: a row holds a judged answer ('completion' and 'label') and a pair ('chosen' "
+                "and 'rejected'). Say which to learn from: dataset = dataset.remove_columns(['chosen', 'rejected']), "
+                "or dataset.remove_columns(['completion', 'label'])")
         return check_pairs(dataset, who, name)
     reading, place = read_answers(dataset, who, name), f"{who}, {name} dataset"
     columns = (*reading.columns, "label")
