@@ -41,6 +41,7 @@ newest: ## the newest releases of all that is needed, in .venv-newest, and the t
 bench: $(VENV)/.ready-dev ## posttrain against TRL, side by side in one run
 	$(BIN)/python benchmarks/sft.py
 	$(BIN)/python benchmarks/dpo.py
+	$(BIN)/python benchmarks/answers.py
 	$(BIN)/python benchmarks/sampling.py
 	$(BIN)/python benchmarks/grpo.py
 

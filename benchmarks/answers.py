@@ -3,8 +3,8 @@
     python benchmarks/answers.py [--rounds 5] [--only steps,memory]
 
 Same model, same reference, same texts, same optimizer, float32, in one process; gradients are compared before a time is
-believed. Each method computes here what TRL computes: KTO takes its mismatched answers from the row before, and ORPO
-learns the prompt of the chosen answer."""
+believed. KTO takes its mismatched answers from the row before, as TRL does. ORPO is there twice: as it is by default,
+with the likelihood of the completion (the paper's), beside TRL's of the whole sequence; and with TRL's in both."""
 import argparse
 import copy
 import json
@@ -26,8 +26,10 @@ METHODS = {  # name -> options of both libraries, and of ours alone to compute w
     "KTO": ({}, dict(mismatched="batch")),
     "CPO": ({}, {}),
     "SimPO": (dict(loss_type="simpo", cpo_alpha=0.0, beta=2.0), {}),
-    "ORPO": ({}, dict(nll_of="sequence")),
+    "ORPO": ({}, {}),
+    "ORPO of sequences": ({}, dict(nll_of="sequence")),
 }
+ANOTHER_OBJECTIVE = ("ORPO",)  # than TRL's: the gradients are not to be compared
 
 
 def texts(method, prompt, completion, n=ROWS * STEPS):
@@ -42,7 +44,7 @@ def texts(method, prompt, completion, n=ROWS * STEPS):
 
 
 def classes(library, method):
-    name = {"SimPO": "CPO"}.get(method, method)
+    name = {"SimPO": "CPO", "ORPO of sequences": "ORPO"}.get(method, method)
     place = "posttrain" if library == "posttrain" else "trl" if name == "KTO" else f"trl.experimental.{name.lower()}"
     home = import_module(place)
     return getattr(home, f"{name}Trainer"), getattr(home, f"{name}Config")
@@ -67,7 +69,8 @@ def bench_steps(rounds, names):
     print(f"\n{'training step':44}{'TRL':>9}{'posttrain':>11}   TRL / posttrain         gradients differ by")
     for name in names:
         for method in METHODS:
-            harness.compare_steps(partial(trainer, method, name), f"{method}, {name}", rounds)
+            harness.compare_steps(partial(trainer, method, name), f"{method}, {name}", rounds,
+                                  gradients=method not in ANOTHER_OBJECTIVE)
 
 
 def memory_of(library, method, name):
