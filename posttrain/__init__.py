@@ -14,6 +14,7 @@ _HOMES = {
     "BCOTrainer": "offline.bco_trainer", "BCOConfig": "offline.bco_trainer",
     "CPOTrainer": "offline.cpo_trainer", "CPOConfig": "offline.cpo_trainer",
     "ORPOTrainer": "offline.orpo_trainer", "ORPOConfig": "offline.orpo_trainer",
+    "RewardTrainer": "reward.reward_trainer", "RewardConfig": "reward.reward_trainer",
     "GRPOTrainer": "online.grpo_trainer", "GRPOConfig": "online.grpo_trainer",
     "RLOOTrainer": "online.rloo_trainer", "RLOOConfig": "online.rloo_trainer",
     # what scripts written for TRL import besides
@@ -27,7 +28,7 @@ _HOMES = {
     "unpair_preference_dataset": "data.conversions", "maybe_unpair_preference_dataset": "data.conversions",
     "pack_dataset": "data.packing", "SyncRefModelCallback": "training.with_reference",
 }
-_ROOMS = ("foundations", "data", "pocket", "training", "rollout", "offline", "online", "explore", "command",
+_ROOMS = ("foundations", "data", "pocket", "training", "rollout", "offline", "reward", "online", "explore", "command",
           "cli", "rewards")
 __all__ = [*_HOMES, *_ROOMS, "__version__"]
 

@@ -118,8 +118,13 @@ class ModelReward:
         added = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
         return tokenizer.bos_token if added else ""
 
+    def _end(self) -> str:
+        "The end of sequence, where `RewardTrainer` has noted that the model has learned to score texts with one."
+        ends = getattr(getattr(self.model, "config", None), "scores_end_of_sequence", False)
+        return self.processing_class.eos_token if ends else ""
+
     def _text(self, whole) -> str:
-        if isinstance(whole, str): return whole.removeprefix(self._beginning())
+        if isinstance(whole, str): return whole.removeprefix(self._beginning()) + self._end()
         return self.processing_class.apply_chat_template(whole, tokenize=False, **self.chat_template_kwargs)
 
     def __call__(

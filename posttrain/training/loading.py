@@ -90,6 +90,7 @@ def load_model(
     args: PostConfig,        # its model_init_kwargs and trust_remote_code are used
     auto_class=AutoModelForCausalLM,  # of transformers; a reward model's is AutoModelForSequenceClassification
     quantization_config=None,  # of transformers, such as BitsAndBytesConfig; None: the weights as they are
+    **more,                    # further keywords of `from_pretrained`, before those of the config
 ) -> nn.Module:
     """The model to train.
 
@@ -103,7 +104,7 @@ def load_model(
         return model
     if asked and options.get("quantization_config") is not None:
         raise ValueError("quantization_config was given to the trainer and in model_init_kwargs: leave one of them out")
-    defaults = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code}
+    defaults = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code, **more}
     return _from_pretrained(auto_class, model, **{**defaults, **options, **asked})
 
 

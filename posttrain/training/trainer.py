@@ -53,6 +53,7 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WritesCard, WithCallb
 
     config_class = PostConfig
     auto_class = AutoModelForCausalLM  # what a path is loaded as
+    model_options = {}            # and with which keywords
     averages_over = "tokens"      # which of Totals the loss divides by: "tokens" or "sequences"
     shown = ()                    # fields of the config that are also attributes: scripts read `trainer.beta`
     evaluating = False            # is `before_step` asked about a batch of an evaluation?
@@ -65,6 +66,12 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WritesCard, WithCallb
     # ------------------------------------------------ what a method says
     def check(self, dataset, name: str) -> None:
         "Raise ValueError or TypeError if this dataset cannot be trained on. Called before anything is loaded."
+
+    def check_model(self, lm: nn.Module) -> None:
+        "Raise TypeError or ValueError for a model of another kind. A method may also set what its config shall say."
+        if hasattr(lm, "get_output_embeddings") and is_classifier(lm):
+            raise TypeError(f"{type(self).__name__} needs a causal LM, got a {type(lm).__name__}, which has no head "
+                            "over the vocabulary: load it with AutoModelForCausalLM")
 
     def prepare(self, dataset, name: str, training: bool):
         "Rows as users write them -> rows of token ids that the collator understands."
@@ -185,11 +192,8 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WritesCard, WithCallb
             return self.prepare(dataset, name, training)
 
     def _make_model(self, model, peft_config) -> nn.Module:
-        model = load_model(model, self.args, self.auto_class, self.quantization_config)
-        lm = unwrapped(model)
-        if self.auto_class is AutoModelForCausalLM and hasattr(lm, "get_output_embeddings") and is_classifier(lm):
-            raise TypeError(f"{type(self).__name__} needs a causal LM, got a {type(lm).__name__}, which has no head "
-                            "over the vocabulary: load it with AutoModelForCausalLM")
+        model = load_model(model, self.args, self.auto_class, self.quantization_config, **self.model_options)
+        self.check_model(unwrapped(model))
         if self.new_tokens:
             resize_embeddings_to_tokenizer(model, self.processing_class)
             warnings.warn(f"the chat template of {self.args.chat_template_path} brought {len(self.new_tokens)} new "
