@@ -33,6 +33,15 @@ def data(method, **kw):
     judged = posttrain.unpair_preference_dataset(rows).shuffle(seed=0).select(range(len(rows)))
     return judged if method in ("KTO", "BCO") else rows
 
+def model_of(method):
+    lm = pocket.model(seed=0)
+    if method != "Reward": return lm
+    from transformers import Qwen3ForSequenceClassification
+    judge = Qwen3ForSequenceClassification(type(lm.config)(**{**lm.config.to_dict(), "num_labels": 1}))
+    judge.load_state_dict({**lm.state_dict(), "score.weight": torch.linspace(-.1, .1, lm.config.hidden_size)[None]},
+                          strict=False)
+    return judge
+
 def train(out, method, size, accumulate, stream=False, shards=1, n=64, **options):
     os.makedirs(out, exist_ok=True)  # two processes make it
     rows = data(method, n=n, seed=1)
@@ -41,7 +50,7 @@ def train(out, method, size, accumulate, stream=False, shards=1, n=64, **options
         use_cpu=True, ddp_backend=backend, optim="sgd", lr_scheduler_type="constant", max_grad_norm=1e9, max_steps=2,
         per_device_train_batch_size=size, gradient_accumulation_steps=accumulate, logging_steps=1, save_strategy="no",
         report_to="none", disable_tqdm=True, train_sampling_strategy="sequential", learning_rate=1.0), **options})
-    model, test = pocket.model(seed=0), data(method, n=13, seed=2, split="test")
+    model, test = model_of(method), data(method, n=13, seed=2, split="test")
     trainer = getattr(posttrain, method + "Trainer")(
         model, args=args, train_dataset=rows.to_iterable_dataset(shards) if stream else rows,
         eval_dataset=test.to_iterable_dataset(shards) if stream else test, processing_class=pocket.tokenizer())
@@ -110,7 +119,7 @@ DPO = {"losses that sort": {"loss_type": ["sigmoid", "aot", "aot_unpaired", "sft
        "following reference": {"sync_ref_model": True, "ref_model_sync_steps": 1}}
 ANSWERS = {"KTO": {}, "KTO, precomputed": {"precompute_ref_log_probs": True}, "BCO": {},
            "BCO, running mean": {"reward_shift": "running_mean"}, "CPO": {"loss_type": "simpo", "cpo_alpha": .5},
-           "ORPO": {}, "ORPO, sequence": {"nll_of": "sequence"}}
+           "ORPO": {}, "ORPO, sequence": {"nll_of": "sequence"}, "Reward": {"center_rewards_coefficient": .1}}
 # One pass over eight rows; on two processes two passes over two rows each, and for one case one pass over four.
 WHOLE = dict(size=8, accumulate=1)
 ALONE = [*(dict(options, method="SFT", out=name, **WHOLE) for name, options in SFT.items()),
@@ -121,7 +130,7 @@ TOGETHER = [*(dict(job, size=2, accumulate=2) for job in ALONE), dict(ALONE[0], 
 # The last step of a pass is not full: the second process has one row less, or none.
 CASES = (("SFT", 11, {}), ("SFT", 9, {}), ("SFT", 11, dict(stream=True)), ("DPO", 9, dict(stream=True)),
          ("SFT", 17, dict(packing=True, max_length=64)), ("DPO", 9, {}), ("DPO", 9, dict(loss_type=["aot"])),
-         ("DPO", 11, dict(loss_type=["sigmoid", "aot", "aot_unpaired"])), ("KTO", 9, {}), ("BCO", 9, {}))
+         ("DPO", 11, dict(loss_type=["sigmoid", "aot", "aot_unpaired"])), ("KTO", 9, {}), ("BCO", 9, {}), ("Reward", 9, {}))
 PARTIAL = [dict(method=method, out=f"{method}, {n} rows, {' '.join(more)}", n=n, size=4, accumulate=1, max_steps=5,
                 learning_rate=.1, **more) for method, n, more in CASES]
 # Three shards for two processes: one has twice as many rows as the other. The weights stay, so both evaluate the same.
@@ -175,11 +184,13 @@ DPO_METRICS = ("loss", "grad_norm", "rewards/margins", "rewards/accuracies", "lo
 
 
 JUDGED_METRICS = ("loss", "grad_norm", "logps/chosen", "logits/rejected", "entropy", "num_tokens")
+REWARD_METRICS = ("loss", "grad_norm", "num_tokens", "accuracy", "margin", "mean_reward", "min_reward", "max_reward")
 OF_A_BATCH = ("eval_loss", "eval_kl")  # an evaluation's batch has a zero of its own
 
 
 def metrics_of(method):
     more = {"KTO": ("kl",), "BCO": ("delta",)}
+    if method == "Reward": return REWARD_METRICS
     if method in more: return (*JUDGED_METRICS, *more[method])
     return SFT_METRICS if method == "SFT" else DPO_METRICS
 

@@ -123,9 +123,11 @@ def get_peft_config(
     if not model_args.use_peft: return None
     from peft import LoraConfig
     more = {} if model_args.lora_target_parameters is None else {"target_parameters": model_args.lora_target_parameters}
+    modules = model_args.lora_target_modules or ["all-linear"]
+    if len(modules) == 1: modules = modules[0]  # PEFT knows "all-linear", or a pattern, as one string
     return LoraConfig(
         r=model_args.lora_r, lora_alpha=model_args.lora_alpha, lora_dropout=model_args.lora_dropout, bias="none",
-        task_type=model_args.lora_task_type, target_modules=model_args.lora_target_modules or "all-linear",
+        task_type=model_args.lora_task_type, target_modules=modules,
         modules_to_save=model_args.lora_modules_to_save, use_rslora=model_args.use_rslora,
         use_dora=model_args.use_dora, **more)
 

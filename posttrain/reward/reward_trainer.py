@@ -48,6 +48,7 @@ class RewardTrainer(PairTrainer):
     """
 
     config_class, shown = RewardConfig, ("center_rewards_coefficient",)
+    pipeline = "text-classification"
     auto_class, model_options = AutoModelForSequenceClassification, {"num_labels": 1}
     reads_text = None  # or messages? The first dataset says it
 
@@ -58,7 +59,8 @@ class RewardTrainer(PairTrainer):
             raise ValueError(f"{name} needs a model with one score for a text, got a {type(lm).__name__} with {what}: "
                              "AutoModelForSequenceClassification.from_pretrained(path, num_labels=1), or pass the path")
         lm.config.get_text_config().pad_token_id = self.processing_class.pad_token_id
-        lm.config.scores_end_of_sequence = bool(self.reads_text)
+        # saved with the tokenizer, also beside an adapter: a text shall be scored with the end that training gave it
+        self.processing_class.init_kwargs["scores_end_of_sequence"] = bool(self.reads_text)
 
     def prepare(self, dataset, name, training):
         if self.reads_text is None: self.reads_text = isinstance(first_row(dataset).get("chosen"), str)

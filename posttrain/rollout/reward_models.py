@@ -120,8 +120,8 @@ class ModelReward:
 
     def _end(self) -> str:
         "The end of sequence, where `RewardTrainer` has noted that the model has learned to score texts with one."
-        ends = getattr(getattr(self.model, "config", None), "scores_end_of_sequence", False)
-        return self.processing_class.eos_token if ends else ""
+        noted = getattr(self.processing_class, "init_kwargs", {}).get("scores_end_of_sequence")
+        return self.processing_class.eos_token if noted else ""
 
     def _text(self, whole) -> str:
         if isinstance(whole, str): return whole.removeprefix(self._beginning()) + self._end()

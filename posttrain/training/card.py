@@ -130,8 +130,14 @@ def snippet(
     where: str,         # id or folder of the model
     is_chat: bool,      # does its tokenizer have a chat template?
     is_adapter: bool,   # is it an adapter, for which peft must be installed?
+    pipeline: str = "text-generation",  # of transformers, or "text-classification" for a model that scores answers
 ) -> str:
     "Python that asks the model something."
+    if pipeline == "text-classification":
+        prompt, answer = ('[{"role": "user", "content": "What is 2 + 3?"}]', '[{"role": "assistant", "content": "5"}]'
+                          ) if is_chat else ('"What is 2 + 3?"', '"5"')
+        return "\n".join(["from posttrain.rollout.reward_models import ModelReward", "",
+                          f'reward = ModelReward("{where}")', f"print(reward([{prompt}], [{answer}]))"])
     said = '[{"role": "user", "content": "What is 2 + 3?"}]' if is_chat else '"What is 2 + 3?"'
     return "\n".join([f"from transformers import pipeline{'  # and `pip install peft`' * is_adapter}", "",
                       f'generate = pipeline("text-generation", model="{where}")',
@@ -155,6 +161,7 @@ def model_card(
     *,
     base_model: str | None = None,  # id of what training started from
     is_adapter: bool = False,
+    pipeline: str = "text-generation",  # of transformers
     datasets: list[str] = (),       # ids of the data
     tags: list[str] = (),           # beside those that every card has
     language: str | None = None,
@@ -164,7 +171,7 @@ def model_card(
     about = {"base_model": base_model, "datasets": list(datasets) or None, "language": language, "license": license}
     if base_model: about["base_model_relation"] = "adapter" if is_adapter else "finetune"
     data = ModelCardData(
-        library_name="peft" if is_adapter else "transformers", pipeline_tag="text-generation", model_name=facts.name,
+        library_name="peft" if is_adapter else "transformers", pipeline_tag=pipeline, model_name=facts.name,
         tags=sorted({"posttrain", "generated_from_trainer", method.name.lower(), *tags}),
         **{name: value for name, value in about.items() if value})
     return ModelCard.from_template(data, template_str=TEMPLATE, method=method, facts=facts)
@@ -173,6 +180,7 @@ def model_card(
 class WritesCard:
     "For trainers on transformers' Trainer: name it before Trainer among the bases."
 
+    pipeline = "text-generation"  # of transformers: what the model is for
     data_columns = ()  # of the training data, as the user gave it
     _draft = b""       # the page that was left beside the weights when they were last saved
 
@@ -232,11 +240,11 @@ class WritesCard:
         settings = {name: _cell(value) for name, value in {**method.values, **self._settings_of_run()}.items()}
         facts = Facts(
             name=model_name or os.path.basename(os.path.abspath(where)), origin=_origin(base, is_adapter),
-            snippet=snippet(where, bool(self.processing_class.chat_template), is_adapter),
+            snippet=snippet(where, bool(self.processing_class.chat_template), is_adapter, self.pipeline),
             settings=settings, data=_data(datasets, self.data_columns),
             run=self._run_in_words(), curve=curve_table(self.state.log_history), versions=versions_line())
-        card = model_card(method, facts, base_model=base, is_adapter=is_adapter, datasets=datasets, tags=_listed(tags),
-                          language=language, license=license)
+        card = model_card(method, facts, base_model=base, is_adapter=is_adapter, pipeline=self.pipeline,
+                          datasets=datasets, tags=_listed(tags), language=language, license=license)
         card.save(os.path.join(folder, "README.md"))
 
     def _settings_of_run(self) -> dict:
