@@ -15,6 +15,7 @@ _HOMES = {
     "CPOTrainer": "offline.cpo_trainer", "CPOConfig": "offline.cpo_trainer",
     "ORPOTrainer": "offline.orpo_trainer", "ORPOConfig": "offline.orpo_trainer",
     "RewardTrainer": "reward.reward_trainer", "RewardConfig": "reward.reward_trainer",
+    "PRMTrainer": "reward.prm_trainer", "PRMConfig": "reward.prm_trainer",
     "GRPOTrainer": "online.grpo_trainer", "GRPOConfig": "online.grpo_trainer",
     "RLOOTrainer": "online.rloo_trainer", "RLOOConfig": "online.rloo_trainer",
     # what scripts written for TRL import besides

@@ -192,7 +192,7 @@ def with_both_answers(
 
 def collate_steps(
     rows: list[dict],     # prepared rows: `input_ids`, `labels` of 0, 1 and -100
-) -> dict[str, Tensor]:   # the batch, with `step_labels` (B, T): 0 or 1 where a step ends, -100 elsewhere
+) -> dict[str, Tensor]:   # the batch, with `step_labels` (B, T): 0 or 1 where a step ends, which `mask` marks; or -100
     """A batch of judged solutions.
 
     A step is judged by the state *at* its last token, which has read it, so `step_labels` is not shifted."""
@@ -200,7 +200,7 @@ def collate_steps(
     step_labels = torch.full_like(batch["completion_ids"], -100)
     for b, row in enumerate(rows):
         step_labels[b, :len(row["labels"])] = torch.tensor(row["labels"])
-    return {**batch, "step_labels": step_labels}
+    return {**batch, "step_labels": step_labels, "mask": (step_labels != -100).to(batch["mask"].dtype)}
 
 # %% ../../nbs/data/07_collate.ipynb #822a8ee1
 class _Sequence(NamedTuple):
