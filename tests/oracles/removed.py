@@ -14,7 +14,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 #: what is recorded -> the wheel, what else it needs, and the test file with its CASES and `theirs(case, folder)`
 WHEELS = {"bco": ("trl==1.13.0", ("scikit-learn", "joblib", "scipy", "threadpoolctl", "narwhals"),
-                  "test_bco")}
+                  "test_bco"),
+          "prm": ("trl==1.13.0", (), "test_prm")}
 
 
 def fetch(wheel: str, needs: tuple[str, ...], folder: Path) -> None:
