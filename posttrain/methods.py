@@ -17,6 +17,7 @@ class Method(NamedTuple):
     reward: bool     # does something score the answers: functions, or a model?
     lesson: str      # its notebook in nbs/
     when: str        # what it is for, in one sentence
+    makes: str = "policy"  # what is trained: a "policy" that writes answers, or a "reward" that judges them
 
     @property
     def writes(self) -> bool: return self.data == "prompt_only"  # the model writes the answers that it learns from
@@ -49,6 +50,10 @@ METHODS = (
            "You have prompts and a reward that can be computed, such as whether a result is right."),
     Method("RLOO", "RLOOTrainer", {}, "prompt_only", True, True, "online/10_rloo",
            "You have prompts and a reward, often a reward model, and want to stay close to the start."),
+    Method("Reward modelling", "RewardTrainer", {}, "preference", False, False, "reward/01_bradley_terry",
+           "You have pairs, and want a model that scores any answer.", "reward"),
+    Method("Process supervision", "PRMTrainer", {}, "stepwise_supervision", False, False, "reward/04_process",
+           "You have solutions whose steps are marked right or wrong, and want a model that judges steps.", "reward"),
 )
 
 # %% ../nbs/methods.ipynb #197b4bab
@@ -56,10 +61,11 @@ def methods_for(
     data: str | None = None,        # a type of data, as in `Method.data`; None: any
     reference: bool | None = None,  # True: with a reference model, False: without; None: any
     reward: bool | None = None,     # True: with something that scores answers; None: any
+    makes: str = "policy",          # what shall be trained, as in `Method.makes`
 ) -> list[Method]:
     "The methods that fit. Raises ValueError for an unknown type of data."
     if data is not None and data not in (known := sorted({method.data for method in METHODS})):
         raise ValueError(f"data={data!r}: expected one of {', '.join(map(repr, known))}")
-    asked = {"data": data, "reference": reference, "reward": reward}
+    asked = {"data": data, "reference": reference, "reward": reward, "makes": makes}
     return [method for method in METHODS
             if all(value is None or getattr(method, name) == value for name, value in asked.items())]

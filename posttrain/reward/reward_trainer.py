@@ -50,14 +50,13 @@ class RewardTrainer(PairTrainer):
     config_class, shown = RewardConfig, ("center_rewards_coefficient",)
     pipeline = "text-classification"
     auto_class, model_options = AutoModelForSequenceClassification, {"num_labels": 1}
-    reads_text = None  # or messages? The first dataset says it
+    reads_text = None  # or messages?
 
     def check_model(self, lm):
         name, labels = type(self).__name__, getattr(lm.config, "num_labels", None)
         if not is_classifier(lm) or labels != 1:
-            what = f"{labels} labels" if is_classifier(lm) else "a head over the vocabulary"
-            raise ValueError(f"{name} needs a model with one score for a text, got a {type(lm).__name__} with {what}: "
-                             "AutoModelForSequenceClassification.from_pretrained(path, num_labels=1), or pass the path")
+            raise ValueError(f"{name} needs a model with one score for a text, got a {type(lm).__name__} with {labels} "
+                             "labels: AutoModelForSequenceClassification.from_pretrained(path, num_labels=1) makes one")
         lm.config.get_text_config().pad_token_id = self.processing_class.pad_token_id
         # saved with the tokenizer, also beside an adapter: a text shall be scored with the end that training gave it
         self.processing_class.init_kwargs["scores_end_of_sequence"] = bool(self.reads_text)
@@ -81,14 +80,13 @@ class RewardTrainer(PairTrainer):
                           "random. Set modules_to_save=['score'] or task_type='SEQ_CLS' in the peft_config", stacklevel=2)
 
     def method(self):
-        args = self.args
-        centred = r" + c\,(r_w + r_l)^2" if args.center_rewards_coefficient else ""
+        centred = r" + c\,(r_w + r_l)^2" if self.args.center_rewards_coefficient else ""
         return Method(
             "Reward modelling", "Helping or Herding? Reward Model Ensembles Mitigate but do not Eliminate Reward "
             "Hacking", "2312.09244", r"L = \frac1P \sum_{\text{pairs}} -\log\sigma(r_w - r_l - m)" + centred,
             "$r_w$ and $r_l$ are the scores of the chosen and of the rejected answer; $m$ is the pair's margin, or 0.",
             "the pairs of the optimizer step", "none: the model scores texts and writes none",
-            {name: getattr(args, name) for name in ("center_rewards_coefficient", "max_length", "truncation_mode")})
+            {name: getattr(self.args, name) for name in (*self.shown, "max_length", "truncation_mode")})
 
     # ------------------------------------------------ one step
     def loss(self, model, batch, totals):
