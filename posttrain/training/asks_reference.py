@@ -51,9 +51,11 @@ class AsksReference(WithReference):
                              "is a stream: load it as a Dataset, or set it False")
 
     def after_building(self):
-        precompute = self.args.precompute_ref_log_probs
-        if precompute and self._given_reference is None and not hasattr(self.model, "peft_config"):
-            self.reference = ModelReference(self.model)  # it is asked only now, as it is: no copy
+        precompute, device = self.args.precompute_ref_log_probs, next(self.model.parameters()).device
+        # it is asked only now, as it is: no copy. FSDP has not placed it yet where there are devices
+        is_placed = device.type == self.args.device.type
+        if precompute and is_placed and self._given_reference is None and not hasattr(self.model, "peft_config"):
+            self.reference = ModelReference(self.model)
         else: self.add_reference()
         if precompute: self.reference = PrecomputedReference(self.reference)
         super().after_building()
