@@ -124,6 +124,26 @@ def test_tools_reach_the_template(models, config):
         assert len(told) > len(plain)
 
 
+ASKED = {"prompt": [{"role": "user", "content": "1 2"}]}
+SAID = [{"role": "assistant", "content": word} for word in ("1", "2")]
+WITH_SYSTEM = {
+    "judged": {**ASKED, "completion": SAID[:1], "label": True},
+    "pairs": {**ASKED, "chosen": SAID[:1], "rejected": SAID[1:]},
+    "pairs with log-probs": {**ASKED, "chosen": SAID[:1], "rejected": SAID[1:], "ref_chosen_logps": -1.0,
+                             "ref_rejected_logps": -1.0},
+    "implicit prompt with margins": {**{s: ASKED["prompt"] + [m] for s, m in zip(("chosen", "rejected"), SAID)},
+                                     "margin": .5}}
+
+
+@pytest.mark.parametrize("kind", WITH_SYSTEM)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_system_prompt_in_a_column_of_its_own_is_read(method, kind, models, config):
+    if kind == "judged" and method not in UNPAIRED: return
+    data = Dataset.from_list([{**WITH_SYSTEM[kind], "system": "Sort."}] * 4)
+    run = make(method, models, config, data)
+    assert run.processing_class.decode(run.train_dataset[0]["prompt_ids"]).startswith("<|system|>Sort.<|end|><|user|>")
+
+
 # ---------------------------------------------------------------- KTO's zero
 def test_the_zero_of_kto_is_the_steps(models, config):
     "z0 by hand: the mean over the step's mismatched answers, each asked by itself."
