@@ -3345,6 +3345,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                           'posttrain/training/trainer.py'),
                                             'posttrain.training.trainer.PostTrainer._add_model_columns': ( 'training/trainer.html#posttrainer._add_model_columns',
                                                                                                            'posttrain/training/trainer.py'),
+                                            'posttrain.training.trainer.PostTrainer._before_step': ( 'training/trainer.html#posttrainer._before_step',
+                                                                                                     'posttrain/training/trainer.py'),
                                             'posttrain.training.trainer.PostTrainer._check_all': ( 'training/trainer.html#posttrainer._check_all',
                                                                                                    'posttrain/training/trainer.py'),
                                             'posttrain.training.trainer.PostTrainer._check_one': ( 'training/trainer.html#posttrainer._check_one',

@@ -280,6 +280,16 @@ def test_one_class_is_said(method, config, models, heard):
     assert "rewards/rejected" not in run.state.log_history[0]
 
 
+@pytest.mark.parametrize("method, options", [*((method, {}) for method in METHODS),
+                                             ("BCO", dict(reward_shift="running_mean"))], ids=str)
+def test_a_tokenizer_of_another_model_is_said(method, options, config):
+    "Also where the model is asked before the step."
+    small = pocket.model(seed=0, vocab_size=20)
+    run = make(method, (small, small), config, **options)
+    with pytest.raises(ValueError, match="vocabulary ends at 19: is this the model's tokenizer"): run.train()
+    with pytest.raises(ValueError, match="vocabulary ends at 19"): run.evaluate(data_for(method))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_answers_that_are_equal_or_empty_are_said(method, config, models, heard):
     data = Dataset.from_dict({"prompt": ["1 2", "2 1"], "chosen": ["1 2", ""], "rejected": ["1 2", "2 1"]})
