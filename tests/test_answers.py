@@ -80,6 +80,20 @@ def test_a_run_goes_on_where_it_stopped(method, options, models, config, tmp_pat
     assert len(logged[0]) == 3 and logged[0] == logged[1]
 
 
+@pytest.mark.parametrize("precompute", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_later_pass_over_rows_grouped_by_length_goes_on(method, precompute, models, config, tmp_path):
+    if precompute and method not in UNPAIRED: return
+    settings = dict(max_steps=7, save_strategy="steps", save_steps=5, learning_rate=1e-3, per_device_train_batch_size=2,
+                    train_sampling_strategy="group_by_length", **(dict(precompute_ref_log_probs=True) if precompute else {}))
+    whole, again = (make(method, models, config, **settings) for _ in range(2))
+    whole.train()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert all(map(torch.equal, whole.model.parameters(), again.model.parameters()))
+    logged = [[row["loss"] for row in t.state.log_history if "loss" in row] for t in (whole, again)]
+    assert logged[0] == logged[1] and logged[0][:3] != logged[0][4:], "each pass has an order of its own"
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_with_an_adapter_no_second_model(method, models, config):
     from peft import LoraConfig
