@@ -3187,6 +3187,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                               'posttrain/training/prompt_weights.py'),
                                                    'posttrain.training.prompt_weights.WeighsPrompts.with_model': ( 'training/prompt_weights.html#weighsprompts.with_model',
                                                                                                                    'posttrain/training/prompt_weights.py'),
+                                                   'posttrain.training.prompt_weights._must_be_features': ( 'training/prompt_weights.html#_must_be_features',
+                                                                                                            'posttrain/training/prompt_weights.py'),
                                                    'posttrain.training.prompt_weights.density_ratio': ( 'training/prompt_weights.html#density_ratio',
                                                                                                         'posttrain/training/prompt_weights.py'),
                                                    'posttrain.training.prompt_weights.fit_classifier': ( 'training/prompt_weights.html#fit_classifier',

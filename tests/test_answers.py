@@ -85,7 +85,8 @@ def test_a_run_goes_on_where_it_stopped(method, options, models, config, tmp_pat
 def test_a_later_pass_over_rows_grouped_by_length_goes_on(method, precompute, models, config, tmp_path):
     if precompute and method not in UNPAIRED: return
     settings = dict(max_steps=7, save_strategy="steps", save_steps=5, learning_rate=1e-3, per_device_train_batch_size=2,
-                    train_sampling_strategy="group_by_length", **(dict(precompute_ref_log_probs=True) if precompute else {}))
+                    train_sampling_strategy="group_by_length")
+    if precompute: settings["precompute_ref_log_probs"] = True
     whole, again = (make(method, models, config, **settings) for _ in range(2))
     whole.train()
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
@@ -239,6 +240,23 @@ def test_an_embedding_needs_its_tokenizer(missing, models, config):
     trainer, settings = classes("BCO")
     with pytest.raises(TypeError, match="belong together"):
         trainer(model=models[0], args=settings(**config()), train_dataset=data_for("BCO"), **given)
+
+
+EMBEDDINGS = {
+    "a row per token": (lambda input_ids, attention_mask: torch.zeros(*input_ids.shape, 3), r"shape \(4, .* for 4"),
+    "an array": (lambda input_ids, attention_mask: input_ids.numpy(), "ndarray for 4 prompts"),
+    "the model's output": (lambda input_ids, attention_mask: (input_ids,), "tuple for 4 prompts"),
+    "one row": (lambda input_ids, attention_mask: input_ids[:1], r"shape \(1, \d+\) for 4"),
+    "no numbers": (lambda input_ids, attention_mask: input_ids / 0, "NaN or infinite features for 4 of 4 prompts")}
+
+
+@pytest.mark.parametrize("kind", EMBEDDINGS)
+def test_embeddings_that_are_none(kind, models, config):
+    function, words = EMBEDDINGS[kind]
+    with pytest.raises((TypeError, ValueError), match=f"embedding_func returned {words}"):
+        posttrain.BCOTrainer(models[0], args=posttrain.BCOConfig(**config()), train_dataset=data_for("BCO"),
+                             processing_class=pocket.tokenizer(), embedding_func=function,
+                             embedding_tokenizer=pocket.tokenizer())
 
 
 def test_bounds_of_the_density_ratio_in_their_order(config):
