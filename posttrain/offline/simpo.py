@@ -26,5 +26,5 @@ def alpha_reward(
     alpha: float,   # 0: the log-prob itself
 ) -> Tensor:  # (...) (1 - p ** -alpha) / alpha
     "AlphaPO's reward (https://arxiv.org/abs/2501.03884): another shape than the logarithm."
-    # an exponent of 80 is the last whose square float32 can hold
+    # float32 ends at an exponent of 88, and at 44 for a loss that squares: IPO's is infinite there, and stops the run
     return -torch.expm1((-alpha * logps).clamp(max=80)) / alpha if alpha else logps
