@@ -4,6 +4,7 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback
 
 import posttrain
 from posttrain import pocket
@@ -231,6 +232,26 @@ def test_an_evaluation_does_not_move_delta(models, config):
     run = make("BCO", models, config)
     run.evaluate(data_for("BCO"))
     assert run.shift.sums.abs().sum() == 0 and run.shift.step is None or float(run.shift.step.abs().sum()) == 0
+
+
+class Interrupted(TrainerCallback):
+    "Once, in the middle of the first step."
+    substeps = 0
+
+    def on_substep_end(self, *args, **kwargs):
+        self.substeps += 1
+        if self.substeps == 2: raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_that_was_interrupted_within_a_step_begins_anew(method, models, config):
+    settings = dict(per_device_train_batch_size=1, gradient_accumulation_steps=4, max_steps=2)
+    whole, again = (make(method, models, config, **settings) for _ in range(2))
+    again.add_callback(Interrupted)
+    with pytest.raises(KeyboardInterrupt): again.train()
+    for run in (whole, again): run.train()
+    logged = [[row for row in run.state.log_history if "loss" in row] for run in (whole, again)]
+    assert len(logged[0]) == 2 and logged[0] == logged[1]
 
 
 @pytest.mark.parametrize("missing", ["embedding_func", "embedding_tokenizer"])
