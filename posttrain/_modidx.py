@@ -2756,6 +2756,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'posttrain/training/card.py'),
                                          'posttrain.training.card.WritesCard._run_in_words': ( 'training/card.html#writescard._run_in_words',
                                                                                                'posttrain/training/card.py'),
+                                         'posttrain.training.card.WritesCard._save_what_is_in_shards': ( 'training/card.html#writescard._save_what_is_in_shards',
+                                                                                                         'posttrain/training/card.py'),
                                          'posttrain.training.card.WritesCard._settings_of_run': ( 'training/card.html#writescard._settings_of_run',
                                                                                                   'posttrain/training/card.py'),
                                          'posttrain.training.card.WritesCard._write_card': ( 'training/card.html#writescard._write_card',

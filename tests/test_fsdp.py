@@ -58,6 +58,7 @@ for name, job in json.load(open(sys.argv[1])).items():
     run.train()
     again = trainer(out, **job)
     again.train(resume_from_checkpoint=out + "/checkpoint-2")
+    run.save_model(out + "/saved")
     parts = {model: {type(p).__name__ for p in getattr(run, model).parameters()} for model in ("model", "ref_model")
              if getattr(run, model, None) is not None}
     torch.save(whole(run.model), out + f"/weights-{run.args.process_index}.pt")
@@ -88,14 +89,14 @@ def runs(tmp_path_factory):
             for name, value in {**settings, "PYTHONPATH": paths}.items(): patch.setenv(name, value)
             launch(processes, str(folder / "train.py"), str(folder / "jobs.json"), str(here))
         for name, run in json.loads((here / "found.json").read_text()).items():
-            weights = torch.load(here / name.replace(" ", "-") / "weights-0.pt")
-            found.setdefault(name, []).append((run, weights))
+            out = here / name.replace(" ", "-")
+            found.setdefault(name, []).append((run, torch.load(out / "weights-0.pt"), out))
     return found
 
 
 @pytest.mark.parametrize("name", JOBS)
 def test_two_processes_in_shards_learn_as_one(runs, name):
-    (alone, weights), (sharded, gathered) = runs[name]
+    (alone, weights, _), (sharded, gathered, _) = runs[name]
     assert not any(alone["shards"].values()) and all(sharded["shards"].values()) and sharded["shards"]["model"]
     assert torch.allclose(weights, gathered, atol=1e-4), (weights - gathered).abs().max()
     for one, two in zip(alone["log"], sharded["log"], strict=True):
@@ -104,6 +105,16 @@ def test_two_processes_in_shards_learn_as_one(runs, name):
 
 
 @pytest.mark.parametrize("name", JOBS)
+def test_what_is_saved_is_whole(runs, name):
+    "Although the checkpoints are in shards."
+    from safetensors.torch import load_file
+    alone, sharded = (load_file(folder / "saved" / ("adapter_model.safetensors" if "adapter" in name else
+                                                    "model.safetensors")) for _, _, folder in runs[name])
+    assert alone.keys() <= sharded.keys() <= {*alone, "lm_head.weight"}  # gathered weights that are tied come twice
+    for key, weight in alone.items(): assert torch.allclose(weight, sharded[key], atol=1e-4), key
+
+
+@pytest.mark.parametrize("name", JOBS)
 def test_a_run_in_shards_goes_on_where_it_stopped(runs, name):
-    (alone, _), (sharded, _) = runs[name]
+    (alone, *_), (sharded, *_) = runs[name]
     assert alone["goes_on"] and sharded["goes_on"]
