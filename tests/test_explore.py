@@ -20,7 +20,8 @@ from posttrain.explore.panels import Picture, rows_of
 from posttrain.explore.theme import image_css
 from posttrain.foundations.preferences import Pairs
 
-A_RUN = {"liked": torch.linspace(-50, 9, 30), "disliked": torch.linspace(-99, 3, 20)}  # made up: only the page is tested
+# Made up: here only the page is looked at.
+A_RUN = {"liked": torch.linspace(-50, 9, 30), "disliked": torch.linspace(-99, 3, 20)}
 EXPLORERS = {"tokens": tokens.tokens_explorer, "kl": kl.kl_explorer, "weights": weights.weights_explorer,
              "zero loss": zero_loss.zero_loss_explorer, "groups": groups.groups_explorer, "clip": clip.clip_explorer,
              "judged": judged.judged_explorer, "lengths": lengths.lengths_explorer, "odds": odds.odds_explorer,
@@ -64,7 +65,7 @@ def test_every_saved_frame_is_in_the_page_and_the_page_is_small(explorer):
     html = explorer.html()
     assert len(html.encode()) < 150_000
     # the same bytes from a new object
-    assert html == EXPLORERS[next(k for k, v in EXPLORERS.items() if v().question == explorer.question)]().html()
+    assert html == EXPLORERS[next(k for k, v in EXPLORERS.items() if v().title == explorer.title)]().html()
     packed = re.search(r'atob\("(.*?)"\)', html)[1]
     data = json.loads(zlib.decompress(base64.b64decode(packed)))
     rebuilt = ["\n".join(data["lines"][k] for k in data["frames"][i]) for i in data["index"]]
@@ -179,7 +180,8 @@ def test_the_plane_without_a_reference_ends_where_probabilities_would_be_above_1
 def test_the_histogram_of_judged_answers_stands_on_the_axis_of_the_curves():
     explorer = judged.judged_explorer(A_RUN)
     (cost, _), (histogram, words) = rows_of(explorer.frame(zero=-8.0))
-    zeros = [re.findall(r'x1="([\d.]+)" x2="([\d.]+)" y1=[^>]*stroke-dasharray="3 3"', panel) for panel in (cost, histogram)]
+    dashed = re.compile(r'x1="([\d.]+)" x2="([\d.]+)" y1=[^>]*stroke-dasharray="3 3"')
+    zeros = [dashed.findall(panel) for panel in (cost, histogram)]
     assert zeros[0] == zeros[1] and len(zeros[0]) == 1
     assert "of the liked" in words and rows_of(judged.judged_explorer().frame())[0] == rows_of(explorer.frame())[0]
 

@@ -92,7 +92,7 @@ def draw_judged(
     beta: float = 0.1,  # of both methods
     answers: tuple[tuple, tuple] | None = None,  # log-ratios of liked and of disliked answers, nats; None: no histogram
 ) -> str:  # SVG
-    "What liked and disliked answers cost under KTO and BCO, how hard each is pulled, and where the answers of a run lie."
+    "What liked and disliked answers cost under KTO and BCO, how hard each is pulled, and where those of a run lie."
     costs, pulls = {}, {}
     for method in LOSSES:
         for liked, word in ((True, "liked"), (False, "disliked")):
@@ -124,6 +124,7 @@ def judged_explorer(
 ) -> Explorer:
     "The explorer of KTO's z0 and BCO's delta, with a histogram of the answers of a run where they are given."
     sides = answers and tuple(tuple(answers[side].tolist()) for side in ("liked", "disliked"))
-    return Explorer(partial(draw_judged, answers=sides), title="Where an answer counts as good", question=question,
+    title = "Where the answers of a run stand" if answers else "Where an answer counts as good"
+    return Explorer(partial(draw_judged, answers=sides), title=title, question=question,
                     zero=slider(-16.0, 16.0, value=0.0, steps=9, label="zero (nats)"),
                     beta=slider(0.1, 0.5, value=0.1, steps=9, label="β"))

@@ -113,7 +113,8 @@ def draw_odds(
     facts = []
     for name, (function, precision) in ways.items():
         value, slope = with_slopes(function, logp, precision)
-        facts.append(f"{name}: {svg.short(value.item())}, slope {svg.short(slope.item()) if slope.isfinite() else 'NaN'}")
+        steep = svg.short(slope.item()) if slope.isfinite() else "NaN"
+        facts.append(f"{name}: {svg.short(value.item())}, slope {steep}")
     _, up, down = push_of(field, logp.exp(), torch.full_like(logp, 0.5))
     pushes = (f"At the upright line the chosen answer has a log-prob of −{svg.short(gap)} per token, so 1 − p is "
               f"{svg.short(1 - p)}. Beside a rejected answer of p = 0.5 its log-prob is pushed with "

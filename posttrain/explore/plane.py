@@ -105,7 +105,8 @@ LANDSCAPES: dict[str, Callable] = {  # name -> loss of (x, y, beta, Given)
 _START = "log-probs at the start {0}, {1}; tokens {2}, {3}"
 CAPTIONS = {  # name -> what is assumed: the start's log-probs and the lengths can be named
     **{name: _START for name in ("cpo", "cpo, α = 0", "simpo")}, "orpo": "β is λ; " + _START,
-    "kto": f"taken apart; the zero lies at {svg.short(KTO_ZERO)} nats", "bco": "taken apart; δ lies half way between the two",
+    "kto": f"taken apart; the zero lies at {svg.short(KTO_ZERO)} nats",
+    "bco": "taken apart; δ lies half way between the two",
 }
 OTHERS = (*CAPTIONS,)  # what has no reference, and what judges answers one by one
 
