@@ -70,9 +70,12 @@ class AsksReference(WithReference):
         # in half precision the shape of a batch shows in the numbers
         if precision != "no" or unwrapped(self.model).dtype != torch.float32: settings += repr(batches)
         key = f"{fingerprint(source.weights(), dataset, settings)}-{precision}"
+        def answer(batch):
+            try: return source.logps(batch)
+            except IndexError as e: raise self._out_of_range(batch) or e from e
         with self.compute_loss_context_manager():
             whole = precompute_ref_logps(
-                dataset.remove_columns(given), source.logps,
+                dataset.remove_columns(given), answer,
                 lambda rows: self.asked_batch(self.data_collator(rows)), self.ref_columns, batches=batches,
                 process=args.process_index, key=key, device=args.device, name=name, gather=gather_object)
         # log-probs that the dataset has are used, whatever the reference says
