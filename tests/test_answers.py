@@ -4,6 +4,7 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback
 
 import posttrain
 from posttrain import pocket
@@ -80,6 +81,21 @@ def test_a_run_goes_on_where_it_stopped(method, options, models, config, tmp_pat
     assert len(logged[0]) == 3 and logged[0] == logged[1]
 
 
+@pytest.mark.parametrize("precompute", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_later_pass_over_rows_grouped_by_length_goes_on(method, precompute, models, config, tmp_path):
+    if precompute and method not in UNPAIRED: return
+    settings = dict(max_steps=7, save_strategy="steps", save_steps=5, learning_rate=1e-3, per_device_train_batch_size=2,
+                    train_sampling_strategy="group_by_length")
+    if precompute: settings["precompute_ref_log_probs"] = True
+    whole, again = (make(method, models, config, **settings) for _ in range(2))
+    whole.train()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert all(map(torch.equal, whole.model.parameters(), again.model.parameters()))
+    logged = [[row["loss"] for row in t.state.log_history if "loss" in row] for t in (whole, again)]
+    assert logged[0] == logged[1] and logged[0][:3] != logged[0][4:], "each pass has an order of its own"
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_with_an_adapter_no_second_model(method, models, config):
     from peft import LoraConfig
@@ -122,6 +138,26 @@ def test_tools_reach_the_template(models, config):
     for method in METHODS:
         plain, told = (make(method, models, config, d).train_dataset[0]["prompt_ids"] for d in (rows(4, True), data))
         assert len(told) > len(plain)
+
+
+ASKED = {"prompt": [{"role": "user", "content": "1 2"}]}
+SAID = [{"role": "assistant", "content": word} for word in ("1", "2")]
+WITH_SYSTEM = {
+    "judged": {**ASKED, "completion": SAID[:1], "label": True},
+    "pairs": {**ASKED, "chosen": SAID[:1], "rejected": SAID[1:]},
+    "pairs with log-probs": {**ASKED, "chosen": SAID[:1], "rejected": SAID[1:], "ref_chosen_logps": -1.0,
+                             "ref_rejected_logps": -1.0},
+    "implicit prompt with margins": {**{s: ASKED["prompt"] + [m] for s, m in zip(("chosen", "rejected"), SAID)},
+                                     "margin": .5}}
+
+
+@pytest.mark.parametrize("kind", WITH_SYSTEM)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_system_prompt_in_a_column_of_its_own_is_read(method, kind, models, config):
+    if kind == "judged" and method not in UNPAIRED: return
+    data = Dataset.from_list([{**WITH_SYSTEM[kind], "system": "Sort."}] * 4)
+    run = make(method, models, config, data)
+    assert run.processing_class.decode(run.train_dataset[0]["prompt_ids"]).startswith("<|system|>Sort.<|end|><|user|>")
 
 
 # ---------------------------------------------------------------- KTO's zero
@@ -198,6 +234,26 @@ def test_an_evaluation_does_not_move_delta(models, config):
     assert run.shift.sums.abs().sum() == 0 and run.shift.step is None or float(run.shift.step.abs().sum()) == 0
 
 
+class Interrupted(TrainerCallback):
+    "Once, in the middle of the first step."
+    substeps = 0
+
+    def on_substep_end(self, *args, **kwargs):
+        self.substeps += 1
+        if self.substeps == 2: raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_that_was_interrupted_within_a_step_begins_anew(method, models, config):
+    settings = dict(per_device_train_batch_size=1, gradient_accumulation_steps=4, max_steps=2)
+    whole, again = (make(method, models, config, **settings) for _ in range(2))
+    again.add_callback(Interrupted)
+    with pytest.raises(KeyboardInterrupt): again.train()
+    for run in (whole, again): run.train()
+    logged = [[row for row in run.state.log_history if "loss" in row] for run in (whole, again)]
+    assert len(logged[0]) == 2 and logged[0] == logged[1]
+
+
 @pytest.mark.parametrize("missing", ["embedding_func", "embedding_tokenizer"])
 def test_an_embedding_needs_its_tokenizer(missing, models, config):
     given = {"embedding_func": lambda input_ids, attention_mask: input_ids, "embedding_tokenizer": pocket.tokenizer()}
@@ -205,6 +261,23 @@ def test_an_embedding_needs_its_tokenizer(missing, models, config):
     trainer, settings = classes("BCO")
     with pytest.raises(TypeError, match="belong together"):
         trainer(model=models[0], args=settings(**config()), train_dataset=data_for("BCO"), **given)
+
+
+EMBEDDINGS = {
+    "a row per token": (lambda input_ids, attention_mask: torch.zeros(*input_ids.shape, 3), r"shape \(4, .* for 4"),
+    "an array": (lambda input_ids, attention_mask: input_ids.numpy(), "ndarray for 4 prompts"),
+    "the model's output": (lambda input_ids, attention_mask: (input_ids,), "tuple for 4 prompts"),
+    "one row": (lambda input_ids, attention_mask: input_ids[:1], r"shape \(1, \d+\) for 4"),
+    "no numbers": (lambda input_ids, attention_mask: input_ids / 0, "NaN or infinite features for 4 of 4 prompts")}
+
+
+@pytest.mark.parametrize("kind", EMBEDDINGS)
+def test_embeddings_that_are_none(kind, models, config):
+    function, words = EMBEDDINGS[kind]
+    with pytest.raises((TypeError, ValueError), match=f"embedding_func returned {words}"):
+        posttrain.BCOTrainer(models[0], args=posttrain.BCOConfig(**config()), train_dataset=data_for("BCO"),
+                             processing_class=pocket.tokenizer(), embedding_func=function,
+                             embedding_tokenizer=pocket.tokenizer())
 
 
 def test_bounds_of_the_density_ratio_in_their_order(config):
@@ -258,6 +331,16 @@ def test_one_class_is_said(method, config, models, heard):
     run.train()
     assert "all 2 rows have label True" in heard.text
     assert "rewards/rejected" not in run.state.log_history[0]
+
+
+@pytest.mark.parametrize("method, options", [*((method, {}) for method in METHODS),
+                                             ("BCO", dict(reward_shift="running_mean"))], ids=str)
+def test_a_tokenizer_of_another_model_is_said(method, options, config):
+    "Also where the model is asked before the step."
+    small = pocket.model(seed=0, vocab_size=20)
+    run = make(method, (small, small), config, **options)
+    with pytest.raises(ValueError, match="vocabulary ends at 19: is this the model's tokenizer"): run.train()
+    with pytest.raises(ValueError, match="vocabulary ends at 19"): run.evaluate(data_for(method))
 
 
 @pytest.mark.parametrize("method", METHODS)

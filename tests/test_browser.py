@@ -22,6 +22,7 @@ from posttrain.explore import (
     kl,
     lengths,
     microscope,
+    odds,
     pair_losses,
     plane,
     tokens,
@@ -108,7 +109,7 @@ def a_plane():
 EXPLORERS = [
     tokens.tokens_explorer, kl.kl_explorer, weights.weights_explorer, beta.beta_explorer, a_plane,
     pair_losses.pair_loss_curves, zero_loss.zero_loss_explorer, groups.groups_explorer, clip.clip_explorer, a_run,
-    a_microscope, judged.judged_explorer, lengths.lengths_explorer]
+    a_microscope, judged.judged_explorer, lengths.lengths_explorer, odds.odds_explorer]
 
 
 @pytest.mark.parametrize("make", EXPLORERS)

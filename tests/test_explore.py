@@ -7,18 +7,26 @@ import sys
 import zlib
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from xml.dom import minidom
 
 import pytest
+import torch
 
-from posttrain.explore import clip, groups, judged, kl, lengths, svg, tokens, weights, zero_loss
+from posttrain import CPOTrainer, ORPOTrainer
+from posttrain.explore import clip, groups, judged, kl, lengths, odds, plane, svg, tokens, weights, zero_loss
 from posttrain.explore.core import WIDGET_VIEW, Explorer, choice, slider, toggle
 from posttrain.explore.panels import Picture, rows_of
 from posttrain.explore.theme import image_css
+from posttrain.foundations.preferences import Pairs
 
+# Made up: here only the page is looked at.
+A_RUN = {"liked": torch.linspace(-50, 9, 30), "disliked": torch.linspace(-99, 3, 20)}
 EXPLORERS = {"tokens": tokens.tokens_explorer, "kl": kl.kl_explorer, "weights": weights.weights_explorer,
              "zero loss": zero_loss.zero_loss_explorer, "groups": groups.groups_explorer, "clip": clip.clip_explorer,
-             "judged": judged.judged_explorer, "lengths": lengths.lengths_explorer}
+             "judged": judged.judged_explorer, "lengths": lengths.lengths_explorer, "odds": odds.odds_explorer,
+             "judged with a run": lambda: judged.judged_explorer(A_RUN, question="Which answers does KTO hold?"),
+             "plane": lambda: plane.dpo_plane(losses=plane.OTHERS, title="Other methods", question="Which lets go?")}
 
 
 @pytest.fixture(scope="module", params=EXPLORERS)
@@ -145,6 +153,37 @@ def test_a_picture_is_shown_where_scripts_may_not_run():
     shown = Picture(svg.stack(svg.beside(left, right), left))._repr_html_()
     bare = re.sub(r"<(script|style)>.*?</\1>", "", shown, flags=re.S)
     assert re.findall(r'alt="up to (\d)', bare) == ["1", "2", "1"] and "<svg" not in bare
+
+
+# ---------------------------------------------------------------- what single explorers say
+@pytest.mark.parametrize("beta", (0.1, 2.0))
+def test_the_plane_has_the_losses_that_the_trainers_have(beta):
+    x, y = torch.randn(2, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    args, start, lengths = SimpleNamespace(beta=beta), (-9.0, -12.0), (5.0, 7.0)
+    sums = x + start[0], y + start[1]
+    means = [v / n for v, n in zip(sums, lengths)]
+    pairs = Pairs(*means, chosen_nll=-means[0])
+    simpo_args = SimpleNamespace(beta=beta, loss_type="simpo", cpo_alpha=0.0,
+                                 options_of=lambda loss: {"beta": beta, "simpo_gamma": 0.5})
+    want = {"orpo": ORPOTrainer.answer_loss(SimpleNamespace(args=args), pairs),
+            "simpo": CPOTrainer.answer_loss(SimpleNamespace(args=simpo_args), pairs)}
+    for name, loss in want.items():
+        torch.testing.assert_close(plane.landscape(name, x, y, beta, lengths=lengths, start=start)[0], loss)
+
+
+def test_the_plane_without_a_reference_ends_where_probabilities_would_be_above_1():
+    frame = plane.plane("orpo", 1.0, limits=((-2.0, 4.0), (-2.0, 4.0)), start=(-1.0, -1.0))
+    check_picture(frame)
+    assert frame.count("z") < plane.plane("apo_zero", 1.0, limits=((-2.0, 4.0), (-2.0, 4.0))).count("z")
+
+
+def test_the_histogram_of_judged_answers_stands_on_the_axis_of_the_curves():
+    explorer = judged.judged_explorer(A_RUN)
+    (cost, _), (histogram, words) = rows_of(explorer.frame(zero=-8.0))
+    dashed = re.compile(r'x1="([\d.]+)" x2="([\d.]+)" y1=[^>]*stroke-dasharray="3 3"')
+    zeros = [dashed.findall(panel) for panel in (cost, histogram)]
+    assert zeros[0] == zeros[1] and len(zeros[0]) == 1
+    assert "of the liked" in words and rows_of(judged.judged_explorer().frame())[0] == rows_of(explorer.frame())[0]
 
 
 # ---------------------------------------------------------------- in the lessons

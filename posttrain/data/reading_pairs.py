@@ -127,6 +127,17 @@ _ODD_PAIRS = (  # what `say_odd` says of pairs
 )
 
 
+def _ends_in_a_word(row) -> bool:
+    sides = [row[name] for name in ("prompt", "chosen", "rejected")]
+    if not all(isinstance(text, str) and text for text in sides): return False
+    return sides[0][-1].isalnum() and sides[1][0].isalnum() and sides[2][0].isalnum()
+
+
+_ODD_SPLITS = (  # and where the prompt is what both answers begin with
+    (_ends_in_a_word, "a common beginning that ends inside a word, so that the prompt takes a part of both answers",
+     "To keep the answers whole, give the prompt in a column 'prompt'."),)
+
+
 def check_pairs(
     dataset,                  # as in `read_pairs`
     who: str = "DPOTrainer",  # who asks, for the error message
@@ -141,7 +152,8 @@ def check_pairs(
     if "prompt" in reading.columns:
         say_unread(reading, place)
     rows = read_some(reading, place, read_pair_rows)
-    for odd in (*odd_texts(("prompt", "chosen", "rejected")), *_ODD_PAIRS): say_odd(rows, *odd, place)
+    splits = () if "prompt" in reading.columns else _ODD_SPLITS
+    for odd in (*odd_texts(("prompt", "chosen", "rejected")), *_ODD_PAIRS, *splits): say_odd(rows, *odd, place)
     one = {"ref_chosen_logps", "ref_rejected_logps"} & set(first_row(dataset))
     if len(one) == 1:
         raise ValueError(f"{place}: {listed(one)} is there without its twin: give the reference's log-probs of both "

@@ -89,9 +89,9 @@ def read_rows(
             rows = _numbered(indices, batch[name])
             read[name] = [reader(value, f"{who}: column {name!r}, row {row}") for row, value in rows]
     first = next((name for name in ("messages", "prompt") if name in columns), None)
-    if "system" in batch and first:
-        rows = zip(read[first], batch["system"])
-        read[first] = [_behind_system(*pair, f"{who}: row {row}") for row, pair in _numbered(indices, rows)]
+    if "system" not in batch or not first: return {**batch, **read}
+    rows = zip(read[first], batch["system"])
+    read[first] = [_behind_system(*pair, f"{who}: row {row}") for row, pair in _numbered(indices, rows)]
     return {**{name: values for name, values in batch.items() if name != "system"}, **read}
 
 

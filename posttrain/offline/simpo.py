@@ -26,5 +26,5 @@ def alpha_reward(
     alpha: float,   # 0: the log-prob itself
 ) -> Tensor:  # (...) (1 - p ** -alpha) / alpha
     "AlphaPO's reward (https://arxiv.org/abs/2501.03884): another shape than the logarithm."
-    # an exponent of 80 is the last whose square float32 can hold
-    return -torch.expm1((-alpha * logps).clamp(max=80)) / alpha if alpha else logps
+    # e^40 is held fast, without a gradient: float32 must also hold the square that loss_type="ipo" takes
+    return -torch.expm1((-alpha * logps).clamp(max=40)) / alpha if alpha else logps

@@ -51,9 +51,11 @@ class AsksReference(WithReference):
                              "is a stream: load it as a Dataset, or set it False")
 
     def after_building(self):
-        precompute = self.args.precompute_ref_log_probs
-        if precompute and self._given_reference is None and not hasattr(self.model, "peft_config"):
-            self.reference = ModelReference(self.model)  # it is asked only now, as it is: no copy
+        precompute, device = self.args.precompute_ref_log_probs, next(self.model.parameters()).device
+        # it is asked only now, as it is: no copy. FSDP has not placed it yet where there are devices
+        is_placed = device.type == self.args.device.type
+        if precompute and is_placed and self._given_reference is None and not hasattr(self.model, "peft_config"):
+            self.reference = ModelReference(self.model)
         else: self.add_reference()
         if precompute: self.reference = PrecomputedReference(self.reference)
         super().after_building()
@@ -68,9 +70,12 @@ class AsksReference(WithReference):
         # in half precision the shape of a batch shows in the numbers
         if precision != "no" or unwrapped(self.model).dtype != torch.float32: settings += repr(batches)
         key = f"{fingerprint(source.weights(), dataset, settings)}-{precision}"
+        def answer(batch):
+            try: return source.logps(batch)
+            except IndexError as e: raise self._out_of_range(batch) or e from e
         with self.compute_loss_context_manager():
             whole = precompute_ref_logps(
-                dataset.remove_columns(given), source.logps,
+                dataset.remove_columns(given), answer,
                 lambda rows: self.asked_batch(self.data_collator(rows)), self.ref_columns, batches=batches,
                 process=args.process_index, key=key, device=args.device, name=name, gather=gather_object)
         # log-probs that the dataset has are used, whatever the reference says

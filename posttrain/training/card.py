@@ -213,6 +213,7 @@ class WritesCard:
         page = Path(folder, "README.md")
         others = page.read_bytes() if self._is_of_others(page) and page.is_file() else None
         super().save_model(output_dir, _internal_call)
+        if not _internal_call: self._save_what_is_in_shards(folder)
         if not self.args.should_save: return
         # beside an adapter PEFT drafts a page, or adds lines to the one that is there
         if others is not None: page.write_bytes(others)
@@ -220,6 +221,13 @@ class WritesCard:
         # a checkpoint needs none, and `push_to_hub` writes one with what it was told
         if not _internal_call and not self.args.push_to_hub and not self._is_of_others(page):
             self._card_or_warning(folder)
+
+    def _save_what_is_in_shards(self, folder) -> None:
+        "Where FSDP keeps checkpoints in shards, transformers writes no weights here. All processes gather them."
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is None or "SHARDED" not in str(plugin.state_dict_type): return
+        weights = self.accelerator.get_state_dict(self.model)
+        if self.args.should_save: self._save(folder, state_dict=weights)
 
     def _is_of_others(self, page: Path) -> bool:
         "Is there a page that neither a trainer here wrote, nor PEFT beside this run's weights?"

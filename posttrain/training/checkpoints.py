@@ -281,7 +281,9 @@ _OF_ADAPTER = ("peft_type", "r", "lora_alpha", "target_modules", "modules_to_sav
 def _must_fit_adapter(folder: Path, configs) -> None:
     "Raise ValueError where a checkpoint is of an adapter and the model has none, another one, or the other way round."
     file, again = folder / "adapter_config.json", "a run goes on with the adapter that it began with"
-    if file.exists() != bool(configs) and not any(folder.glob("*/adapter_config.json")):
+    # shards of FSDP do not say what they are of
+    says = file.exists() or any(folder.glob("model*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
+    if says and file.exists() != bool(configs) and not any(folder.glob("*/adapter_config.json")):
         has, lacks = ("an adapter", "has none") if file.exists() else ("a whole model", "has an adapter")
         raise ValueError(f"{folder} is the checkpoint of {has}, and the model of this run {lacks}: {again}. Give the "
                          "trainer the same peft_config, or none")

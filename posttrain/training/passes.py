@@ -8,6 +8,7 @@ import warnings
 
 import torch
 from datasets import IterableDataset
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 # %% ../../nbs/training/03d_passes.ipynb #5e17bc90
 class KnowsItsPass:
@@ -16,6 +17,7 @@ class KnowsItsPass:
     _pass = _drawn = 0  # the pass over the training data, and the micro-batches drawn in it
     _go_on_at = None    # the same two numbers of a checkpoint
     _is_over = False    # has a process come to the end of this pass?
+    _order = None       # the generator of a pass over rows of like length
 
     def train(self, *args, **kwargs):
         self._go_on_at = None
@@ -28,6 +30,16 @@ class KnowsItsPass:
 
     def load_run_state(self, state):
         if "pass" in state: self._go_on_at = state["pass"], state["drawn"]
+
+    def _get_train_sampler(self, *args, **kwargs):
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        if isinstance(sampler, LengthGroupedSampler):
+            self._order = sampler.generator = torch.Generator().manual_seed(self._seed_of(0))
+        return sampler
+
+    def _seed_of(self, number: int) -> int:
+        "The seed of a pass."
+        return (self.args.seed if self.args.data_seed is None else self.args.data_seed) + number
 
     def needed_parts(self):
         "A stream can go on without knowing its place, as transformers does: rightly in its first pass."
@@ -42,6 +54,7 @@ class KnowsItsPass:
         goes_on = kwargs["epoch"] == kwargs["epochs_trained"]
         self._pass, self._drawn = kwargs["epoch"], kwargs["steps_trained_in_current_epoch"] if goes_on else 0
         self._is_over = False
+        if self._order is not None: self._order.manual_seed(self._seed_of(self._pass))
         super()._run_epoch(**kwargs)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):

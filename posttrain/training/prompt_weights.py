@@ -48,6 +48,18 @@ def density_ratio(
     return logit.exp().clamp(min_density_ratio, max_density_ratio).float()
 
 # %% ../../nbs/training/11_prompt_weights.ipynb #de2aaa05
+def _must_be_features(found, n: int) -> Tensor:
+    "The features of n prompts. Raises TypeError for anything else, ValueError for numbers that are not finite."
+    what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+    if not isinstance(found, Tensor) or found.dim() != 2 or len(found) != n:
+        raise TypeError(f"embedding_func returned {what} for {n} prompts: expected a tensor ({n}, D), one row of "
+                        "features for each prompt, such as outputs.last_hidden_state.mean(1)")
+    if bad := (~found.isfinite()).any(1).nonzero().flatten().tolist():
+        raise ValueError(f"embedding_func returned NaN or infinite features for {len(bad)} of {n} prompts: the density "
+                         "ratio of such a prompt is no number. Repair the embedding, or leave it out")
+    return found
+
+
 class WeighsPrompts:
     """For trainers of judged answers whose liked and disliked ones may belong to different prompts: name it first.
 
@@ -93,7 +105,8 @@ class WeighsPrompts:
         texts = self.processing_class.batch_decode(prompt_ids)
         tokens = self.embedding_tokenizer(texts, padding=True, truncation=True, add_special_tokens=False,
                                           return_tensors="pt")
-        return self.embedding_func(**{k: tokens[k].to(self.args.device) for k in ("input_ids", "attention_mask")}).cpu()
+        inputs = {k: tokens[k].to(self.args.device) for k in ("input_ids", "attention_mask")}
+        return _must_be_features(self.embedding_func(**inputs), len(texts)).cpu()
 
     def _weights(self, batch) -> dict[str, list[float]]:
         "1 for liked answers, the density ratio of its prompt for a disliked one."

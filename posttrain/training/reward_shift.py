@@ -34,6 +34,10 @@ class RewardShift(TrainerCallback):
         new = torch.stack([classes @ rewards.detach(), classes.sum(1)])
         self.step = new if self.step is None else self.step + new
 
+    def on_train_begin(self, *args, **kwargs):
+        "Forget the rewards of a step in which an earlier run was interrupted: its rows come again."
+        self.step = None
+
     def on_step_end(self, *args, **kwargs):
         if self.step is not None: self.sums = self.sums + self.gather(self.step[None]).sum(0).double().cpu()
         self.step = None

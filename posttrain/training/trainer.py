@@ -252,8 +252,13 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WritesCard, WithCallb
             return [], None
         self.totals, self.tokens_read = self._count(batches, device)
         self.state.num_input_tokens_seen += int(self.tokens_read)  # saved with checkpoints
-        if batches: batches = self.before_step(batches, self.totals)
+        if batches: batches = self._before_step(batches, self.totals)
         return batches, self.totals.tokens
+
+    def _before_step(self, batches, totals) -> list[dict]:
+        try: return self.before_step(batches, totals)
+        except IndexError as e:
+            raise next((told for batch in batches if (told := self._out_of_range(batch))), e) from e
 
     @property
     def aux_loss_enabled(self) -> bool:
@@ -289,7 +294,7 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WritesCard, WithCallb
     def _evaluation_loss(self, model, batch) -> tuple[Tensor, dict]:
         totals = self.totals_of(batch)
         self.evaluating = True
-        try: batch, = self.before_step([batch], totals)
+        try: batch, = self._before_step([batch], totals)
         finally: self.evaluating = False
         loss, stats = self._loss(model, batch, totals, _lengths(batch).sum())
         weight = getattr(totals, self.averages_over)
@@ -327,7 +332,7 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WritesCard, WithCallb
     def _out_of_range(self, batch) -> ValueError | None:
         "What 'index out of range' means: a token or a position that the model has no embedding for."
         lm = unwrapped(self.model)
-        ids = torch.cat([batch["prompt_ids"].flatten(), batch["completion_ids"].flatten()])
+        ids = torch.cat([values.flatten() for name, values in batch.items() if name.endswith("_ids")])
         longest = int(_lengths(batch).max())
         vocab = lm.get_input_embeddings().weight.shape[0]
         limit = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
