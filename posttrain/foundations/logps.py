@@ -121,17 +121,18 @@ class _ChunkedHead:
         if "bias" in grads: grads["bias"] += d.sum(0)
         if "hidden" in grads: grads["hidden"][rows] = d.to(self.weight.dtype) @ self.weight
         if "weight" in grads:  # a sum over chunks: rounding each chunk's part to half precision first would add up
-            h = self.hidden[rows]
+            h, old = self.hidden[rows], float(rows.start > 0)  # the first chunk writes over what is not filled yet
             if h.is_cuda and h.dtype != self.accumulate:
-                grads["weight"] += torch.mm(d.to(h.dtype).T, h, out_dtype=self.accumulate)
+                part = torch.mm(d.to(h.dtype).T, h, out_dtype=self.accumulate)
+                grads["weight"] = grads["weight"].add_(part) if old else part
             else:
-                grads["weight"].addmm_(d.T, h.to(self.accumulate))
+                grads["weight"].addmm_(d.T, h.to(self.accumulate), beta=old)
 
     def new_grads(self, needed: dict) -> dict:
         "Room for the gradients that somebody asked for."
         grads = {}
         if needed.get("hidden"): grads["hidden"] = torch.empty_like(self.hidden)
-        if needed.get("weight"): grads["weight"] = torch.zeros_like(self.weight, dtype=self.accumulate)
+        if needed.get("weight"): grads["weight"] = torch.empty_like(self.weight, dtype=self.accumulate)
         if needed.get("bias"): grads["bias"] = torch.zeros_like(self.bias, dtype=self.accumulate)
         return grads
 
