@@ -15,7 +15,7 @@ from gsm8k import may_be_missing
 COUNTS = {}
 LONG = ("test_online", "test_vllm", "test_grpo", "test_dpo", "test_browser", "test_grpo_parity", "test_dpo_parity",
         "test_distributed", "test_checkpoints", "test_real_shapes", "test_seams", "test_vllm_habits", "test_parity",
-        "test_sft", "test_compat", "test_sampling", "test_readme")
+        "test_sft", "test_compat", "test_sampling", "test_readme", "test_from_trl_answers", "test_fsdp")
 
 
 def pytest_collection_modifyitems(items):

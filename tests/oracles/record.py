@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-FILES = ("test_parity", "test_dpo_parity", "test_grpo_parity", "test_moe")
+FILES = ("test_parity", "test_dpo_parity", "test_grpo_parity", "test_moe", "test_answers_parity")
 
 
 def main() -> int:
