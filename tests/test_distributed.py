@@ -130,7 +130,8 @@ TOGETHER = [*(dict(job, size=2, accumulate=2) for job in ALONE), dict(ALONE[0], 
 # The last step of a pass is not full: the second process has one row less, or none.
 CASES = (("SFT", 11, {}), ("SFT", 9, {}), ("SFT", 11, dict(stream=True)), ("DPO", 9, dict(stream=True)),
          ("SFT", 17, dict(packing=True, max_length=64)), ("DPO", 9, {}), ("DPO", 9, dict(loss_type=["aot"])),
-         ("DPO", 11, dict(loss_type=["sigmoid", "aot", "aot_unpaired"])), ("KTO", 9, {}), ("BCO", 9, {}), ("Reward", 9, {}))
+         ("DPO", 11, dict(loss_type=["sigmoid", "aot", "aot_unpaired"])), ("KTO", 9, {}), ("BCO", 9, {}),
+         ("Reward", 9, {}))
 PARTIAL = [dict(method=method, out=f"{method}, {n} rows, {' '.join(more)}", n=n, size=4, accumulate=1, max_steps=5,
                 learning_rate=.1, **more) for method, n, more in CASES]
 # Three shards for two processes: one has twice as many rows as the other. The weights stay, so both evaluate the same.

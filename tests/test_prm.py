@@ -93,5 +93,5 @@ def test_a_run_goes_on_where_it_stopped(tmp_path):
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_bad_rows_are_named(rows, words, tmp_path):
     with pytest.raises((ValueError, TypeError), match=words):
-        PRMTrainer(model(), args=PRMConfig(**{**QUIET, "output_dir": str(tmp_path)}), train_dataset=Dataset.from_list(rows),
-                   processing_class=pocket.tokenizer())
+        PRMTrainer(model(), args=PRMConfig(**{**QUIET, "output_dir": str(tmp_path)}),
+                   train_dataset=Dataset.from_list(rows), processing_class=pocket.tokenizer())

@@ -80,8 +80,8 @@ def test_one_gradient_however_a_step_is_cut(options, model, config):
 
 
 def test_a_run_goes_on_where_it_stopped(model, config, tmp_path):
-    settings = config(max_steps=6, save_strategy="steps", save_steps=3, learning_rate=1e-3, per_device_train_batch_size=2,
-                      gradient_accumulation_steps=2, train_sampling_strategy="random")
+    settings = config(max_steps=6, save_strategy="steps", save_steps=3, learning_rate=1e-3,
+                      per_device_train_batch_size=2, gradient_accumulation_steps=2, train_sampling_strategy="random")
     whole, again = (make(RewardTrainer, RewardConfig, model, rows(16), settings) for _ in range(2))
     whole.train()
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))

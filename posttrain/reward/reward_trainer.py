@@ -66,8 +66,8 @@ class RewardTrainer(PairTrainer):
         return without_equal_pairs(super().prepare(dataset, name, training), f"{type(self).__name__}, {name} dataset")
 
     def _make_model(self, model, peft_config):
-        # the command line's task is CAUSAL_LM; with that of classifiers PEFT trains the layer of the score, too
-        if getattr(peft_config, "task_type", None) == "CAUSAL_LM": peft_config = replace(peft_config, task_type="SEQ_CLS")
+        if getattr(peft_config, "task_type", None) == "CAUSAL_LM":  # the command line's; with this one PEFT trains the
+            peft_config = replace(peft_config, task_type="SEQ_CLS")  # layer of the score, too
         return super()._make_model(model, peft_config)
 
     def default_collator(self):
@@ -77,7 +77,7 @@ class RewardTrainer(PairTrainer):
         super().after_building()
         if not any(p.requires_grad for name, p in self.model.named_parameters() if "score" in name.split(".")):
             warnings.warn("the layer 'score' does not learn: an adapter was put beside it. Where it is new it stays "
-                          "random. Set modules_to_save=['score'] or task_type='SEQ_CLS' in the peft_config", stacklevel=2)
+                          "random. Set modules_to_save=['score'] or task_type='SEQ_CLS' in peft_config", stacklevel=2)
 
     def method(self):
         centred = r" + c\,(r_w + r_l)^2" if self.args.center_rewards_coefficient else ""
