@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['COMBINATIONS', 'centring', 'ensemble', 'RewardEnsemble', 'best_of_n', 'best_of_n_kl']
 
-# %% ../../nbs/reward/02_herding.ipynb #5f912699
+# %% ../../nbs/reward/02_herding.ipynb #b858bdaa
 import math
 from collections.abc import Callable
 
@@ -18,7 +18,7 @@ def centring(
     "What holds rewards around 0 (https://arxiv.org/abs/2312.09244): preferences say nothing of a constant."
     return (chosen_rewards + rejected_rewards) ** 2
 
-# %% ../../nbs/reward/02_herding.ipynb #992d5934
+# %% ../../nbs/reward/02_herding.ipynb #641603cb
 COMBINATIONS = {
     "mean": lambda scores: scores.mean(0),
     "minimum": lambda scores: scores.amin(0),
@@ -38,7 +38,7 @@ def ensemble(
     "Combine the rewards of several models. Raises ValueError for an unknown way."
     return _combination(how)(scores)
 
-# %% ../../nbs/reward/02_herding.ipynb #084f4c22
+# %% ../../nbs/reward/02_herding.ipynb #960a1c4b
 class RewardEnsemble:
     """Several reward models as one reward function, for `reward_funcs` of GRPO and RLOO.
 
@@ -95,7 +95,7 @@ class RewardEnsemble:
         scores = self.raw_scores(prompts, completions, **columns)
         return ensemble((scores - self.offsets) / self.scales, self.how)
 
-# %% ../../nbs/reward/02_herding.ipynb #7e35bb89
+# %% ../../nbs/reward/02_herding.ipynb #614ffd15
 def best_of_n(
     rewards: Tensor,  # (..., N) of N answers drawn from the policy: these choose
     gold: Tensor,     # (..., N) what is averaged: true scores, or the rewards themselves
