@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['COMBINATIONS', 'centring', 'ensemble', 'RewardEnsemble', 'best_of_n', 'best_of_n_kl']
 
-# %% ../../nbs/reward/02_herding.ipynb #7ae1c475
+# %% ../../nbs/reward/02_herding.ipynb #3996f344
 import math
 from collections.abc import Callable
 
@@ -18,7 +18,7 @@ def centring(
     "What holds rewards around 0 (https://arxiv.org/abs/2312.09244): preferences say nothing of a constant."
     return (chosen_rewards + rejected_rewards) ** 2
 
-# %% ../../nbs/reward/02_herding.ipynb #d0dce079
+# %% ../../nbs/reward/02_herding.ipynb #84e18913
 COMBINATIONS = {
     "mean": lambda scores: scores.mean(0),
     "minimum": lambda scores: scores.amin(0),
@@ -38,7 +38,7 @@ def ensemble(
     "Combine the rewards of several models. Raises ValueError for an unknown way."
     return _combination(how)(scores)
 
-# %% ../../nbs/reward/02_herding.ipynb #11e6687e
+# %% ../../nbs/reward/02_herding.ipynb #271e357e
 class RewardEnsemble:
     """Several reward models as one reward function, for `reward_funcs` of GRPO and RLOO.
 
@@ -95,7 +95,7 @@ class RewardEnsemble:
         scores = self.raw_scores(prompts, completions, **columns)
         return ensemble((scores - self.offsets) / self.scales, self.how)
 
-# %% ../../nbs/reward/02_herding.ipynb #eb4c34f7
+# %% ../../nbs/reward/02_herding.ipynb #9f449e73
 def best_of_n(
     rewards: Tensor,  # (..., N) of N answers drawn from the policy: these choose
     gold: Tensor,     # (..., N) what is averaged: true scores, or the rewards themselves
