@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['AGGREGATES', 'step_scores', 'aggregate']
 
-# %% ../../nbs/reward/04_process.ipynb #4a44bf45
+# %% ../../nbs/reward/04_process.ipynb #2f21a8b4
 from torch import Tensor, nn
 
 from ..data.collate import collate_steps
@@ -11,7 +11,7 @@ from ..data.tokens import tokenize_steps
 from ..training.heads import read, scoring
 from ..training.states import scores
 
-# %% ../../nbs/reward/04_process.ipynb #c2dcff16
+# %% ../../nbs/reward/04_process.ipynb #ce8bb9ea
 AGGREGATES = {"product": lambda p: p.prod(-1), "minimum": lambda p: p.amin(-1), "last": lambda p: p[..., -1]}
 
 
@@ -28,6 +28,7 @@ def step_scores(
     row = tokenize_steps(columns, processing_class, step_separator)
     batch = collate_steps([{name: values[0] for name, values in row.items()}])
     batch = {name: values.to(next(model.parameters()).device) for name, values in batch.items()}
+    # at="token": the state that has read the separator, not the one that bets on it (step 3)
     with scoring(model): logits = read(model, batch, scores, at="token")["scores"]
     return logits[batch["mask"] > 0].softmax(-1)[:, 1].cpu()
 
