@@ -81,10 +81,9 @@ def test_a_run_goes_on_where_it_stopped(method, options, models, config, tmp_pat
     assert len(logged[0]) == 3 and logged[0] == logged[1]
 
 
-@pytest.mark.parametrize("precompute", [False, True])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method, precompute", [*((method, False) for method in METHODS),
+                                                *((method, True) for method in UNPAIRED)])
 def test_a_later_pass_over_rows_grouped_by_length_goes_on(method, precompute, models, config, tmp_path):
-    if precompute and method not in UNPAIRED: return
     settings = dict(max_steps=7, save_strategy="steps", save_steps=5, learning_rate=1e-3, per_device_train_batch_size=2,
                     train_sampling_strategy="group_by_length")
     if precompute: settings["precompute_ref_log_probs"] = True
@@ -151,10 +150,9 @@ WITH_SYSTEM = {
                                      "margin": .5}}
 
 
-@pytest.mark.parametrize("kind", WITH_SYSTEM)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method, kind", [(method, kind) for method in METHODS for kind in WITH_SYSTEM
+                                          if kind != "judged" or method in UNPAIRED])
 def test_a_system_prompt_in_a_column_of_its_own_is_read(method, kind, models, config):
-    if kind == "judged" and method not in UNPAIRED: return
     data = Dataset.from_list([{**WITH_SYSTEM[kind], "system": "Sort."}] * 4)
     run = make(method, models, config, data)
     assert run.processing_class.decode(run.train_dataset[0]["prompt_ids"]).startswith("<|system|>Sort.<|end|><|user|>")
