@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['PPOConfig', 'PPOTrainer']
 
-# %% ../../nbs/online/14_ppo_trainer.ipynb #df79ffbf
+# %% ../../nbs/online/14_ppo_trainer.ipynb #7449cf4a
 from dataclasses import dataclass, replace
 
 from ..foundations.divergences import estimate_kl
@@ -48,7 +48,7 @@ class PPOConfig(EpisodeFields, CriticFields, ClipFields, ReferenceFields, Online
             raise ValueError(f"kl_target={self.kl_target:g} steers beta, but with beta=0 there is no reference: give "
                              "beta a first value above 0, or leave kl_target None")
 
-# %% ../../nbs/online/14_ppo_trainer.ipynb #1ac4e962
+# %% ../../nbs/online/14_ppo_trainer.ipynb #e6751128
 class PPOTrainer(WithCritic, ShowsClip, OnlineTrainer):
     """
     Proximal policy optimisation with a critic (https://arxiv.org/abs/1707.06347). Call it as TRL 1.12's.

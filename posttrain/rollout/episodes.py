@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['NAMES', 'EpisodeFields', 'trl_metrics']
 
-# %% ../../nbs/rollout/06b_episodes.ipynb #06ef01a7
+# %% ../../nbs/rollout/06b_episodes.ipynb #2d69f9a2
 from dataclasses import dataclass, fields
 
 from ..training.config import option
@@ -15,7 +15,7 @@ _ADAPTERS = "the adapter of the model learns, and without it the model is the re
 NAMES = {"num_ppo_epochs": "num_iterations", "response_length": "max_completion_length", "kl_coef": "beta",
          "cliprange": "epsilon"}
 
-# %% ../../nbs/rollout/06b_episodes.ipynb #2de4bd21
+# %% ../../nbs/rollout/06b_episodes.ipynb #d691f321
 @dataclass
 class EpisodeFields:
     "How long a run of PPO is, and what TRL 1.12 calls its fields. For configs that have those of `OnlineConfig`."
@@ -71,7 +71,7 @@ class EpisodeFields:
             raise ValueError(f"num_mini_batches={self.num_mini_batches} and steps_per_generation="
                              f"{self.steps_per_generation} say different things: leave one of them out")
 
-# %% ../../nbs/rollout/06b_episodes.ipynb #1a0efa6e
+# %% ../../nbs/rollout/06b_episodes.ipynb #bec09c53
 def trl_metrics(
     batch: dict,  # a micro-batch, with what `PPOTrainer.credit` added
     out: dict,    # "logps" and "entropy" (B, T) of the policy now
