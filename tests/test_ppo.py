@@ -263,8 +263,9 @@ def test_two_processes_are_one(tmp_path):
 @pytest.mark.parametrize("critic", CRITICS)
 def test_resuming_goes_on_with_the_critic(critic, config, tmp_path):
     "In the middle of a generation, with a price of KL that had moved, and AdamW's state of the critic."
-    options = dict(steps=6, num_ppo_epochs=2, num_mini_batches=2, save_steps=3, save_strategy="steps", optim="adamw_torch",
-                   learning_rate=1e-3, critic_learning_rate=5e-3, kl_target=.5, output_dir=str(tmp_path))
+    options = dict(steps=6, num_ppo_epochs=2, num_mini_batches=2, save_steps=3, save_strategy="steps",
+                   optim="adamw_torch", learning_rate=1e-3, critic_learning_rate=5e-3, kl_target=.5,
+                   output_dir=str(tmp_path))
     whole = train(config, **options, **of(critic))
     again = train(config, str(tmp_path / "checkpoint-3"), **options, **of(critic))
     assert torch.equal(weights(whole), weights(again)) and whole.kl.coef == again.kl.coef != .05
@@ -285,8 +286,9 @@ def test_what_is_saved_is_a_language_model_with_a_critic_beside_it(config, tmp_p
 
 
 def test_the_best_model_comes_with_its_critic(config, tmp_path):
-    options = dict(steps=4, save_steps=1, eval_steps=1, save_strategy="steps", eval_strategy="steps", learning_rate=1e-2,
-                   load_best_model_at_end=True, metric_for_best_model="eval_reward", output_dir=str(tmp_path))
+    options = dict(steps=4, save_steps=1, eval_steps=1, save_strategy="steps", eval_strategy="steps",
+                   learning_rate=1e-2, load_best_model_at_end=True, metric_for_best_model="eval_reward",
+                   output_dir=str(tmp_path))
     trainer = train(config, **options)
     best = trainer.state.best_model_checkpoint
     fresh = make(config, output_dir=str(tmp_path))
@@ -446,12 +448,13 @@ def test_a_config_that_cannot_work(name):
 
 
 def test_a_critic_that_cannot_work(config):
-    two = Qwen3ForSequenceClassification(type(pocket.model().config)(**{**pocket.model().config.to_dict(), "num_labels": 2}))
+    config_of_lm = pocket.model().config
+    two = Qwen3ForSequenceClassification(type(config_of_lm)(**{**config_of_lm.to_dict(), "num_labels": 2}))
     small = copy.deepcopy(value_model())
     small.resize_token_embeddings(10)
     for value, options, kind, said in (
-            (two, {}, ValueError, "2 labels: expected a classifier with one"),
-            (pocket.model(), {}, ValueError, "Qwen3ForCausalLM with"),
+            (two, {}, ValueError, "with 2 labels: expected a classifier with one"),
+            (pocket.model(), {}, ValueError, "a Qwen3ForCausalLM: expected a classifier"),
             (small, {}, ValueError, "value_model knows 10 tokens"),
             (value_model(), dict(critic="head"), ValueError, "leave one of them out"),
             (3, {}, TypeError, "value_model must be a model, a path or None, got int"),

@@ -3,14 +3,13 @@
 # %% auto #0
 __all__ = ['CriticFields', 'copied_critic', 'saying_nothing', 'check_critic', 'WithCritic']
 
-# %% ../../nbs/rollout/09_critic.ipynb #ffbe2b78
+# %% ../../nbs/rollout/09_critic.ipynb #d1e23435
 import copy
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
@@ -21,7 +20,7 @@ from ..training.loading import load_model
 from ..training.references import disable_dropout
 from ..training.states import head_module, is_classifier
 
-# %% ../../nbs/rollout/09_critic.ipynb #974df700
+# %% ../../nbs/rollout/09_critic.ipynb #f858b4ce
 @dataclass
 class CriticFields:
     "For methods with a critic. The names are not TRL's, which always takes a model of its own."
@@ -34,11 +33,13 @@ class CriticFields:
     critic_warmup_steps: int = option(
         0, "Optimizer steps at the start in which only the critic's own weights learn.", low=0)
 
-# %% ../../nbs/rollout/09_critic.ipynb #ce8fbe66
+# %% ../../nbs/rollout/09_critic.ipynb #e9e1e62a
 def copied_critic(
     policy: nn.Module,  # a causal LM, plain or in PEFT
 ) -> nn.Module:  # a classifier with one label
-    "A critic on a copy of the policy's body, adapters merged. It says 0 of every state. Raises TypeError if none can be made."
+    """A critic on a copy of the policy's body, adapters merged. It says 0 of every state.
+
+    Raises TypeError if none can be made."""
     config = copy.deepcopy(unwrapped(policy).config)
     config.num_labels = 1
     try: value = AutoModelForSequenceClassification.from_config(config)
@@ -69,11 +70,12 @@ def check_critic(
     policy: nn.Module,  # whose texts it reads
 ) -> None:
     "Raise ValueError for a model that cannot say one number of the policy's texts, or that is trained along with it."
-    config, kind = unwrapped(value).config, type(unwrapped(value)).__name__
-    if not is_classifier(unwrapped(value)) or config.num_labels != 1:
-        raise ValueError(f"value_model is a {kind} with {getattr(config, 'num_labels', 'no')} labels: expected a "
-                         "classifier with one, as AutoModelForSequenceClassification.from_pretrained(path, "
-                         "num_labels=1) makes it, or a reward model")
+    lm, kind = unwrapped(value), type(unwrapped(value)).__name__
+    if not is_classifier(lm) or lm.config.num_labels != 1:
+        labels = f" with {lm.config.num_labels} labels" if is_classifier(lm) else ""
+        raise ValueError(f"value_model is a {kind}{labels}: expected a classifier with one label, as "
+                         "AutoModelForSequenceClassification.from_pretrained(path, num_labels=1) makes it, or a reward "
+                         "model")
     known, needed = (unwrapped(m).get_input_embeddings().weight.shape[0] for m in (value, policy))
     if known < needed:
         raise ValueError(f"value_model knows {known} tokens, and the policy writes {needed}: a critic reads the "
@@ -87,7 +89,7 @@ def _no_answer(states) -> dict:
     "A reader that asks the policy nothing: with a critic beside it the values are left."
     return {}
 
-# %% ../../nbs/rollout/09_critic.ipynb #dc6e1fb6
+# %% ../../nbs/rollout/09_critic.ipynb #140b1f0b
 class WithCritic:
     """
     For online trainers with a critic: name it before `OnlineTrainer` among the bases, and `CriticFields` among those of
