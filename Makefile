@@ -44,6 +44,7 @@ bench: $(VENV)/.ready-dev ## posttrain against TRL, side by side in one run
 	$(BIN)/python benchmarks/answers.py
 	$(BIN)/python benchmarks/sampling.py
 	$(BIN)/python benchmarks/grpo.py
+	$(BIN)/python benchmarks/ppo.py
 
 clean:
 	rm -rf build dist *.egg-info out
