@@ -16,7 +16,7 @@ from ..training.config import PostConfig, option
 from ..training.heads import read
 from ..training.metrics import Mean
 from ..training.references import disable_dropout
-from ..training.states import is_classifier, scores
+from ..training.states import scores
 from ..training.trainer import PostTrainer
 
 
@@ -42,16 +42,9 @@ class PRMTrainer(PostTrainer):
     """
 
     config_class, pipeline = PRMConfig, "token-classification"
-    auto_class, model_options = AutoModelForTokenClassification, {"num_labels": 2}
+    auto_class, num_labels = AutoModelForTokenClassification, 2
 
     def check(self, dataset, name): self.needs_dataset(dataset, name)
-
-    def check_model(self, lm):
-        name, labels = type(self).__name__, getattr(lm.config, "num_labels", None)
-        if not is_classifier(lm) or labels != 2:
-            raise ValueError(f"{name} needs a model with two labels for each token, got a {type(lm).__name__} with "
-                             f"{labels}: AutoModelForTokenClassification.from_pretrained(path, num_labels=2), or pass "
-                             "the path")
 
     def prepare(self, dataset, name, training):
         args = self.args

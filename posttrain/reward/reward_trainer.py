@@ -19,10 +19,10 @@ from ..foundations.preferences import bradley_terry_loss, split_pairs
 from .herding import centring
 from ..training.card import Method
 from ..training.config import AnswerFields, PostConfig, option
-from ..training.heads import read
+from ..training.heads import read, unwrapped
 from ..training.metrics import Greatest, Least, Mean
 from ..training.pairs import PairTrainer
-from ..training.states import is_classifier, scores
+from ..training.states import scores
 
 
 @dataclass
@@ -49,17 +49,8 @@ class RewardTrainer(PairTrainer):
 
     config_class, shown = RewardConfig, ("center_rewards_coefficient",)
     pipeline = "text-classification"
-    auto_class, model_options = AutoModelForSequenceClassification, {"num_labels": 1}
+    auto_class, num_labels = AutoModelForSequenceClassification, 1
     reads_text = None  # or messages?
-
-    def check_model(self, lm):
-        name, labels = type(self).__name__, getattr(lm.config, "num_labels", None)
-        if not is_classifier(lm) or labels != 1:
-            raise ValueError(f"{name} needs a model with one score for a text, got a {type(lm).__name__} with {labels} "
-                             "labels: AutoModelForSequenceClassification.from_pretrained(path, num_labels=1) makes one")
-        lm.config.get_text_config().pad_token_id = self.processing_class.pad_token_id
-        # saved with the tokenizer, also beside an adapter: a text shall be scored with the end that training gave it
-        self.processing_class.init_kwargs["scores_end_of_sequence"] = bool(self.reads_text)
 
     def prepare(self, dataset, name, training):
         if self.reads_text is None: self.reads_text = isinstance(first_row(dataset).get("chosen"), str)
@@ -68,7 +59,15 @@ class RewardTrainer(PairTrainer):
     def _make_model(self, model, peft_config):
         if getattr(peft_config, "task_type", None) == "CAUSAL_LM":  # the command line's; with this one PEFT trains the
             peft_config = replace(peft_config, task_type="SEQ_CLS")  # layer of the score, too
-        return super()._make_model(model, peft_config)
+        model = super()._make_model(model, peft_config)
+        self._note_where_scores_stand(unwrapped(model))
+        return model
+
+    def _note_where_scores_stand(self, lm):
+        "What is saved with model and tokenizer, so that a text is scored at the token that training has scored."
+        lm.config.get_text_config().pad_token_id = self.processing_class.pad_token_id
+        # noted in the tokenizer, because an adapter is saved without the model's config
+        self.processing_class.init_kwargs["scores_end_of_sequence"] = bool(self.reads_text)
 
     def default_collator(self):
         return partial(collate_scored_pairs, pad_token_id=self.processing_class.pad_token_id)

@@ -6,6 +6,7 @@ __all__ = ['PostTrainer']
 # %% ../../nbs/training/04_trainer.ipynb #dfade4ac
 import functools
 import warnings
+from contextlib import contextmanager
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -53,7 +54,7 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WritesCard, WithCallb
 
     config_class = PostConfig
     auto_class = AutoModelForCausalLM  # what a path is loaded as
-    model_options = {}            # and with which keywords
+    num_labels = None             # of a classifier: the numbers that it gives to a text or a token
     averages_over = "tokens"      # which of Totals the loss divides by: "tokens" or "sequences"
     shown = ()                    # fields of the config that are also attributes: scripts read `trainer.beta`
     evaluating = False            # is `before_step` asked about a batch of an evaluation?
@@ -68,10 +69,17 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WritesCard, WithCallb
         "Raise ValueError or TypeError if this dataset cannot be trained on. Called before anything is loaded."
 
     def check_model(self, lm: nn.Module) -> None:
-        "Raise TypeError or ValueError for a model of another kind. A method may also set what its config shall say."
-        if hasattr(lm, "get_output_embeddings") and is_classifier(lm):
-            raise TypeError(f"{type(self).__name__} needs a causal LM, got a {type(lm).__name__}, which has no head "
-                            "over the vocabulary: load it with AutoModelForCausalLM")
+        "Raise TypeError or ValueError for a model of another kind."
+        name, kind = type(self).__name__, type(lm).__name__
+        if self.num_labels is None:
+            if hasattr(lm, "get_output_embeddings") and is_classifier(lm):
+                raise TypeError(f"{name} needs a causal LM, got a {kind}, which has no head over the vocabulary: load "
+                                "it with AutoModelForCausalLM")
+        elif not _classifies(lm, self.auto_class, self.num_labels):
+            auto, labels = self.auto_class.__name__, getattr(lm.config, "num_labels", None)
+            raise ValueError(f"{name} needs a model of {auto} with num_labels={self.num_labels}, got a {kind} with "
+                             f"num_labels={labels}: pass the path, or the model that {auto}.from_pretrained(path, "
+                             f"num_labels={self.num_labels}) makes of it")
 
     def prepare(self, dataset, name: str, training: bool):
         "Rows as users write them -> rows of token ids that the collator understands."
@@ -192,7 +200,8 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WritesCard, WithCallb
             return self.prepare(dataset, name, training)
 
     def _make_model(self, model, peft_config) -> nn.Module:
-        model = load_model(model, self.args, self.auto_class, self.quantization_config, **self.model_options)
+        labels = {} if self.num_labels is None else {"num_labels": self.num_labels}
+        model = load_model(model, self.args, self.auto_class, self.quantization_config, **labels)
         self.check_model(unwrapped(model))
         if self.new_tokens:
             resize_embeddings_to_tokenizer(model, self.processing_class)
@@ -256,9 +265,7 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WritesCard, WithCallb
         return batches, self.totals.tokens
 
     def _before_step(self, batches, totals) -> list[dict]:
-        try: return self.before_step(batches, totals)
-        except IndexError as e:
-            raise next((told for batch in batches if (told := self._out_of_range(batch))), e) from e
+        with self.naming_what_is_out_of_range(batches): return self.before_step(batches, totals)
 
     @property
     def aux_loss_enabled(self) -> bool:
@@ -301,9 +308,8 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WritesCard, WithCallb
         return loss, {"loss": Mean(loss.detach() * weight, weight), **stats}
 
     def _loss(self, model, batch, totals, tokens_read) -> tuple[Tensor, dict]:
-        try:
-            with router_losses(self.aux_loss_enabled) as found: loss, stats = self.loss(model, batch, totals)
-        except IndexError as e: raise self._out_of_range(batch) or e from e
+        with self.naming_what_is_out_of_range([batch]), router_losses(self.aux_loss_enabled) as found:
+            loss, stats = self.loss(model, batch, totals)
         return self._with_router_loss(loss, stats, batch, found, tokens_read) if found else (loss, stats)
 
     def _with_router_loss(self, loss, stats, batch, found, tokens_read) -> tuple[Tensor, dict]:
@@ -328,6 +334,15 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WritesCard, WithCallb
             f"Usual causes: a learning rate that is too high (now {self._get_learning_rate():.3g}), fp16 overflow "
             "(try bf16), broken weights in the checkpoint. "
             f"The last checkpoint, if any, is in {self.args.output_dir}")
+
+    @contextmanager
+    def naming_what_is_out_of_range(self, batches: list[dict]):
+        "Raise ValueError for an IndexError of the model, if one of the batches that it was asked about explains it."
+        try: yield
+        except IndexError as error:
+            told = next(filter(None, map(self._out_of_range, batches)), None)
+            if told is None: raise
+            raise told from error
 
     def _out_of_range(self, batch) -> ValueError | None:
         "What 'index out of range' means: a token or a position that the model has no embedding for."
@@ -409,6 +424,13 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WritesCard, WithCallb
     def floating_point_ops(self, inputs) -> float:
         "6 operations per parameter and token, the usual estimate (forward 2, backward 4)."
         return 6.0 * self._parameters * (inputs["completion_ids"].numel() + inputs["prompt_ids"].numel())
+
+
+def _classifies(lm: nn.Module, auto_class, labels: int) -> bool:
+    "Is this a classifier with so many labels, and, as far as its name tells, of texts or of tokens as `auto_class`?"
+    if not (hasattr(lm, "get_output_embeddings") and is_classifier(lm)): return False
+    name, kind = type(lm).__name__, auto_class.__name__.removeprefix("AutoModel")
+    return lm.config.num_labels == labels and (kind in name or "Classification" not in name)
 
 
 def _must_be_named(datasets: dict) -> None:
