@@ -47,6 +47,19 @@ def _must_be_a_reward(member, k: int) -> None:
                     "ModelReward(model, tokenizer), or ModelReward(path), makes one of a model")
 
 
+def _numbers(scores, n: int, who: str) -> Tensor:
+    "What a member has returned, as (n,) finite numbers. A combination has no place for None or NaN."
+    try: numbers = torch.as_tensor(scores, dtype=torch.float32).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{who} returned {str(scores)[:80]}: expected a number for each answer") from error
+    if numbers.shape != (n,): raise ValueError(f"{who} returned the shape {tuple(numbers.shape)} for {n} answers: "
+                                               "expected one number for each")
+    if not numbers.isfinite().all():
+        place = int((~numbers.isfinite()).nonzero()[0])
+        raise ValueError(f"{who} returned {numbers[place]} for answer {place}: expected a finite number")
+    return numbers
+
+
 class RewardEnsemble:
     """Several reward models as one reward function, for `reward_funcs` of GRPO and RLOO.
 
@@ -88,9 +101,12 @@ class RewardEnsemble:
         completions: list,  # the same
         **columns,          # for members that read them
     ) -> Tensor:  # (members, B) float32 on the CPU
-        "What each member gives, with a zero and a scale of its own."
+        """What each member gives, with a zero and a scale of its own.
+
+        Raises TypeError or ValueError for a member that does not return one finite number for each answer."""
         given = [member(prompts=prompts, completions=completions, **columns) for member in self.members]
-        return torch.stack([torch.as_tensor(scores, dtype=torch.float32).cpu() for scores in given])
+        return torch.stack([_numbers(scores, len(completions), f"member {k} of {self.__name__}")
+                            for k, scores in enumerate(given)])
 
     def calibrate(
         self,

@@ -117,6 +117,15 @@ class ModelReward:
                              "pad_token")
         if config is not None: config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
+    def _must_know(self, ids: Tensor) -> None:
+        "Raise ValueError for tokens that the model has no embedding for; on a GPU the error would say nothing of them."
+        known = getattr(self.model.get_input_embeddings(), "num_embeddings", None)
+        if known is None or (largest := int(ids.max())) < known: return
+        raise ValueError(f"reward model {self.__name__}: its tokenizer gives the token "
+                         f"{self.processing_class.convert_ids_to_tokens(largest)!r} the id {largest}, but the model's "
+                         f"vocabulary ends at {known - 1}. Give it the tokenizer that it was trained with "
+                         "(processing_class; of a trainer: reward_processing_classes)")
+
     def texts(
         self,
         prompts: list,      # strings or messages
@@ -158,6 +167,7 @@ class ModelReward:
         "One forward pass."
         inputs = self.processing_class(text=texts, return_tensors="pt", padding=True, padding_side="right",
                                        add_special_tokens=with_special_tokens)
+        self._must_know(inputs["input_ids"])
         device = next(self.model.parameters()).device
         with scoring(self.model): logits = self.model(**inputs.to(device)).logits
         if logits.shape[1:] != (1,): raise ValueError(self._several_labels(logits.shape[1:].numel()))
