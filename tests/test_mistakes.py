@@ -210,7 +210,8 @@ def test_a_reward_model_that_does_not_know_the_tokens(trainer, config_class, con
 
 @pytest.mark.parametrize("returned, words", [
     ([1.0, None], "member 1 of mean_of_2 returned .1.0, None"), ([1.0], r"the shape .1,. for 2 answers"),
-    ([1.0, float("nan")], "member 1 of mean_of_2 returned nan for answer 1"), (2.0, "the shape"), ("ab", "returned ab")])
+    ([1.0, float("nan")], "member 1 of mean_of_2 returned nan for answer 1"), (2.0, "the shape"),
+    ("ab", "returned ab")])
 def test_a_member_of_an_ensemble_that_gives_no_numbers(returned, words):
     def good(prompts, completions): return [0.0] * len(completions)
     def bad(prompts, completions): return returned

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification
 from ..data.collate import collate_scored_pairs
 from ..data.formats import first_row
 from ..data.mapping import TRUNCATION
-from ..data.prepare import without_equal_pairs
+from ..data.prepare import with_common_prompt, without_equal_pairs
 from ..data.values import check_rows
 from ..foundations.preferences import bradley_terry_loss, split_pairs
 from .herding import centring
@@ -54,16 +54,20 @@ class RewardTrainer(PairTrainer):
     reads_text = None  # or messages?
 
     def check(self, dataset, name):
-        super().check(dataset, name)
+        place = f"{type(self).__name__}, {name} dataset"
+        self.needs_dataset(dataset, name)
+        super().check(with_common_prompt(dataset, place, most=100), name)
         if "margin" not in (row := first_row(dataset)): return
-        try: check_rows({"margin": [row["margin"]]}, ("margin",), [0], f"{type(self).__name__}, {name} dataset")
+        try: check_rows({"margin": [row["margin"]]}, ("margin",), [0], place)
         except TypeError as error:
             raise TypeError(f"{error} A column of this name that is no margin: dataset = "
                             "dataset.remove_columns('margin')") from None
 
     def prepare(self, dataset, name, training):
+        place = f"{type(self).__name__}, {name} dataset"
         if self.reads_text is None: self.reads_text = isinstance(first_row(dataset).get("chosen"), str)
-        return without_equal_pairs(super().prepare(dataset, name, training), f"{type(self).__name__}, {name} dataset")
+        pairs = super().prepare(with_common_prompt(dataset, place), name, training)
+        return without_equal_pairs(pairs, place)
 
     def _make_model(self, model, peft_config):
         model = super()._make_model(model, peft_config)
