@@ -42,6 +42,7 @@ bench: $(VENV)/.ready-dev ## posttrain against TRL, side by side in one run
 	$(BIN)/python benchmarks/sft.py
 	$(BIN)/python benchmarks/dpo.py
 	$(BIN)/python benchmarks/answers.py
+	$(BIN)/python benchmarks/reward.py
 	$(BIN)/python benchmarks/sampling.py
 	$(BIN)/python benchmarks/grpo.py
 	$(BIN)/python benchmarks/ppo.py
