@@ -4,7 +4,7 @@
 __all__ = ['GOOD', 'SCORES', 'TOKENS', 'AFTER', 'SHOWN', 'BETA', 'SEED', 'PLACES', 'CRITICS', 'COLUMNS', 'episode',
            'exact_values', 'values_of', 'strip', 'draw_gae', 'gae_explorer']
 
-# %% ../../nbs/explore/18_gae.ipynb #8bed688f
+# %% ../../nbs/explore/18_gae.ipynb #c771033c
 from functools import cache
 
 import torch
@@ -12,10 +12,11 @@ from torch import Tensor
 
 from . import svg
 from .core import Control, Explorer, choice
+from .field import HALO
 from ..foundations.advantages import gae
 from ..online.ppo import explained_variance, token_rewards
 
-# %% ../../nbs/explore/18_gae.ipynb #5ed55b31
+# %% ../../nbs/explore/18_gae.ipynb #83d2cd1b
 GOOD = torch.cartesian_prod(*[torch.tensor([1.0, 0.0], dtype=torch.float64)] * 5)  # (32, 5), all answers
 SCORES = (GOOD.sum(1) >= 3).double()
 TOKENS, AFTER = 6, 7  # an answer with its EOS, and with the slot after it
@@ -86,7 +87,7 @@ def strip(
     rows = {"reward": rewards, "value V": values, "surprise δ": surprise, "advantage A": advantages}
     return {name: x[SHOWN] for name, x in rows.items()} | {"weight": weight, "explained": explained}
 
-# %% ../../nbs/explore/18_gae.ipynb #f1621375
+# %% ../../nbs/explore/18_gae.ipynb #93a7c0a9
 COLUMNS = ("good", "good", "bad", "bad", "good", "EOS", "pad")
 
 
@@ -94,12 +95,12 @@ def _cells(rows: dict[str, Tensor], lam: float, gamma: float, place: str) -> str
     "The strip: a column per token, a row per number."
     counted = AFTER if place == PLACES[1] else TOKENS
     names = {"reward": "reward", "value V": "value V", "surprise δ": "surprise δ",
-             "weight": "weight of δ in A of token 1", "advantage A": "advantage A"}
+             "weight": "weight of δ", "advantage A": "advantage A"}
     table = [[v if t < (TOKENS if name == "advantage A" else counted) else float("nan")
               for t, v in enumerate(rows[name].tolist())] for name in names]
     told = "; ".join(f"{name}: {', '.join(svg.short(v) for v in row)}" for name, row in zip(names.values(), table))
     return svg.heatmap(table, title=f"One answer, λ = {lam:g}, γ = {gamma:g}", row_labels=list(names.values()),
-                       col_labels=COLUMNS, fmt=".2f", vmin=-1, vmax=1, width=640, height=214, desc=f"{told}.")
+                       col_labels=COLUMNS, fmt=".2f", vmin=-1, vmax=1, width=376, height=214, desc=f"{told}.")
 
 
 def _dial(explained: Tensor) -> str:
@@ -110,7 +111,7 @@ def _dial(explained: Tensor) -> str:
     for y, name, value in zip((1, 0), ("of the rewards that came", "of PPO's returns"), explained.tolist()):
         shown = min(max(value, -1.0), 1.0) if value == value else 0.0
         body.append(axes.band((min(shown, 0.0), max(shown, 0.0)), (y - 0.32, y + 0.05), fill=svg.PALETTE[1 - y]))
-        body.append(axes.note(-1.0, y + 0.2, f"{name}: {svg.short(value, 2)}", dx=4, size=11))
+        body.append(axes.note(-1.0, y + 0.2, f"{name}: {svg.short(value, 2)}", dx=4, size=11, **HALO))
     told = f"{svg.short(explained[0].item(), 2)} of the rewards, {svg.short(explained[1].item(), 2)} of PPO's returns."
     return axes.figure([*axes.frame(grid=False), *body], told)
 
@@ -120,8 +121,8 @@ def _words(rows: dict[str, Tensor], lam: float, gamma: float) -> str:
     blamed = sum(A[t] < -1e-9 for t in (2, 3))
     praised = sum(A[t] > 1e-9 for t in (0, 1, 4))
     return (f"Of the three good tokens {int(praised)} are made likelier, and of the two bad ones {int(blamed)} less "
-            f"likely. The EOS has the advantage {svg.short(A[5].item(), 2)}. A surprise l tokens ahead weighs "
-            f"(γλ)^l = {svg.short(gamma * lam, 3)}^l.")
+            f"likely. The EOS has the advantage {svg.short(A[5].item(), 2)}. The row of weights belongs to the first "
+            f"token: in its advantage the surprise l tokens later counts {svg.short(gamma * lam, 3)} to the power l.")
 
 
 @cache
@@ -133,8 +134,8 @@ def draw_gae(
 ) -> str:  # SVG
     "An answer token by token, and how much its critic knows."
     rows = strip(lam, gamma, critic, place)
-    return svg.stack(_cells(rows, lam, gamma, place),
-                     svg.beside(_dial(rows["explained"]), svg.paragraph(_words(rows, lam, gamma), lines=5)))
+    beneath = svg.beside(_dial(rows["explained"]), svg.paragraph(_words(rows, lam, gamma), lines=6))
+    return svg.stack(_cells(rows, lam, gamma, place), beneath)
 
 
 def gae_explorer() -> Explorer:
