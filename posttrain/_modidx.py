@@ -883,6 +883,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'posttrain/explore/gradients.py'),
                                              'posttrain.explore.gradients._box': ( 'explore/gradients.html#_box',
                                                                                    'posttrain/explore/gradients.py'),
+                                             'posttrain.explore.gradients._count': ( 'explore/gradients.html#_count',
+                                                                                     'posttrain/explore/gradients.py'),
                                              'posttrain.explore.gradients._state': ( 'explore/gradients.html#_state',
                                                                                      'posttrain/explore/gradients.py'),
                                              'posttrain.explore.gradients._told': ( 'explore/gradients.html#_told',
