@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['CriticFields', 'copied_critic', 'check_critic', 'WithCritic']
 
-# %% ../../nbs/rollout/09_critic.ipynb #1cedd430
+# %% ../../nbs/rollout/09_critic.ipynb #c781ec75
 import copy
 import os
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ from ..training.loading import load_model
 from ..training.references import disable_dropout
 from ..training.states import head_module, is_classifier
 
-# %% ../../nbs/rollout/09_critic.ipynb #51b7475c
+# %% ../../nbs/rollout/09_critic.ipynb #dc8a90d8
 @dataclass
 class CriticFields:
     "For methods with a critic. The names are not TRL's, which always takes a model of its own."
@@ -34,7 +34,7 @@ class CriticFields:
     critic_warmup_steps: int = option(
         0, "Optimizer steps at the start in which only the critic's own weights learn.", low=0)
 
-# %% ../../nbs/rollout/09_critic.ipynb #1da898cc
+# %% ../../nbs/rollout/09_critic.ipynb #b8b70ab3
 def copied_critic(
     policy: nn.Module,  # a causal LM, plain or in PEFT
 ) -> nn.Module:  # a classifier with one label
@@ -80,7 +80,7 @@ def _no_answer(states) -> dict:
     "A reader that asks the policy nothing: with a critic beside it the values are left."
     return {}
 
-# %% ../../nbs/rollout/09_critic.ipynb #a4b31037
+# %% ../../nbs/rollout/09_critic.ipynb #388bee78
 class WithCritic:
     """
     For online trainers with a critic: name it before `OnlineTrainer` among the bases, and `CriticFields` among those of
