@@ -4,7 +4,7 @@
 __all__ = ['METHODS', 'MODELS', 'VOCABULARY', 'ROWS', 'LENGTH', 'DATA', 'CREDIT', 'LOSS', 'PLACES', 'LOOKS', 'SIGNS', 'WORDS',
            'Tables', 'loss_of', 'who_learns', 'Box', 'draw_gradients', 'gradients_explorer']
 
-# %% ../../nbs/explore/19_gradients.ipynb #d671178a
+# %% ../../nbs/explore/19_gradients.ipynb #092a68c7
 from functools import cache
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from ..offline.dpo import dpo
 from ..online.grpo import grpo_loss
 from ..online.ppo import ppo_advantages, ppo_loss, token_rewards
 
-# %% ../../nbs/explore/19_gradients.ipynb #e65e9cc8
+# %% ../../nbs/explore/19_gradients.ipynb #99d785a4
 METHODS = ("PPO", "PPO, critic on the policy's body", "GRPO", "DPO", "reward modelling")
 MODELS = ("critic", "policy", "reference", "reward model")
 VOCABULARY, ROWS, LENGTH = 5, 4, 3
@@ -94,7 +94,7 @@ def _state(model: nn.Module) -> str:
     if all(g is None for g in gradients): return "frozen"
     return "learns" if any(g is not None and g.abs().max() > 1e-12 for g in gradients) else "no gradient"
 
-# %% ../../nbs/explore/19_gradients.ipynb #b396e8df
+# %% ../../nbs/explore/19_gradients.ipynb #e9f359f4
 class Box(NamedTuple):
     "A box of the picture, in px."
     x: float
@@ -174,8 +174,8 @@ def _back(states: dict[str, str]) -> list[str]:
     return [e for name, way in ways.items() if states.get(name) == "learns" for e in _arrow(way, gradient=True)]
 
 
-SIGNS = ("Full arrows are numbers, with their shape: B completions of T tokens, or P pairs. Broken arrows are gradients. "
-         "Green models learn. Grey ones are asked and stay as they are.")
+SIGNS = ("Full arrows are numbers, with their shape: B completions of T tokens, or P pairs. Broken arrows are "
+         "gradients. Green models learn. Grey ones are asked and stay as they are.")
 WORDS = {
     "PPO": "The reward model and the reference say numbers, and the critic and the policy learn from them. Credit is "
            "GAE; its results are taken as numbers.",
@@ -202,9 +202,9 @@ def draw_gradients(
     states = who_learns(method, 0.0 if no_beta else 0.1)
     pairs = method in ("DPO", "reward modelling")
     body = [*_asked(method, states), *_told(method, states), *_back(states)]
-    body += _box(DATA, ("pairs", "of answers") if pairs else ("prompts,", "samples"), (svg.PAPER, svg.INK, None))
-    if not pairs: body += _box(CREDIT, ("credit", "compared" if method == "GRPO" else "GAE"), (svg.PAPER, svg.INK, None))
-    body += _box(LOSS, ("loss",), (svg.PAPER, svg.INK, None))
+    plain = svg.PAPER, svg.INK, None
+    body += _box(DATA, ("pairs", "of answers") if pairs else ("prompts,", "samples"), plain) + _box(LOSS, ("loss",), plain)
+    if not pairs: body += _box(CREDIT, ("credit", "compared" if method == "GRPO" else "GAE"), plain)
     for name, box in PLACES.items():
         state = states.get(name, "not there")
         body += _box(box, (name, state), LOOKS[state], faint=state == "not there")
