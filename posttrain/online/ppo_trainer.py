@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['PPOConfig', 'PPOTrainer']
 
-# %% ../../nbs/online/14_ppo_trainer.ipynb #df79ffbf
+# %% ../../nbs/online/14_ppo_trainer.ipynb #5e503017
 from dataclasses import dataclass, replace
 
 from ..foundations.divergences import estimate_kl
@@ -17,6 +17,7 @@ from ..training.card import NORMALISERS, Method
 from ..training.config import ClipFields, ReferenceFields, ShowsClip, option
 from ..training.heads import completion_logps
 from ..training.metrics import Greatest, Mean, policy_metrics
+
 
 @dataclass
 class PPOConfig(EpisodeFields, CriticFields, ClipFields, ReferenceFields, OnlineConfig):
@@ -32,7 +33,8 @@ class PPOConfig(EpisodeFields, CriticFields, ClipFields, ReferenceFields, Online
     kl_estimator: str = option("k1", "How the KL of a token is estimated.", choices=("k1", "k3"))
     kl_target: float | None = option(
         None, "Nats of KL per completion that beta is steered to (Ziegler et al.); None: beta stays.", above=0)
-    kl_gain: float = option(0.1, "How fast beta is steered: a generation changes it by at most a fifth of this.", above=0)
+    kl_gain: float = option(
+        0.1, "How fast beta is steered: a generation changes it by at most a fifth of this.", above=0)
     missing_eos_penalty: float | None = option(
         None, "Taken from the reward of a completion that was cut and did not end by itself.", low=0)
     whiten_rewards: bool = option(False, "Divide the rewards of tokens by their standard deviation.")
@@ -48,7 +50,7 @@ class PPOConfig(EpisodeFields, CriticFields, ClipFields, ReferenceFields, Online
             raise ValueError(f"kl_target={self.kl_target:g} steers beta, but with beta=0 there is no reference: give "
                              "beta a first value above 0, or leave kl_target None")
 
-# %% ../../nbs/online/14_ppo_trainer.ipynb #1ac4e962
+# %% ../../nbs/online/14_ppo_trainer.ipynb #96584c71
 class PPOTrainer(WithCritic, ShowsClip, OnlineTrainer):
     """
     Proximal policy optimisation with a critic (https://arxiv.org/abs/1707.06347). Call it as TRL 1.12's.
@@ -62,9 +64,10 @@ class PPOTrainer(WithCritic, ShowsClip, OnlineTrainer):
     needs_old_logps = True  # the KL in the reward is that of the policy that sampled
     shown = ("gamma", "lam", "vf_coef", "cliprange_value", "missing_eos_penalty")
 
-    def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None, processing_class=None,
-                 reward_processing_classes=None, callbacks=None, optimizers=(None, None), quantization_config=None,
-                 peft_config=None, rollout_func=None, *, ref_model=None, value_model=None, reward_model=None):
+    def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None,
+                 processing_class=None, reward_processing_classes=None, callbacks=None, optimizers=(None, None),
+                 quantization_config=None, peft_config=None, rollout_func=None,
+                 *, ref_model=None, value_model=None, reward_model=None):
         if reward_model is not None and reward_funcs is not None:
             raise TypeError("reward_model is TRL's name of reward_funcs: pass a list of both as reward_funcs")
         args = self.config_class.adopt(args)

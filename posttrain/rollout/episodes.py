@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['NAMES', 'EpisodeFields', 'trl_metrics']
 
-# %% ../../nbs/rollout/06b_episodes.ipynb #06ef01a7
+# %% ../../nbs/rollout/06b_episodes.ipynb #1e4e4ee3
 from dataclasses import dataclass, fields
 
 from ..training.config import option
@@ -15,7 +15,7 @@ _ADAPTERS = "the adapter of the model learns, and without it the model is the re
 NAMES = {"num_ppo_epochs": "num_iterations", "response_length": "max_completion_length", "kl_coef": "beta",
          "cliprange": "epsilon"}
 
-# %% ../../nbs/rollout/06b_episodes.ipynb #2de4bd21
+# %% ../../nbs/rollout/06b_episodes.ipynb #98cd5e0d
 @dataclass
 class EpisodeFields:
     "How long a run of PPO is, and what TRL 1.12 calls its fields. For configs that have those of `OnlineConfig`."
@@ -30,7 +30,7 @@ class EpisodeFields:
     cliprange: float | None = option(None, "TRL's name of epsilon.", low=0)
     stop_token: str | None = option(None, "Accepted for TRL's configs: EOS ends each completion.", choices=("eos",))
     stop_token_id: int | None = option(None, "A further token that ends a completion.", low=0)
-    local_rollout_forward_batch_size: int = option(64, "Accepted for TRL's configs: scored in micro-batches.", low=1)
+    local_rollout_forward_batch_size: int = option(64, "Accepted for TRL's configs: micro-batches.", low=1)
     num_sample_generations: int = option(10, "Accepted for TRL's configs: log_completions prints samples.", low=0)
     sft_model_path: str | None = option(None, "The policy.", refused=_MODELS)
     reward_model_path: str | None = option(None, "The reward model.", refused=_MODELS)
@@ -46,14 +46,14 @@ class EpisodeFields:
         given, own = getattr(self, theirs), getattr(self, ours)
         default = next(f.default for f in fields(self) if f.name == ours)
         if given is not None and own not in (default, given):
-            raise ValueError(f"{theirs}={given!r} and {ours}={own!r} are one thing by two names: leave one of them out")
+            raise ValueError(f"{theirs}={given!r} and {ours}={own!r} are one thing by two names: leave one out")
         for name in (theirs, ours): setattr(self, name, own if given is None else given)
 
     def _count_steps(self) -> None:
         generations = -(-self.total_episodes // self.generation_batch_size)  # rounded up
         steps = generations * self.num_iterations * self.steps_per_generation // self.gradient_accumulation_steps
         if self.max_steps not in (-1, steps):
-            raise ValueError(f"total_episodes={self.total_episodes} makes {steps} steps, and max_steps={self.max_steps} "
+            raise ValueError(f"total_episodes={self.total_episodes} makes {steps} steps, max_steps={self.max_steps} "
                              "says something else: leave one of them out")
         self.max_steps = steps
 
@@ -71,7 +71,7 @@ class EpisodeFields:
             raise ValueError(f"num_mini_batches={self.num_mini_batches} and steps_per_generation="
                              f"{self.steps_per_generation} say different things: leave one of them out")
 
-# %% ../../nbs/rollout/06b_episodes.ipynb #1a0efa6e
+# %% ../../nbs/rollout/06b_episodes.ipynb #3cef5bf1
 def trl_metrics(
     batch: dict,  # a micro-batch, with what `PPOTrainer.credit` added
     out: dict,    # "logps" and "entropy" (B, T) of the policy now

@@ -301,7 +301,8 @@ class PolicyAndValue(nn.Module):
     def __init__(
         self,
         policy: nn.Module,  # a causal LM, plain or in PEFT
-        value: nn.Module | None = None,  # a classifier with one label that reads the same ids; None: a layer on the policy
+        # a classifier with one label that reads the same ids; None: a layer on the policy's body
+        value: nn.Module | None = None,
     ):
         super().__init__()
         self.policy = policy
@@ -318,8 +319,9 @@ class PolicyAndValue(nn.Module):
 
     def forward(self, *args, read: Query | None = None, **kwargs):
         if read is None: return self.policy(*args, **kwargs)
-        if self.shares_body: return self.policy(*args, read=read._replace(reader=self._with_values(read.reader)), **kwargs)
+        if self.shares_body: read = read._replace(reader=self._with_values(read.reader))
         answers = self.policy(*args, read=read, **kwargs)
+        if self.shares_body: return answers
         parts = answers if isinstance(answers, list) else [answers]
         layouts = [read.layout, *[lay for _, lay in read.more]]
         parts = [{**part, "values": self._asked(lay, read.at)} for part, lay in zip(parts, layouts)]
