@@ -4,7 +4,7 @@
 __all__ = ['METHODS', 'MODELS', 'VOCABULARY', 'ROWS', 'LENGTH', 'DATA', 'CREDIT', 'LOSS', 'PLACES', 'LOOKS', 'SIGNS', 'WORDS',
            'Tables', 'loss_of', 'who_learns', 'Box', 'draw_gradients', 'gradients_explorer']
 
-# %% ../../nbs/explore/19_gradients.ipynb #092a68c7
+# %% ../../nbs/explore/19_gradients.ipynb #4c8b4139
 from functools import cache
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from ..offline.dpo import dpo
 from ..online.grpo import grpo_loss
 from ..online.ppo import ppo_advantages, ppo_loss, token_rewards
 
-# %% ../../nbs/explore/19_gradients.ipynb #99d785a4
+# %% ../../nbs/explore/19_gradients.ipynb #15c7e107
 METHODS = ("PPO", "PPO, critic on the policy's body", "GRPO", "DPO", "reward modelling")
 MODELS = ("critic", "policy", "reference", "reward model")
 VOCABULARY, ROWS, LENGTH = 5, 4, 3
@@ -94,7 +94,7 @@ def _state(model: nn.Module) -> str:
     if all(g is None for g in gradients): return "frozen"
     return "learns" if any(g is not None and g.abs().max() > 1e-12 for g in gradients) else "no gradient"
 
-# %% ../../nbs/explore/19_gradients.ipynb #e9f359f4
+# %% ../../nbs/explore/19_gradients.ipynb #e64f8896
 class Box(NamedTuple):
     "A box of the picture, in px."
     x: float
@@ -203,7 +203,8 @@ def draw_gradients(
     pairs = method in ("DPO", "reward modelling")
     body = [*_asked(method, states), *_told(method, states), *_back(states)]
     plain = svg.PAPER, svg.INK, None
-    body += _box(DATA, ("pairs", "of answers") if pairs else ("prompts,", "samples"), plain) + _box(LOSS, ("loss",), plain)
+    body += _box(DATA, ("pairs", "of answers") if pairs else ("prompts,", "samples"), plain)
+    body += _box(LOSS, ("loss",), plain)
     if not pairs: body += _box(CREDIT, ("credit", "compared" if method == "GRPO" else "GAE"), plain)
     for name, box in PLACES.items():
         state = states.get(name, "not there")
