@@ -32,7 +32,7 @@ def token_rewards(
     if scores.shape != mask.shape[:1]:
         raise ValueError(f"scores of shape {tuple(scores.shape)} for a mask of shape {tuple(mask.shape)}: expected one "
                          "score per completion, (B,)")
-    rewards = at_last_token(scores.detach(), mask)
+    rewards = at_last_token(scores.detach(), mask)  # step 15
     if logratio is None: return rewards
     # padding may hold anything
     return rewards - beta * estimate_kl(logratio.detach().masked_fill(mask == 0, 0), kl_estimator)
@@ -49,8 +49,8 @@ def ppo_advantages(
 ) -> tuple[Tensor, Tensor]:  # advantages, whitened over all counted tokens, and returns for the critic; both (B, T)
     "Generalised advantages (1506.02438), whitened as PPO's implementations do, and what the critic should have said."
     if whiten_rewards: rewards = whiten(rewards, mask, shift_mean=False)
-    advantages, returns = gae(rewards, values, mask, gamma=gamma, lam=lam)
-    return whiten(advantages, mask), returns
+    advantages, returns = gae(rewards, values, mask, gamma=gamma, lam=lam)  # steps 6 and 12
+    return whiten(advantages, mask), returns  # step 17
 
 
 def value_loss(
@@ -70,7 +70,8 @@ def value_loss(
     """
     values = values.to(torch.promote_types(values.dtype, torch.float32)).masked_fill(mask == 0, 0)
     old_values, returns = (x.detach().masked_fill(mask == 0, 0) for x in (old_values, returns))
-    near = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
+    # step 13; within the limits this is the value itself, to the last digit
+    near = values.clamp(old_values - cliprange_value, old_values + cliprange_value)
     error, error_near = (values - returns) ** 2, (near - returns) ** 2
     loss = average(torch.maximum(error, error_near), mask, "token", totals=totals) / 2
     return loss, {"clipfrac": masked_mean((error_near > error).to(values.dtype), mask).detach()}
@@ -97,6 +98,7 @@ def ppo_loss(
 
     Stats: those of `policy_gradient_loss`; `policy_loss` and `value_loss`, the two parts; `value_clipfrac`.
     """
+    # steps 10, 11 and 14
     policy, stats = policy_gradient_loss(logps, old_logps, advantages, mask, ratio="token", trust_region="clip",
                                          average="token", epsilon=epsilon, epsilon_high=epsilon_high, totals=totals)
     critic, seen = value_loss(values, old_values, returns, mask, cliprange_value=cliprange_value, totals=totals)
@@ -131,5 +133,6 @@ class KLController:
     ) -> None:
         "Raise or lower the price by at most a fifth of the gain."
         if self.target is None: return
+        # step 16
         error = min(max(kl / self.target - 1, -0.2), 0.2)
         self.coef *= 1 + self.gain * error
