@@ -120,7 +120,10 @@ class WithCritic:
 
     def after_building(self):
         super().after_building()  # who samples and who is the reference know the policy alone
-        self.model = self.model_wrapped = PolicyAndValue(self.model, self._own_critic())
+        policy = self.model
+        self.model = self.model_wrapped = PolicyAndValue(policy, self._own_critic())
+        # in shards a part cannot be asked by itself: the policy without its adapter is asked through the whole
+        if self._sharded and getattr(self.reference, "model", None) is policy: self.reference.model = self.model
         self._parameters = sum(p.numel() for p in self.model.parameters())
 
     def _own_critic(self) -> nn.Module | None:
@@ -164,9 +167,10 @@ class WithCritic:
         for group in list(optimizer.param_groups):
             critic, others = ([p for p in group["params"] if (id(p) in own) is wanted] for wanted in (True, False))
             for p in critic: del own[id(p)]
-            if not critic: continue
-            group["params"] = others
-            optimizer.add_param_group({**group, "params": critic, "lr": rate})
+            if critic and others:
+                group["params"] = others
+                optimizer.add_param_group({**group, "params": critic, "lr": rate})
+            elif critic: group["lr"] = rate
         # an optimizer of the user's own was made before there was a critic
         if own: optimizer.add_param_group({"params": list(own.values()), "lr": rate})
         return optimizer
