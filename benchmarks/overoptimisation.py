@@ -3,9 +3,9 @@
     python benchmarks/overoptimisation.py           all runs, into benchmarks/overoptimisation.json
     python benchmarks/overoptimisation.py --pack    from that file into a cell of nbs/explore/20_goodhart.ipynb
 
-Three draws of pairs (seeds 1, 2 and 3), reward models of three sizes on 200 and on 2,000 pairs, one of them alone or
-three of them combined. Each is optimised by best-of-n and by RLOO with two prices of a nat. On one CPU core it takes
-about MINUTES minutes. Draws that the file has already are kept; delete it to make all of them anew.
+Three draws of pairs (seeds 1, 2 and 3), reward models of three sizes: one on 200 pairs, one on 2,000, and three on the
+same 200 combined in two ways. Each is optimised by best-of-n and by RLOO with two prices of a nat. It takes about
+MINUTES CPU minutes on one core. Draws that the file has already are kept; delete it to make all of them anew.
 """
 import argparse
 import base64
@@ -33,9 +33,13 @@ from posttrain.reward.overoptimisation import (
 
 HERE = Path(__file__).resolve().parent
 RECORD, NOTEBOOK = HERE / "overoptimisation.json", HERE.parent / "nbs/explore/20_goodhart.ipynb"
-DRAWS, PAIRS, BETAS = (1, 2, 3), {200: 60, 2000: 120}, (0.0, 0.2)  # pairs -> steps of training
-RULES = {"one model": (1, "mean"), "mean of three": (3, "mean"), "minimum of three": (3, "minimum")}
+DRAWS, BETAS = (1, 2, 3), (0.0, 0.2)
+STEPS = {200: 60, 2000: 120}  # pairs -> steps of training a reward model
+# name -> pairs, members, and how they are combined
+PROXIES = {"one, 200 pairs": (200, 1, "mean"), "one, 2,000 pairs": (2000, 1, "mean"),
+           "mean of three, 200 pairs": (200, 3, "mean"), "minimum of three, 200 pairs": (200, 3, "minimum")}
 NS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+MEASURED = ("d", "gold", "reward")
 ASKED, SAMPLES, SHOWN = 4, 1024, 2  # prompts of best-of-n, answers to each, answers that the record shows
 
 
@@ -73,26 +77,25 @@ def runs_of(draw: int, policy, tokenizer, measured: tuple) -> list[dict]:
     asked, answers, gold = measured
     doubled = twice(6000, draw)
     _, written = write_answers(policy, tokenizer, doubled, seed=draw)
-    questions, watched, found = pocket.rows("sentiment", "prompt_only", 2000), prompts(384, 5, "test"), []
-    for n, steps in PAIRS.items():
-        pairs = judged_pairs(doubled, written, n)
-        for size in SIZES:
-            members = [train_proxy(pairs, size, tokenizer, 10 * draw + k, steps) for k in range(3)]
-            for rule, (many, how) in RULES.items():
-                proxy = RewardEnsemble(members[:many], how).calibrate(doubled[:800], written[:800])
-                about, rewards = {"draw": draw, "pairs": n, "size": size, "rule": rule}, scores(proxy, asked, answers)
-                found.append(about | {"by": "best-of-n", "said": chosen(rewards, answers)} | bon_curve(
-                    rewards, gold, NS))
-                for beta in BETAS:
-                    points = optimise(policy, tokenizer, proxy, questions, watched, beta, seed=draw)
-                    points["said"] = [said[:SHOWN] for said in points["said"]]
-                    found.append(about | {"by": f"RLOO, β = {beta:g}"} | points)
-            print(f"draw {draw}, {n} pairs, {size}: {time.process_time():.0f} CPU seconds", flush=True)
+    questions, watched, found = pocket.rows("sentiment", "prompt_only", 2000), prompts(192, 5, "test"), []
+    for size in SIZES:
+        data = {n: judged_pairs(doubled, written, n) for n in STEPS}
+        members = {n: [train_proxy(data[n], size, tokenizer, 10 * draw + k, STEPS[n]) for k in range(many)]
+                   for n, many in ((200, 3), (2000, 1))}
+        for name, (n, many, how) in PROXIES.items():
+            proxy = RewardEnsemble(members[n][:many], how).calibrate(doubled[:800], written[:800])
+            about, rewards = {"draw": draw, "size": size, "proxy": name}, scores(proxy, asked, answers)
+            found.append(about | {"by": "best-of-n", "said": chosen(rewards, answers)} | bon_curve(rewards, gold, NS))
+            for beta in BETAS:
+                points = optimise(policy, tokenizer, proxy, questions, watched, beta, seed=draw)
+                points["said"] = [said[:SHOWN] for said in points["said"]]
+                found.append(about | {"by": f"RLOO, β = {beta:g}"} | points)
+            print(f"draw {draw}, {size}, {name}: {time.process_time():.0f} CPU seconds", flush=True)
     return found
 
 
 def rounded(run: dict) -> dict:
-    return run | {name: [round(value, 3) for value in run[name]] for name in ("d", "gold", "proxy")}
+    return run | {name: [round(value, 3) for value in run[name]] for name in MEASURED}
 
 
 def record() -> None:

@@ -4,7 +4,7 @@
 __all__ = ['FORMS', 'SIZES', 'LIMIT', 'bon_form', 'rl_form', 'Fit', 'fit', 'kl_from_start', 'write_answers', 'judged_pairs',
            'train_proxy', 'bon_curve', 'Watch', 'optimise']
 
-# %% ../../nbs/reward/06_overoptimisation.ipynb #de4ccd61
+# %% ../../nbs/reward/06_overoptimisation.ipynb #dad95d5d
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -38,7 +38,7 @@ def _form(name: str) -> Callable:
     if name not in FORMS: raise ValueError(f"form={name!r}: expected one of {', '.join(FORMS)}")
     return FORMS[name]
 
-# %% ../../nbs/reward/06_overoptimisation.ipynb #134b384e
+# %% ../../nbs/reward/06_overoptimisation.ipynb #495b7191
 class Fit(NamedTuple):
     "A form with its two numbers, and how far it lies from the points."
     form: str     # a key of FORMS
@@ -55,8 +55,8 @@ class Fit(NamedTuple):
 
     @property
     def peak(self) -> float:
-        "The distance of the greatest gain (steps 1 and 2); infinite where the form never turns over."
-        if self.beta <= 0: return math.inf
+        "The distance of the greatest gain (steps 1 and 2); infinite where the form grows without end."
+        if self.beta <= 0: return math.inf if self.beta < 0 or self.alpha > 0 else 0.0
         if self.form == "rl": return math.exp(self.alpha / self.beta - 1)
         return max(self.alpha, 0.0) / (2 * self.beta)
 
@@ -75,7 +75,7 @@ def fit(
     alpha, beta = torch.linalg.lstsq(columns, gain).solution.tolist()
     return Fit(form, alpha, beta, (_form(form)(d, alpha, beta) - gain).square().mean().sqrt().item())
 
-# %% ../../nbs/reward/06_overoptimisation.ipynb #ffddd809
+# %% ../../nbs/reward/06_overoptimisation.ipynb #5cf5a454
 from torch.nn.utils.rnn import pad_sequence
 
 from ..foundations.divergences import reverse_kl
@@ -98,7 +98,7 @@ def kl_from_start(
         each = reverse_kl(model(input_ids=ids).logits, start(input_ids=ids).logits)
     return (each * ((place >= first) & (place < last))).sum(1)
 
-# %% ../../nbs/reward/06_overoptimisation.ipynb #f2deb39a
+# %% ../../nbs/reward/06_overoptimisation.ipynb #37427346
 import copy
 import io
 import random
@@ -110,7 +110,7 @@ from transformers import Qwen3ForSequenceClassification, TrainerCallback
 from ..online.rloo_trainer import RLOOConfig, RLOOTrainer
 from ..pocket import models
 from ..pocket.tasks import judge
-from .herding import RewardEnsemble, best_of_n, best_of_n_kl
+from .herding import best_of_n, best_of_n_kl
 from .reward_trainer import RewardConfig, RewardTrainer
 from ..rollout.reward_models import ModelReward
 from ..rollout.sampler import Sampler
@@ -124,7 +124,7 @@ SIZES = {  # fields of the pocket model's config: about 5, 30 and 170 thousand p
                    num_key_value_heads=2),
     "large": {},
 }
-LIMIT = 30  # tokens of an answer at most
+LIMIT = 24  # tokens of an answer at most
 
 
 def write_answers(
@@ -183,11 +183,11 @@ def bon_curve(
     proxy: Tensor,  # (P, N) rewards of N answers to each of P prompts: these choose
     gold: Tensor,   # (P, N) true scores
     ns: tuple,      # answers among which the best is chosen
-) -> dict[str, list]:  # "d", "gold" and "proxy", one number for each n
+) -> dict[str, list]:  # "d", "gold" and "reward" (the proxy's), one number for each n
     "Best-of-n without sampling again: the unbiased estimates, and the square root of the KL bound."
     def mean(what, n): return best_of_n(proxy, what, n).mean().item()
     return {"d": [math.sqrt(best_of_n_kl(n)) for n in ns], "gold": [mean(gold, n) for n in ns],
-            "proxy": [mean(proxy, n) for n in ns]}
+            "reward": [mean(proxy, n) for n in ns]}
 
 
 class Watch(TrainerCallback):
@@ -202,7 +202,7 @@ class Watch(TrainerCallback):
         steps: tuple,   # before which steps it is measured; the last one is after the run
     ):
         self.start, self.tokenizer, self.proxy, self.prompts, self.steps = start, tokenizer, proxy, prompts, steps
-        self.points = {"step": [], "d": [], "gold": [], "proxy": [], "said": []}
+        self.points = {"step": [], "d": [], "gold": [], "reward": [], "said": []}
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         if state.global_step in self.steps[:-1]: self.measure(state.global_step, model)
@@ -216,7 +216,7 @@ class Watch(TrainerCallback):
         ids, said = write_answers(model, self.tokenizer, self.prompts)
         kl = kl_from_start(model, self.start, [self.tokenizer(p)["input_ids"] for p in self.prompts], ids)
         found = {"step": step, "d": kl.mean().clamp(min=0).sqrt().item(), "said": said[:3],
-                 "gold": sum(map(judge, said)) / len(said), "proxy": self.proxy(self.prompts, said).mean().item()}
+                 "gold": sum(map(judge, said)) / len(said), "reward": self.proxy(self.prompts, said).mean().item()}
         for name, value in found.items(): self.points[name].append(value)
 
 
@@ -228,8 +228,8 @@ def optimise(
     prompts: list,    # strings to measure on
     beta: float = 0.0,  # price of a nat of KL, in units of the proxy
     seed: int = 0,      # of the prompts' order and of the samples
-    steps: tuple = (0, 1, 2, 4, 6, 9, 13, 18, 24, 30),  # where it is measured
-) -> dict[str, list]:  # "step", "d", "gold", "proxy" and "said", one entry for each measurement
+    steps: tuple = (0, 2, 4, 6, 9, 13, 18, 24, 30),  # where it is measured
+) -> dict[str, list]:  # "step", "d", "gold", "reward" and "said", one entry for each measurement
     "RLOO against a proxy, with the gold judge watching."
     watch = Watch(start, tokenizer, proxy, prompts, steps)
     with tempfile.TemporaryDirectory() as folder:
