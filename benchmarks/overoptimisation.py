@@ -20,6 +20,7 @@ import torch
 import transformers
 
 from posttrain import pocket
+from posttrain.online.rloo_trainer import RLOOConfig, RLOOTrainer
 from posttrain.pocket.tasks import judge
 from posttrain.reward.herding import RewardEnsemble
 from posttrain.reward.overoptimisation import (
@@ -87,7 +88,8 @@ def runs_of(draw: int, policy, tokenizer, measured: tuple) -> list[dict]:
             about, rewards = {"draw": draw, "size": size, "proxy": name}, scores(proxy, asked, answers)
             found.append(about | {"by": "best-of-n", "said": chosen(rewards, answers)} | bon_curve(rewards, gold, NS))
             for beta in BETAS:
-                points = optimise(policy, tokenizer, proxy, questions, watched, beta, seed=draw)
+                points = optimise((RLOOTrainer, RLOOConfig), policy, tokenizer, proxy, questions, watched, seed=draw,
+                                  num_generations=8, beta=beta)
                 points["said"] = [said[:SHOWN] for said in points["said"]]
                 found.append(about | {"by": f"RLOO, β = {beta:g}"} | points)
             print(f"draw {draw}, {size}, {name}: {time.process_time():.0f} CPU seconds", flush=True)

@@ -4,7 +4,7 @@
 __all__ = ['FORMS', 'SIZES', 'LIMIT', 'bon_form', 'rl_form', 'Fit', 'fit', 'kl_from_start', 'write_answers', 'judged_pairs',
            'train_proxy', 'bon_curve', 'Watch', 'optimise']
 
-# %% ../../nbs/reward/06_overoptimisation.ipynb #dad95d5d
+# %% ../../nbs/reward/06_overoptimisation.ipynb #0492133e
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -38,7 +38,7 @@ def _form(name: str) -> Callable:
     if name not in FORMS: raise ValueError(f"form={name!r}: expected one of {', '.join(FORMS)}")
     return FORMS[name]
 
-# %% ../../nbs/reward/06_overoptimisation.ipynb #495b7191
+# %% ../../nbs/reward/06_overoptimisation.ipynb #31cb6cd6
 class Fit(NamedTuple):
     "A form with its two numbers, and how far it lies from the points."
     form: str     # a key of FORMS
@@ -75,7 +75,7 @@ def fit(
     alpha, beta = torch.linalg.lstsq(columns, gain).solution.tolist()
     return Fit(form, alpha, beta, (_form(form)(d, alpha, beta) - gain).square().mean().sqrt().item())
 
-# %% ../../nbs/reward/06_overoptimisation.ipynb #5cf5a454
+# %% ../../nbs/reward/06_overoptimisation.ipynb #fd190005
 from torch.nn.utils.rnn import pad_sequence
 
 from ..foundations.divergences import reverse_kl
@@ -98,7 +98,7 @@ def kl_from_start(
         each = reverse_kl(model(input_ids=ids).logits, start(input_ids=ids).logits)
     return (each * ((place >= first) & (place < last))).sum(1)
 
-# %% ../../nbs/reward/06_overoptimisation.ipynb #37427346
+# %% ../../nbs/reward/06_overoptimisation.ipynb #54dc6b10
 import copy
 import io
 import random
@@ -107,7 +107,6 @@ import tempfile
 from datasets import Dataset
 from transformers import Qwen3ForSequenceClassification, TrainerCallback
 
-from ..online.rloo_trainer import RLOOConfig, RLOOTrainer
 from ..pocket import models
 from ..pocket.tasks import judge
 from .herding import best_of_n, best_of_n_kl
@@ -221,25 +220,27 @@ class Watch(TrainerCallback):
 
 
 def optimise(
+    method: tuple,    # the classes of the trainer and of its config, e.g. RLOOTrainer and RLOOConfig
     start,            # the policy; it is copied
     tokenizer,        # its tokenizer
     proxy: Callable,  # reward function
     questions: list,  # rows with a prompt, to train on
     prompts: list,    # strings to measure on
-    beta: float = 0.0,  # price of a nat of KL, in units of the proxy
-    seed: int = 0,      # of the prompts' order and of the samples
+    seed: int = 0,    # of the prompts' order and of the samples
     steps: tuple = (0, 2, 4, 6, 9, 13, 18, 24, 30),  # where it is measured
+    **settings,       # further fields of the config: beta is the price of a nat of KL, in units of the proxy
 ) -> dict[str, list]:  # "step", "d", "gold", "reward" and "said", one entry for each measurement
-    "RLOO against a proxy, with the gold judge watching."
+    "A trainer of the online room against a proxy, with the gold judge watching: 64 completions a step."
+    make, configure = method
     watch = Watch(start, tokenizer, proxy, prompts, steps)
     with tempfile.TemporaryDirectory() as folder:
-        args = RLOOConfig(folder, seed=seed, max_steps=steps[-1], per_device_train_batch_size=64, num_generations=8,
-                          beta=beta, max_completion_length=LIMIT, learning_rate=4e-4, lr_scheduler_type="constant",
-                          logging_steps=steps[-1], save_strategy="no", report_to="none", disable_tqdm=True,
-                          use_cpu=True)
-        trainer = RLOOTrainer(copy.deepcopy(start), proxy, args, train_dataset=Dataset.from_list(questions),
-                              processing_class=tokenizer,
-                              callbacks=[Progress(stream=io.StringIO(), live=False), watch])
+        args = configure(folder, seed=seed, max_steps=steps[-1], per_device_train_batch_size=64,
+                         max_completion_length=LIMIT, learning_rate=4e-4, lr_scheduler_type="constant",
+                         logging_steps=steps[-1], save_strategy="no", report_to="none", disable_tqdm=True,
+                         use_cpu=True, **settings)
+        trainer = make(copy.deepcopy(start), reward_funcs=proxy, args=args, processing_class=tokenizer,
+                       train_dataset=Dataset.from_list(questions),
+                       callbacks=[Progress(stream=io.StringIO(), live=False), watch])
         trainer.train()
     watch.measure(steps[-1], trainer.model)
     return watch.points
