@@ -4,7 +4,7 @@
 __all__ = ['FORMS', 'SIZES', 'LIMIT', 'bon_form', 'rl_form', 'Fit', 'fit', 'kl_from_start', 'write_answers', 'judged_pairs',
            'train_proxy', 'bon_curve', 'Watch', 'optimise']
 
-# %% ../../nbs/reward/06_overoptimisation.ipynb #0492133e
+# %% ../../nbs/reward/06_overoptimisation.ipynb #83a4b219
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -38,7 +38,7 @@ def _form(name: str) -> Callable:
     if name not in FORMS: raise ValueError(f"form={name!r}: expected one of {', '.join(FORMS)}")
     return FORMS[name]
 
-# %% ../../nbs/reward/06_overoptimisation.ipynb #31cb6cd6
+# %% ../../nbs/reward/06_overoptimisation.ipynb #7237bedd
 class Fit(NamedTuple):
     "A form with its two numbers, and how far it lies from the points."
     form: str     # a key of FORMS
@@ -75,11 +75,11 @@ def fit(
     alpha, beta = torch.linalg.lstsq(columns, gain).solution.tolist()
     return Fit(form, alpha, beta, (_form(form)(d, alpha, beta) - gain).square().mean().sqrt().item())
 
-# %% ../../nbs/reward/06_overoptimisation.ipynb #fd190005
+# %% ../../nbs/reward/06_overoptimisation.ipynb #f7717cb2
 from torch.nn.utils.rnn import pad_sequence
 
 from ..foundations.divergences import reverse_kl
-from ..training.heads import scoring
+from ..training.heads import scoring, unwrapped
 
 
 def kl_from_start(
@@ -94,11 +94,12 @@ def kl_from_start(
     first = torch.tensor([len(prompt) - 1 for prompt in prompts])[:, None]
     last = torch.tensor([len(row) - 1 for row in rows])[:, None]
     place = torch.arange(ids.shape[1])
+    model, start = unwrapped(model), unwrapped(start)
     with scoring(model), scoring(start):
         each = reverse_kl(model(input_ids=ids).logits, start(input_ids=ids).logits)
     return (each * ((place >= first) & (place < last))).sum(1)
 
-# %% ../../nbs/reward/06_overoptimisation.ipynb #54dc6b10
+# %% ../../nbs/reward/06_overoptimisation.ipynb #61274197
 import copy
 import io
 import random
