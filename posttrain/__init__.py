@@ -18,6 +18,7 @@ _HOMES = {
     "PRMTrainer": "reward.prm_trainer", "PRMConfig": "reward.prm_trainer",
     "GRPOTrainer": "online.grpo_trainer", "GRPOConfig": "online.grpo_trainer",
     "RLOOTrainer": "online.rloo_trainer", "RLOOConfig": "online.rloo_trainer",
+    "PPOTrainer": "online.ppo_trainer", "PPOConfig": "online.ppo_trainer",
     # what scripts written for TRL import besides
     "ModelConfig": "command.arguments", "ScriptArguments": "command.arguments",
     "DatasetMixtureConfig": "command.arguments", "get_peft_config": "command.arguments",

@@ -50,6 +50,8 @@ METHODS = (
            "You have prompts and a reward that can be computed, such as whether a result is right."),
     Method("RLOO", "RLOOTrainer", {}, "prompt_only", True, True, "online/10_rloo",
            "You have prompts and a reward, often a reward model, and want to stay close to the start."),
+    Method("PPO", "PPOTrainer", {}, "prompt_only", True, True, "online/13_ppo",
+           "You have prompts and a reward, long answers in which single steps matter, and memory for a critic."),
     Method("Reward modelling", "RewardTrainer", {}, "preference", False, False, "reward/01_bradley_terry",
            "You have pairs, and want a model that scores any answer.", "reward"),
     Method("Process supervision", "PRMTrainer", {}, "stepwise_supervision", False, False, "reward/04_process",

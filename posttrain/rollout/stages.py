@@ -153,7 +153,7 @@ class Stages:
         if not (args.reused or self.needs_old_logps): return batch
         with scoring(self.model), self.compute_loss_context_manager():
             out = completion_logps(self.model, batch, temperature=args.temperature)
-        return {**batch, "old_logps": out["logps"]}
+        return {**batch, "old_logps": out.pop("logps"), **out}  # a model with a critic answers "values", too
 
     def with_ref_logps(self, batch: dict) -> dict:
         "With log-probs under the reference, if there is one."

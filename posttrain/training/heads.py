@@ -291,36 +291,45 @@ def _fault_of_sharing(lm: nn.Module, batch: dict, other_sibling: dict, other_pro
 
 # %% ../../nbs/training/02b_heads.ipynb #40648852
 class PolicyAndValue(nn.Module):
-    """A policy and a critic on one body: one forward pass gives log-probs and values.
+    """A policy and a critic as one model: one forward pass gives log-probs and values.
 
-    `read(model, batch, logps())` answers "values" beside what the reader says. Everything else is the policy's.
-    It may be wrapped for several processes like any model."""
+    `read(model, batch, logps())` answers "values" (B, T) beside what the reader says: what the critic expects before
+    each token. Everything else is the policy's. It may be wrapped for several processes like any model."""
+
+    detached = False  # True: the critic's errors do not reach the body that it shares with the policy
 
     def __init__(
         self,
         policy: nn.Module,  # a causal LM, plain or in PEFT
+        value: nn.Module | None = None,  # a classifier with one label that reads the same ids; None: a layer on the policy
     ):
         super().__init__()
         self.policy = policy
-        lm = unwrapped(policy)
-        # 0 at first: a critic that knows nothing says the same of every state
-        self.value = nn.Linear(lm.config.get_text_config().hidden_size, 1).to(lm.device)
-        nn.init.zeros_(self.value.weight)
-        nn.init.zeros_(self.value.bias)
+        self.value = _value_layer(unwrapped(policy)) if value is None else attach_head(value)
+        if value is None: return
+        # both read one layout: where one of them must be padded, both are
+        specs = [unwrapped(model)._posttrain_head for model in (attach_head(policy), value)]
+        for spec in specs: spec.masked_rows = all(spec.masked_rows for spec in specs)
 
     @property
-    def config(self): return self.policy.config
-
-    def get_input_embeddings(self): return self.policy.get_input_embeddings()
-
-    @property
-    def device(self): return self.value.weight.device
+    def shares_body(self) -> bool:
+        "Is the critic a layer on the policy's body?"
+        return isinstance(self.value, nn.Linear)
 
     def forward(self, *args, read: Query | None = None, **kwargs):
         if read is None: return self.policy(*args, **kwargs)
-        def with_values(states: States) -> dict[str, Tensor]:
-            return {**read.reader(states), "values": self._values_of(states.hidden)}
-        return self.policy(*args, read=read._replace(reader=with_values), **kwargs)
+        if self.shares_body: return self.policy(*args, read=read._replace(reader=self._with_values(read.reader)), **kwargs)
+        answers = self.policy(*args, read=read, **kwargs)
+        parts = answers if isinstance(answers, list) else [answers]
+        layouts = [read.layout, *[lay for _, lay in read.more]]
+        parts = [{**part, "values": self._asked(lay, read.at)} for part, lay in zip(parts, layouts)]
+        return parts if isinstance(answers, list) else parts[0]
+
+    def _with_values(self, reader: Reader) -> Reader:
+        def both(states: States) -> dict[str, Tensor]:
+            hidden = states.hidden.detach() if self.detached else states.hidden
+            return {**reader(states), "values": self._values_of(hidden)}
+        return both
 
     def _values_of(self, hidden: Tensor) -> Tensor:
         "(N, H) -> (N,) in float32 or better, under autocast too: bfloat16 rounds a value of 14 to the next eighth."
@@ -329,4 +338,19 @@ class PolicyAndValue(nn.Module):
             values = nn.functional.linear(hidden.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype))
         return values.squeeze(-1)
 
-    def generate(self, *args, **kwargs): return self.policy.generate(*args, **kwargs)
+    def _asked(self, lay: Layout, at: str) -> Tensor:
+        "What a critic with its own body says at the places of this layout, (N,)."
+        return self.value(**_inputs(unwrapped(self.value), lay), read=Query(scores, lay, at))["scores"]
+
+    def __getattr__(self, name):
+        "What is asked of a model, such as its `config` or to `generate`, is asked of the policy."
+        try: return super().__getattr__(name)
+        except AttributeError: return getattr(super().__getattr__("policy"), name)
+
+
+def _value_layer(lm: nn.Module) -> nn.Linear:
+    "0 at first: a critic that knows nothing says the same of every state."
+    layer = nn.Linear(lm.config.get_text_config().hidden_size, 1).to(lm.device)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
