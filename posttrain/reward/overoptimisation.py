@@ -4,7 +4,7 @@
 __all__ = ['FORMS', 'SIZES', 'LIMIT', 'bon_form', 'rl_form', 'Fit', 'fit', 'kl_from_start', 'write_answers', 'judged_pairs',
            'train_proxy', 'bon_curve', 'Watch', 'optimise']
 
-# %% ../../nbs/reward/06_overoptimisation.ipynb #83a4b219
+# %% ../../nbs/reward/06_overoptimisation.ipynb #083c995d
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -38,7 +38,7 @@ def _form(name: str) -> Callable:
     if name not in FORMS: raise ValueError(f"form={name!r}: expected one of {', '.join(FORMS)}")
     return FORMS[name]
 
-# %% ../../nbs/reward/06_overoptimisation.ipynb #7237bedd
+# %% ../../nbs/reward/06_overoptimisation.ipynb #e068a05e
 class Fit(NamedTuple):
     "A form with its two numbers, and how far it lies from the points."
     form: str     # a key of FORMS
@@ -75,7 +75,7 @@ def fit(
     alpha, beta = torch.linalg.lstsq(columns, gain).solution.tolist()
     return Fit(form, alpha, beta, (_form(form)(d, alpha, beta) - gain).square().mean().sqrt().item())
 
-# %% ../../nbs/reward/06_overoptimisation.ipynb #f7717cb2
+# %% ../../nbs/reward/06_overoptimisation.ipynb #145ba132
 from torch.nn.utils.rnn import pad_sequence
 
 from ..foundations.divergences import reverse_kl
@@ -99,7 +99,7 @@ def kl_from_start(
         each = reverse_kl(model(input_ids=ids).logits, start(input_ids=ids).logits)
     return (each * ((place >= first) & (place < last))).sum(1)
 
-# %% ../../nbs/reward/06_overoptimisation.ipynb #61274197
+# %% ../../nbs/reward/06_overoptimisation.ipynb #69cb2d5c
 import copy
 import io
 import random
@@ -235,12 +235,11 @@ def optimise(
     make, configure = method
     watch = Watch(start, tokenizer, proxy, prompts, steps)
     with tempfile.TemporaryDirectory() as folder:
-        args = configure(folder, seed=seed, max_steps=steps[-1], per_device_train_batch_size=64,
-                         max_completion_length=LIMIT, learning_rate=4e-4, lr_scheduler_type="constant",
-                         logging_steps=steps[-1], save_strategy="no", report_to="none", disable_tqdm=True,
-                         use_cpu=True, **settings)
-        trainer = make(copy.deepcopy(start), reward_funcs=proxy, args=args, processing_class=tokenizer,
-                       train_dataset=Dataset.from_list(questions),
+        fields = dict(seed=seed, max_steps=steps[-1], per_device_train_batch_size=64, max_completion_length=LIMIT,
+                      learning_rate=4e-4, lr_scheduler_type="constant", logging_steps=steps[-1], save_strategy="no",
+                      report_to="none", disable_tqdm=True, use_cpu=True)
+        trainer = make(copy.deepcopy(start), reward_funcs=proxy, args=configure(folder, **fields | settings),
+                       train_dataset=Dataset.from_list(questions), processing_class=tokenizer,
                        callbacks=[Progress(stream=io.StringIO(), live=False), watch])
         trainer.train()
     watch.measure(steps[-1], trainer.model)
