@@ -5,7 +5,7 @@
 
 Three draws of pairs (seeds 1, 2 and 3), reward models of three sizes: one on 200 pairs, one on 2,000, and three on the
 same 200 combined in two ways. Each is optimised by best-of-n and by RLOO with two prices of a nat. It takes about
-MINUTES CPU minutes on one core. Draws that the file has already are kept; delete it to make all of them anew.
+15 CPU minutes on one core. Draws that the file has already are kept; delete it to make all of them anew.
 """
 import argparse
 import base64

@@ -4,7 +4,7 @@
 __all__ = ['FORMS', 'SIZES', 'LIMIT', 'bon_form', 'rl_form', 'Fit', 'fit', 'kl_from_start', 'write_answers', 'judged_pairs',
            'train_proxy', 'bon_curve', 'Watch', 'optimise']
 
-# %% ../../nbs/reward/06_overoptimisation.ipynb #083c995d
+# %% ../../nbs/reward/06_overoptimisation.ipynb #a8d4db01
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -38,7 +38,7 @@ def _form(name: str) -> Callable:
     if name not in FORMS: raise ValueError(f"form={name!r}: expected one of {', '.join(FORMS)}")
     return FORMS[name]
 
-# %% ../../nbs/reward/06_overoptimisation.ipynb #e068a05e
+# %% ../../nbs/reward/06_overoptimisation.ipynb #fa079613
 class Fit(NamedTuple):
     "A form with its two numbers, and how far it lies from the points."
     form: str     # a key of FORMS
@@ -75,7 +75,7 @@ def fit(
     alpha, beta = torch.linalg.lstsq(columns, gain).solution.tolist()
     return Fit(form, alpha, beta, (_form(form)(d, alpha, beta) - gain).square().mean().sqrt().item())
 
-# %% ../../nbs/reward/06_overoptimisation.ipynb #145ba132
+# %% ../../nbs/reward/06_overoptimisation.ipynb #bc2a3dc1
 from torch.nn.utils.rnn import pad_sequence
 
 from ..foundations.divergences import reverse_kl
@@ -99,7 +99,7 @@ def kl_from_start(
         each = reverse_kl(model(input_ids=ids).logits, start(input_ids=ids).logits)
     return (each * ((place >= first) & (place < last))).sum(1)
 
-# %% ../../nbs/reward/06_overoptimisation.ipynb #69cb2d5c
+# %% ../../nbs/reward/06_overoptimisation.ipynb #fa1d0c52
 import copy
 import io
 import random
