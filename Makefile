@@ -42,8 +42,10 @@ bench: $(VENV)/.ready-dev ## posttrain against TRL, side by side in one run
 	$(BIN)/python benchmarks/sft.py
 	$(BIN)/python benchmarks/dpo.py
 	$(BIN)/python benchmarks/answers.py
+	$(BIN)/python benchmarks/reward.py
 	$(BIN)/python benchmarks/sampling.py
 	$(BIN)/python benchmarks/grpo.py
+	$(BIN)/python benchmarks/ppo.py
 
 clean:
 	rm -rf build dist *.egg-info out

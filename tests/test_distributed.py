@@ -26,6 +26,7 @@ from posttrain import pocket
 
 def data(method, **kw):
     if method == "SFT": return pocket.dataset("reverse", "prompt_completion", **kw)
+    if method == "PRM": return pocket.dataset("add", "stepwise_supervision", **kw)
     rows = pocket.dataset("sort", "preference", **kw)
     def unequal(row, i):
         return {"rejected": row["rejected"][: 2 + i % 3] if i % 2 else row["rejected"] + row["chosen"][:3]}
@@ -35,11 +36,13 @@ def data(method, **kw):
 
 def model_of(method):
     lm = pocket.model(seed=0)
-    if method != "Reward": return lm
-    from transformers import Qwen3ForSequenceClassification
-    judge = Qwen3ForSequenceClassification(type(lm.config)(**{**lm.config.to_dict(), "num_labels": 1}))
-    judge.load_state_dict({**lm.state_dict(), "score.weight": torch.linspace(-.1, .1, lm.config.hidden_size)[None]},
-                          strict=False)
+    if method not in ("Reward", "PRM"): return lm
+    from transformers import Qwen3ForSequenceClassification, Qwen3ForTokenClassification
+    kind, labels = (Qwen3ForSequenceClassification, 1) if method == "Reward" else (Qwen3ForTokenClassification, 2)
+    judge = kind(type(lm.config)(**{**lm.config.to_dict(), "num_labels": labels}))
+    score = torch.linspace(-.1, .1, labels * lm.config.hidden_size).view(labels, -1)
+    judge.load_state_dict({**lm.state_dict(), "score.weight": score}, strict=False)
+    if judge.score.bias is not None: torch.nn.init.zeros_(judge.score.bias)
     return judge
 
 def train(out, method, size, accumulate, stream=False, shards=1, n=64, **options):
@@ -119,7 +122,8 @@ DPO = {"losses that sort": {"loss_type": ["sigmoid", "aot", "aot_unpaired", "sft
        "following reference": {"sync_ref_model": True, "ref_model_sync_steps": 1}}
 ANSWERS = {"KTO": {}, "KTO, precomputed": {"precompute_ref_log_probs": True}, "BCO": {},
            "BCO, running mean": {"reward_shift": "running_mean"}, "CPO": {"loss_type": "simpo", "cpo_alpha": .5},
-           "ORPO": {}, "ORPO, sequence": {"nll_of": "sequence"}, "Reward": {"center_rewards_coefficient": .1}}
+           "ORPO": {}, "ORPO, sequence": {"nll_of": "sequence"}, "Reward": {"center_rewards_coefficient": .1},
+           "PRM": {}, "PRM, last steps": {"train_on_last_step_only": True}}
 # One pass over eight rows; on two processes two passes over two rows each, and for one case one pass over four.
 WHOLE = dict(size=8, accumulate=1)
 ALONE = [*(dict(options, method="SFT", out=name, **WHOLE) for name, options in SFT.items()),
@@ -131,7 +135,7 @@ TOGETHER = [*(dict(job, size=2, accumulate=2) for job in ALONE), dict(ALONE[0], 
 CASES = (("SFT", 11, {}), ("SFT", 9, {}), ("SFT", 11, dict(stream=True)), ("DPO", 9, dict(stream=True)),
          ("SFT", 17, dict(packing=True, max_length=64)), ("DPO", 9, {}), ("DPO", 9, dict(loss_type=["aot"])),
          ("DPO", 11, dict(loss_type=["sigmoid", "aot", "aot_unpaired"])), ("KTO", 9, {}), ("BCO", 9, {}),
-         ("Reward", 9, {}))
+         ("Reward", 9, {}), ("PRM", 9, {}))
 PARTIAL = [dict(method=method, out=f"{method}, {n} rows, {' '.join(more)}", n=n, size=4, accumulate=1, max_steps=5,
                 learning_rate=.1, **more) for method, n, more in CASES]
 # Three shards for two processes: one has twice as many rows as the other. The weights stay, so both evaluate the same.
@@ -192,6 +196,7 @@ OF_A_BATCH = ("eval_loss", "eval_kl")  # an evaluation's batch has a zero of its
 def metrics_of(method):
     more = {"KTO": ("kl",), "BCO": ("delta",)}
     if method == "Reward": return REWARD_METRICS
+    if method == "PRM": return ("loss", "grad_norm", "num_tokens", "accuracy")
     if method in more: return (*JUDGED_METRICS, *more[method])
     return SFT_METRICS if method == "SFT" else DPO_METRICS
 

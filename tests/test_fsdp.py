@@ -26,6 +26,7 @@ if os.environ.get("ACCELERATE_USE_FSDP"): state.AcceleratorState.__init__ = as_o
 
 import posttrain
 from peft import LoraConfig
+from transformers import Qwen3ForSequenceClassification, Qwen3ForTokenClassification
 from posttrain import pocket
 from test_answers import UNPAIRED
 from test_dpo_parity import moved, rows
@@ -34,15 +35,31 @@ processes = int(os.environ.get("WORLD_SIZE", 1))
 reference = pocket.model(seed=0)
 policy = moved(reference, 1, .2)
 
+judges = {"Reward": (Qwen3ForSequenceClassification, 1), "PRM": (Qwen3ForTokenClassification, 2)}
+task_type = {"Reward": "SEQ_CLS", "PRM": "TOKEN_CLS"}
+
+def model_of(method):
+    if method not in judges: return copy.deepcopy(policy)
+    kind, labels = judges[method]
+    judge = kind(type(policy.config)(**{**policy.config.to_dict(), "num_labels": labels}))
+    score = torch.linspace(-.1, .2, labels * policy.config.hidden_size).view(labels, -1)
+    judge.load_state_dict({**policy.state_dict(), "score.weight": score}, strict=False)
+    if judge.score.bias is not None: torch.nn.init.zeros_(judge.score.bias)
+    return judge
+
+def data_of(method):
+    if method in UNPAIRED: return posttrain.unpair_preference_dataset(rows(8)).shuffle(seed=0)
+    return pocket.dataset("add", "stepwise_supervision", n=16, seed=3) if method == "PRM" else rows(16)
+
 def trainer(out, method, adapter=False, **options):
-    data = posttrain.unpair_preference_dataset(rows(8)).shuffle(seed=0) if method in UNPAIRED else rows(16)
     args = getattr(posttrain, method + "Config")(out, **{**dict(
         use_cpu=True, ddp_backend="gloo" if processes > 1 else None, lr_scheduler_type="constant", max_steps=3,
         per_device_train_batch_size=4 // processes, logging_steps=1, save_strategy="steps", save_steps=2, seed=0,
         report_to="none", disable_tqdm=True, train_sampling_strategy="sequential", learning_rate=1e-3), **options})
-    given = {"peft_config": LoraConfig(target_modules=["q_proj"], r=4)} if adapter else (
+    config = LoraConfig(target_modules=["q_proj"], r=4, task_type=task_type.get(method))
+    given = {"peft_config": config} if adapter else (
         {"ref_model": copy.deepcopy(reference)} if method in (*UNPAIRED, "DPO") else {})
-    return getattr(posttrain, method + "Trainer")(copy.deepcopy(policy), args=args, train_dataset=data,
+    return getattr(posttrain, method + "Trainer")(model_of(method), args=args, train_dataset=data_of(method),
                                                   processing_class=pocket.tokenizer(), **given)
 
 def whole(model):
@@ -68,10 +85,12 @@ if run.accelerator.is_main_process:
     with open(sys.argv[2] + "/found.json", "w") as file: json.dump(found, file)
 leave(run.accelerator.wait_for_everyone)
 """
-JOBS = {**{method: dict(method=method) for method in ("DPO", "KTO", "BCO", "CPO", "ORPO")},
+JOBS = {**{method: dict(method=method) for method in ("DPO", "KTO", "BCO", "CPO", "ORPO", "Reward", "PRM")},
         "KTO precomputed": dict(method="KTO", precompute_ref_log_probs=True),
         "BCO following reference": dict(method="BCO", sync_ref_model=True, ref_model_sync_steps=1),
-        "KTO adapter": dict(method="KTO", adapter=True, learning_rate=.1)}
+        "KTO adapter": dict(method="KTO", adapter=True, learning_rate=.1),
+        # beside the adapter the layer of the labels learns, as a copy of PEFT's
+        **{f"{method} adapter": dict(method=method, adapter=True, learning_rate=.01) for method in ("Reward", "PRM")}}
 
 
 @pytest.fixture(scope="module")

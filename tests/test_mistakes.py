@@ -6,12 +6,38 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset, disable_progress_bars
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    Qwen3ForSequenceClassification,
+    Qwen3ForTokenClassification,
+    Qwen3Model,
+    T5Config,
+    T5ForSequenceClassification,
+)
 
-from posttrain import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer, pocket
+from posttrain import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    PRMConfig,
+    PRMTrainer,
+    RewardConfig,
+    RewardTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+    SFTConfig,
+    SFTTrainer,
+    pocket,
+)
 from posttrain.command.loading import load_named
 from posttrain.data.templates import CHATML
 from posttrain.foundations.policy_gradient import policy_gradient_loss
+from posttrain.reward.herding import RewardEnsemble
+from posttrain.rollout.reward_models import ModelReward
 from posttrain.rollout.rewards import get_cosine_scaled_reward
 from posttrain.rollout.sampling import Sampling
 from posttrain.rollout.score import Rewards
@@ -152,6 +178,260 @@ def test_completions_without_a_token_are_no_error():
 def test_stops_of_another_kind(options):
     with pytest.raises(ValueError, match=r"stop(_ids)?=\("): Sampling(**options)
     assert Sampling(stop="a", stop_ids=5).stop_ids == (5,)
+
+
+@pytest.mark.parametrize("trainer, config_class", [(GRPOTrainer, GRPOConfig), (RLOOTrainer, RLOOConfig)])
+@pytest.mark.parametrize("returned, words", [
+    (lambda n: [0.0] * (n - 1) + [float("nan")], "reward 'odd' returned nan"),
+    (lambda n: [float("inf")] + [0.0] * (n - 1), "reward 'odd' returned inf"),
+    (lambda n: [0.0] * (n - 1), "returned 3 values for 4 completions"), (lambda n: None, "reward 'odd' returned None")])
+def test_a_reward_that_is_none_touches_no_weight(trainer, config_class, returned, words, config):
+    model = pocket.model(seed=0)
+    before = [p.clone() for p in model.parameters()]
+    def odd(completions): return returned(len(completions))
+    args = config_class(**config(num_generations=2, max_completion_length=2))
+    run = trainer(model, odd, args, train_dataset=pocket.dataset("add", "prompt_only", n=4),
+                  processing_class=pocket.tokenizer())
+    with pytest.raises((ValueError, TypeError), match=words): run.train()
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+@pytest.mark.parametrize("trainer, config_class", [(GRPOTrainer, GRPOConfig), (RLOOTrainer, RLOOConfig)])
+def test_a_reward_model_that_does_not_know_the_tokens(trainer, config_class, config):
+    "Alone and among the members of an ensemble. On a GPU the embedding would stop the process."
+    small, tokenizer = classifier(vocab_size=20), pocket.tokenizer()
+    args = config_class(**config(num_generations=2, max_completion_length=2))
+    for reward, tokenizers in ((small, tokenizer), (RewardEnsemble([ModelReward(small, tokenizer)]), None)):
+        run = trainer(pocket.model(seed=0), reward, args, train_dataset=pocket.dataset("add", "prompt_only", n=4),
+                      processing_class=tokenizer, reward_processing_classes=tokenizers)
+        with pytest.raises(RuntimeError, match="vocabulary ends at 19. Give it the tokenizer that it was trained with"):
+            run.train()
+
+
+@pytest.mark.parametrize("returned, words", [
+    ([1.0, None], "member 1 of mean_of_2 returned .1.0, None"), ([1.0], r"the shape .1,. for 2 answers"),
+    ([1.0, float("nan")], "member 1 of mean_of_2 returned nan for answer 1"), (2.0, "the shape"),
+    ("ab", "returned ab")])
+def test_a_member_of_an_ensemble_that_gives_no_numbers(returned, words):
+    def good(prompts, completions): return [0.0] * len(completions)
+    def bad(prompts, completions): return returned
+    with pytest.raises((TypeError, ValueError), match=words): RewardEnsemble([good, bad])(["a", "b"], ["c", "d"])
+
+
+# ---------------------------------------------------------------- reward models and judges of steps
+def classifier(labels=1, kind=Qwen3ForSequenceClassification, **options):
+    return kind(pocket.config(num_labels=labels, **options))
+
+
+def tiny_bert(kind, labels):
+    return kind(BertConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                           intermediate_size=32, num_labels=labels))
+
+
+def reward(config, dataset, model=None, arguments=None, **options):
+    return RewardTrainer(model or classifier(), args=RewardConfig(**config(**options)), train_dataset=dataset,
+                         **{"processing_class": pocket.tokenizer(), **(arguments or {})})
+
+
+def prm(config, dataset, model=None, arguments=None, **options):
+    return PRMTrainer(model or classifier(2, Qwen3ForTokenClassification), args=PRMConfig(**config(**options)),
+                      train_dataset=dataset, **{"processing_class": pocket.tokenizer(), **(arguments or {})})
+
+
+PAIR = dict(prompt="add 1+2=", chosen="3", rejected="4")
+STEPS = dict(prompt="add 1+2=", completions=["1+2", "3"], labels=[True, False])
+TOKENS = dict(input_ids=[5, 6, 7], labels=[-100, 0, 1])
+
+
+def rows(of, last=None, **every):
+    "Four rows; `last` changes the fourth and `every` all of them."
+    made = [{**of, **every} for _ in range(4)]
+    made[3] = {**made[3], **(last or {})}
+    return Dataset.from_list(made)
+
+
+def stream(dataset): return IterableDataset.from_generator(lambda: iter(list(dataset)))
+
+
+REFUSED = {  # kind -> trainer, rows, options, what is said
+    "no rejected": (reward, lambda: rows(PAIR).remove_columns("rejected"), {}, "'rejected' is missing"),
+    "single answers": (reward, lambda: rows(dict(prompt="a", completion="b", label=True)), {}, "'chosen' and"),
+    "number for text": (reward, lambda: rows(PAIR, chosen=3), {}, "train dataset: column 'chosen', row 0: .* got 3"),
+    "None for text": (reward, lambda: rows(PAIR, dict(chosen=None)), {}, "column 'chosen', row 3: .* got None"),
+    "equal": (reward, lambda: rows(PAIR, rejected="3"), {}, "in all 4 pairs the two answers have the same tokens"),
+    "equal stream": (reward, lambda: stream(rows(PAIR, rejected="3")), {}, "first 4 pairs of the stream the two"),
+    "margin NaN": (reward, lambda: rows(PAIR, dict(margin=float("nan")), margin=1.0), {}, "row 3: .* got nan"),
+    "margin inf": (reward, lambda: rows(PAIR, dict(margin=float("inf")), margin=1.0), {}, "row 3: .* got inf"),
+    "margin None": (reward, lambda: rows(PAIR, dict(margin=None), margin=1.0), {}, "'margin', row 3: .* got None"),
+    "margin of words": (reward, lambda: rows(PAIR, margin="better"), {},
+                        r"'margin', row 0: .* got 'better' .* dataset.remove_columns\('margin'\)"),
+    "margin a list": (reward, lambda: rows(PAIR, margin=[1.0]), {}, "'margin', row 0: .*finite number"),
+    "margin True": (reward, lambda: rows(PAIR, margin=True), {}, "'margin', row 0: .*finite number"),
+    "margin NaN in a stream": (reward, lambda: stream(rows(PAIR, margin=float("nan"))), {}, "'margin', row 0: .* nan"),
+    "splits": (reward, lambda: {"train": rows(PAIR)}, {}, r"dataset\['train'\]"),
+    "a list": (reward, lambda: [PAIR], {}, "Dataset.from_list"),
+    "empty": (reward, lambda: rows(PAIR).select([]), {}, "as its train dataset is empty"),
+    "too long": (reward, lambda: rows(PAIR), dict(max_length=2), "Set max_length=10 or more"),
+    "too long in a stream": (reward, lambda: stream(rows(PAIR)), dict(max_length=2), "Set max_length=10 or more"),
+    "image": (reward, lambda: rows(PAIR, images=["a"]), {}, "'images', but only text"),
+    "no completion": (reward, lambda: rows(dict(prompt_ids=[5], chosen_ids=[], rejected_ids=[6])), {}, "no row"),
+    "ids of floats": (reward, lambda: rows(dict(prompt_ids=[5.0], chosen_ids=[7.0], rejected_ids=[6.0])), {},
+                      "'prompt_ids', row 0: expected a list of token ids"),
+    "no labels": (prm, lambda: rows(STEPS).remove_columns("labels"), {}, "'labels' in the train dataset, but 'labels'"),
+    "no steps": (prm, lambda: rows(STEPS).remove_columns("completions"), {}, "'completions' is missing"),
+    "a text for steps": (prm, lambda: rows(STEPS, completions="ab"), {}, "'completions', row 0: .* got 'ab'"),
+    "messages for steps": (prm, lambda: rows(STEPS, completions=[[user("a")]] * 2), {}, "row 0: .*strings"),
+    "a label more": (prm, lambda: rows(STEPS, dict(labels=[True] * 3)), {}, "row 3 has 2 completions but 3 labels"),
+    "a label less in a stream": (prm, lambda: stream(rows(STEPS, dict(labels=[True]))), {}, "row 3 has 2 completions"),
+    "labels of words": (prm, lambda: rows(STEPS, labels=["yes", "no"]), {}, "'labels', row 0: .*True or False"),
+    "labels of shares": (prm, lambda: rows(STEPS, labels=[.5, 1.0]), {}, r"'labels', row 0: .* got \[0.5"),
+    "labels 2": (prm, lambda: rows(STEPS, labels=[2, 1]), {}, r"'labels', row 0: .* got \[2, 1\]"),
+    "labels None": (prm, lambda: rows(STEPS, dict(labels=None)), {}, "'labels', row 3: .* got None"),
+    "one label None": (prm, lambda: rows(STEPS, dict(labels=[None, True])), {}, r"'labels', row 3: .* got \[None"),
+    "one label for all": (prm, lambda: rows(STEPS, labels=True), {}, "'labels', row 0: .* got True"),
+    "step None": (prm, lambda: rows(STEPS, dict(completions=[None, "3"])), {}, "'completions', row 3: .* got .None"),
+    "prompt None": (prm, lambda: rows(STEPS, dict(prompt=None)), {}, "'prompt', row 3: .* got None"),
+    "no step at all": (prm, lambda: rows(STEPS, completions=[], labels=[]), {}, "no row of the train dataset"),
+    "steps too long": (prm, lambda: rows(STEPS), dict(max_length=4), "set max_length to at least 12"),
+    "steps cut": (prm, lambda: rows(STEPS), dict(max_completion_length=1), "max_completion_length to at least 4"),
+    "separator of nothing": (prm, lambda: rows(STEPS), dict(step_separator=""), "step_separator='' is no token"),
+    "unknown separator": (prm, lambda: rows(STEPS), dict(step_separator="中"), "is not in the vocabulary"),
+    "image beside steps": (prm, lambda: rows(STEPS, images=["a"]), {}, "'images', but only text"),
+    "splits of steps": (prm, lambda: {"train": rows(STEPS)}, {}, r"dataset\['train'\]"),
+    "verdict 5 of a token": (prm, lambda: rows(TOKENS, dict(labels=[-100, 5, 1])), {}, "'labels', row 3: .* got 5"),
+    "tokens as labels": (prm, lambda: rows(TOKENS, labels=[5, 6, 7]), {}, "'labels', row 0: .* got 5"),
+    "True for -100": (prm, lambda: rows(TOKENS, labels=[True, False, True]), {}, "dataset.map makes True of -100"),
+    "a label less of tokens": (prm, lambda: rows(TOKENS, dict(labels=[0, 1])), {}, "3 input_ids but 2 labels"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_rows_that_no_judge_can_learn(kind, config):
+    method, data, options, words = REFUSED[kind]
+    with pytest.raises((ValueError, TypeError), match=words): method(config, data(), **options)
+
+
+@pytest.mark.parametrize("kind", ["margin NaN", "None for text", "labels 2", "no labels"])
+def test_rows_of_an_evaluation_are_named_as_such(kind, config):
+    method, data, options, words = REFUSED[kind]
+    good = rows(PAIR if method is reward else STEPS)
+    with pytest.raises((ValueError, TypeError), match=words.replace("train", "eval").split(":")[0]) as error:
+        method(config, good, arguments=dict(eval_dataset=data()), **options)
+    assert "eval dataset" in str(error.value)
+
+
+SAID = {  # kind -> trainer, rows, what is said, rows that are left
+    "some equal": (reward, lambda: rows(PAIR, dict(rejected="3")), "1 of 4 pairs have the same tokens", 3),
+    "empty answer": (reward, lambda: rows(PAIR, dict(chosen="")), "an empty answer", 4),
+    "empty prompt": (reward, lambda: rows(PAIR, dict(prompt="")), "have no prompt: it is empty", 4),
+    "no prompt": (prm, lambda: rows(STEPS, dict(prompt="")), "have no prompt: it is empty", 4),
+    "empty step": (prm, lambda: rows(STEPS, dict(completions=["", "3"])), "a step without a word", 4),
+    "no steps": (prm, lambda: rows(STEPS, dict(completions=[], labels=[])), "1 of 4 rows of the train dataset", 3),
+    "one verdict": (prm, lambda: rows(STEPS, labels=[True, True]), "all steps of the first 4 rows are True", 4),
+    "question": (prm, lambda: rows(STEPS, question="why?"), "'question' may belong to what is asked", 4),
+}
+
+
+@pytest.mark.parametrize("kind", SAID)
+def test_rows_that_teach_a_judge_something_else_are_said(kind, config, heard):
+    method, data, words, left = SAID[kind]
+    run = method(config, data())
+    assert words in heard.text and len(run.train_dataset) == left
+    run.train()
+
+
+def test_good_rows_say_nothing(config, heard):
+    for method, of in ((reward, PAIR), (prm, STEPS), (prm, TOKENS)): method(config, rows(of)).train()
+    assert not heard.text
+
+
+MODELS = {  # kind -> trainer, model, what is said
+    "two labels": (reward, lambda: classifier(2), "got a Qwen3ForSequenceClassification with num_labels=2"),
+    "causal LM": (reward, lambda: pocket.model(seed=0), "num_labels=1, got a Qwen3ForCausalLM"),
+    "of tokens": (reward, lambda: classifier(1, Qwen3ForTokenClassification), "got a Qwen3ForTokenClassification"),
+    "no head": (reward, lambda: Qwen3Model(pocket.config()), "got a Qwen3Model"),
+    "BERT": (reward, lambda: tiny_bert(BertForSequenceClassification, 1), "also looks at what comes after it"),
+    "T5": (reward, lambda: T5ForSequenceClassification(T5Config(
+        vocab_size=300, d_model=32, num_layers=1, num_heads=2, d_kv=16, d_ff=32, num_labels=1, pad_token_id=0,
+        decoder_start_token_id=0)), "T5ForSequenceClassification is no decoder-only"),
+    "one verdict": (prm, lambda: classifier(1, Qwen3ForTokenClassification), "num_labels=2, got .* num_labels=1"),
+    "causal LM for steps": (prm, lambda: pocket.model(seed=0), "num_labels=2, got a Qwen3ForCausalLM"),
+    "of texts": (prm, lambda: classifier(2), "got a Qwen3ForSequenceClassification"),
+    "no head for steps": (prm, lambda: Qwen3Model(pocket.config()), "got a Qwen3Model"),
+    "BERT for steps": (prm, lambda: tiny_bert(BertForTokenClassification, 2), "also looks at what comes after it"),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_models_that_judge_something_else(kind, config):
+    method, model, words = MODELS[kind]
+    with pytest.raises((ValueError, TypeError), match=words):
+        method(config, rows(PAIR if method is reward else STEPS), model())
+
+
+@pytest.mark.parametrize("method, of, kind, labels", [(reward, PAIR, Qwen3ForSequenceClassification, 1),
+                                                      (prm, STEPS, Qwen3ForTokenClassification, 2)])
+def test_a_vocabulary_that_was_not_made_larger(method, of, kind, labels, config):
+    model = classifier(labels, kind, vocab_size=20)
+    before = [p.clone() for p in model.parameters()]
+    run = method(config, rows(of), model)
+    with pytest.raises(ValueError, match="vocabulary ends at 19: .* model.resize_token_embeddings"): run.train()
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+@pytest.mark.parametrize("method, of", [(reward, PAIR), (prm, STEPS)])
+def test_tokenizers_of_judges(method, of, config):
+    without_end, without_pad = pocket.tokenizer(), pocket.tokenizer()
+    without_end.eos_token, without_pad.pad_token = None, None
+    with pytest.raises(ValueError, match="no end-of-sequence token"):
+        method(config, rows(of), arguments=dict(processing_class=without_end))
+    run = method(config, rows(of), arguments=dict(processing_class=without_pad))
+    run.train()
+    assert run.processing_class.pad_token == run.processing_class.eos_token
+
+
+@pytest.mark.parametrize("method, of", [(reward, PAIR), (prm, STEPS)])
+@pytest.mark.parametrize("task, learns", [(None, False), ("CAUSAL_LM", True), ("SEQ_CLS", True), ("TOKEN_CLS", True)])
+def test_an_adapter_beside_the_layer_of_the_labels(method, of, task, learns, config, recwarn):
+    run = method(config, rows(of), arguments=dict(peft_config=lora(task_type=task)))
+    assert any("'score' does not learn" in str(w.message) for w in recwarn) != learns
+    assert any(p.requires_grad and "score" in name for name, p in run.model.named_parameters()) == learns
+    run.train()
+
+
+@pytest.mark.parametrize("method, of, field, words", [
+    (reward, PAIR, dict(center_rewards_coefficient="a"), "must be a number or None, got 'a'"),
+    (reward, PAIR, dict(center_rewards_coefficient=float("nan")), "at least 0 and finite"),
+    (reward, PAIR, dict(truncation_mode="keep_left"), "Did you mean 'keep_end'"),
+    (reward, PAIR, dict(beta=.1), "no field 'beta'"), (prm, STEPS, dict(beta=.1), "no field 'beta'"),
+    (prm, STEPS, dict(max_completion_length=0), "at least 1"), (prm, STEPS, dict(step_separator=3), "must be text")])
+def test_fields_of_judges(method, of, field, words, config):
+    with pytest.raises((ValueError, TypeError), match=words): method(config, rows(of), **field)
+
+
+def test_metrics_of_judges(config):
+    "Rewards of both answers, and verdicts where there are some."
+    seen = []
+    def keep(predictions):
+        seen.append((predictions.predictions.shape, predictions.label_ids.tolist()))
+        return {"own": 1.0}
+    for method, of in ((reward, PAIR), (prm, STEPS)):
+        run = method(config, rows(of), arguments=dict(eval_dataset=rows(of), compute_metrics=keep))
+        assert run.evaluate()["eval_own"] == 1
+    (shape, labels), ((batch, tokens, two), verdicts) = seen
+    assert shape == (4, 2) and labels == [0] * 4 and (batch, two) == (4, 2)
+    assert [[v for v in row if v != -100] for row in verdicts] == [[1, 0]] * 4 and len(verdicts[0]) == tokens
+
+
+@pytest.mark.parametrize("first, then", [("SFT", "Reward"), ("PRM", "Reward"), ("Reward", "PRM"), ("Reward", "SFT")])
+def test_a_run_of_another_method_does_not_go_on(first, then, config, tmp_path):
+    methods = {"SFT": (sft, sums()), "Reward": (reward, rows(PAIR)), "PRM": (prm, rows(STEPS))}
+    def run(name):
+        method, data = methods[name]
+        return method(config, data, save_strategy="steps", save_steps=1, max_steps=1)
+    run(first).train()
+    with pytest.raises(ValueError, match=f"was saved by {first}Trainer, and this is {then}Trainer"):
+        run(then).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
 # ---------------------------------------------------------------- models, adapters, optimizers

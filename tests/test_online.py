@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from posttrain import GRPOTrainer, RLOOConfig, RLOOTrainer, pocket
+from posttrain import GRPOTrainer, PPOConfig, PPOTrainer, RLOOConfig, RLOOTrainer, pocket
 from posttrain.cli import demo_config
 from posttrain.rollout.rewards import exact_match_reward, total
 from posttrain.training.heads import completion_logps
@@ -61,17 +61,19 @@ def test_without_a_baseline_it_does_not(tmp_path):
 
 
 def rloo_agrees(folder, settings):
-    """RLOO and REINFORCE++ for three steps each. How far the engine's log-probs are from the trainer's afterwards, the
-    greatest difference of a token, and how far the weights went, for each of the two."""
-    answer = []
-    for estimator in ("rloo", "reinforce_plus_plus"):
-        args = RLOOConfig(folder, advantage_estimator=estimator, max_steps=3, per_device_train_batch_size=32,
-                          num_generations=4, max_completion_length=12, learning_rate=1e-3, logging_steps=1,
-                          save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True, **settings)
+    """RLOO, REINFORCE++ and PPO for three steps each. How far the engine's log-probs are from the trainer's afterwards,
+    the greatest difference of a token, and how far the weights went, for each of the three."""
+    answer, methods = [], [(RLOOTrainer, RLOOConfig, dict(advantage_estimator="rloo")),
+                           (RLOOTrainer, RLOOConfig, dict(advantage_estimator="reinforce_plus_plus")),
+                           (PPOTrainer, PPOConfig, dict(num_ppo_epochs=1, temperature=1.0))]
+    for kind, config, own in methods:
+        args = config(folder, max_steps=3, per_device_train_batch_size=32, num_generations=4, max_completion_length=12,
+                      learning_rate=1e-3, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
+                      use_cpu=True, **own, **settings)
         model, tokenizer = pocket.start("reverse", steps=130)
         before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
         data = pocket.dataset("reverse", "prompt_only", n=200, seed=1)
-        trainer = RLOOTrainer(model, exact_match_reward, args, train_dataset=data, processing_class=tokenizer)
+        trainer = kind(model, exact_match_reward, args, train_dataset=data, processing_class=tokenizer)
         trainer.train()
         trainer.engine.sync(model)
         batch = trainer.generate([data[0]] * 8, list(range(8))).batch()
@@ -109,7 +111,7 @@ else:
 
 def test_vllm_earns_the_same_reward(tmp_path):
     """Colocated and server, the real vLLM: after 40 steps of GRPO the reward is that of our own sampler within noise,
-    and RLOO and REINFORCE++ keep their engine at the weights of now. (A batch
+    and RLOO, REINFORCE++ and PPO keep their engine at the weights of now. (A batch
     half as large and a better start than in the demo: vLLM on a CPU takes some milliseconds for each completion.)"""
     reached = {}
     for mode in ("own", "colocate", "server"):

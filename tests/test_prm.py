@@ -10,12 +10,12 @@ from transformers import Qwen3ForTokenClassification
 from oracle import Answer, Sketch, start
 from posttrain import PRMConfig, PRMTrainer, pocket
 from stamps import short_hash
+from tiny import SGD, flat, gradients_of_step
 
 ORACLE = Path(__file__).parent / "oracles" / "prm.json"
 RECORDED = json.loads(ORACLE.read_text()) if ORACLE.exists() else {}  # it is not there while it is made
 QUIET = dict(use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", logging_steps=1,
              save_strategy="no", disable_tqdm=True, seed=0, warmup_steps=0)
-SGD = dict(optim="sgd", learning_rate=1.0, max_grad_norm=1e9, max_steps=1, lr_scheduler_type="constant")
 CASES = {"all steps": {}, "last steps": dict(train_on_last_step_only=True), "cut": dict(max_length=24),
          "another separator": dict(step_separator="=")}
 
@@ -38,11 +38,8 @@ def step(classes, case, folder, **more):
     args = config_class(**{**QUIET, **SGD, "per_device_train_batch_size": 8, **CASES.get(case, {}), **more,
                            "output_dir": str(folder)})
     trainer = trainer_class(model=model(), args=args, train_dataset=data(), processing_class=pocket.tokenizer())
-    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
-    trainer.train()
-    gradient = {n: before[n] - p.detach() for n, p in trainer.model.named_parameters()}
-    row = next(row for row in trainer.state.log_history if "loss" in row)
-    return Answer([torch.cat([g.flatten() for g in gradient.values()])], [{**row, "trained": short_hash(*gradient)}])
+    gradients, row = gradients_of_step(trainer)
+    return Answer([flat(gradients)], [{**row, "trained": short_hash(*gradients)}])
 
 
 def theirs(case, folder):

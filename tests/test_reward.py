@@ -7,9 +7,9 @@ from transformers import AutoModelForSequenceClassification
 
 from posttrain import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, pocket
 from test_dpo_parity import moved, rows
+from tiny import SGD, flat, gradients_of_step
 
 LOGGED = ("loss", "grad_norm", "num_tokens", "accuracy", "margin", "mean_reward", "min_reward", "max_reward")
-SGD = dict(optim="sgd", learning_rate=1.0, max_grad_norm=1e9, max_steps=1, lr_scheduler_type="constant")
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +36,8 @@ def make(trainer_class, config_class, model, dataset, options, **more):
 
 
 def one_step(trainer):
-    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
-    trainer.train()
-    after = {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}
-    row = next(row for row in trainer.state.log_history if "loss" in row)
-    return torch.cat([(before[n] - after[n]).flatten() for n in before]), row
+    gradients, row = gradients_of_step(trainer)
+    return flat(gradients), row
 
 
 def with_margins(n=8):

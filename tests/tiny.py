@@ -1,7 +1,8 @@
 """Small real fast tokenizers, made by code: a byte-level BPE trained on a few lines, so that words merge as they do in
-large ones."""
+large ones. And the gradient of a small step."""
 import functools
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -32,3 +33,21 @@ def tokenizer(chat_template=None, pad="<|pad|>", eos="<|im_end|>", bos=None, add
     made = PreTrainedTokenizerFast(tokenizer_object=core, pad_token=pad, eos_token=eos, bos_token=bos)
     made.chat_template = chat_template
     return made
+
+
+#: options of plain gradient descent with the learning rate 1: a step changes the weights by the gradient
+SGD = dict(optim="sgd", learning_rate=1.0, max_grad_norm=1e9, max_steps=1, lr_scheduler_type="constant")
+
+
+def gradients_of_step(trainer) -> tuple[dict, dict]:
+    "With `SGD`: the gradient of each weight that learns, by its name, and what was logged."
+    def learning(): return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    before = learning()
+    trainer.train()
+    return ({name: before[name] - weight for name, weight in learning().items()},
+            next(row for row in trainer.state.log_history if "loss" in row))
+
+
+def flat(weights: dict) -> torch.Tensor:
+    "All of them in one vector."
+    return torch.cat([weight.flatten() for weight in weights.values()])

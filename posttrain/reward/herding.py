@@ -8,7 +8,9 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from ..rollout.reward_models import OnDevice
 
 
 def centring(
@@ -39,11 +41,30 @@ def ensemble(
     return _combination(how)(scores)
 
 # %% ../../nbs/reward/02_herding.ipynb #271e357e
+def _must_be_a_reward(member, k: int) -> None:
+    if callable(member) and not isinstance(member, nn.Module): return
+    raise TypeError(f"member {k} of the ensemble is a {type(member).__name__} and no reward function: "
+                    "ModelReward(model, tokenizer), or ModelReward(path), makes one of a model")
+
+
+def _numbers(scores, n: int, who: str) -> Tensor:
+    "What a member has returned, as (n,) finite numbers. A combination has no place for None or NaN."
+    try: numbers = torch.as_tensor(scores, dtype=torch.float32).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{who} returned {str(scores)[:80]}: expected a number for each answer") from error
+    if numbers.shape != (n,): raise ValueError(f"{who} returned the shape {tuple(numbers.shape)} for {n} answers: "
+                                               "expected one number for each")
+    if not numbers.isfinite().all():
+        place = int((~numbers.isfinite()).nonzero()[0])
+        raise ValueError(f"{who} returned {numbers[place]} for answer {place}: expected a finite number")
+    return numbers
+
+
 class RewardEnsemble:
     """Several reward models as one reward function, for `reward_funcs` of GRPO and RLOO.
 
-    A member is a `ModelReward`, or any other reward function that gives a number to each answer. Members stay on the
-    device where they are. Raises ValueError without members and for an unknown way of combining them."""
+    A member is a `ModelReward`, or any other reward function that gives a number to each answer. Raises ValueError
+    without members and for an unknown way of combining them, and TypeError for a member that is no reward function."""
 
     def __init__(
         self,
@@ -52,11 +73,27 @@ class RewardEnsemble:
     ):
         if not members: raise ValueError("an ensemble needs at least one member")
         _combination(how)
+        for k, member in enumerate(members): _must_be_a_reward(member, k)
         self.members, self.how = list(members), how
         self.__name__ = f"{how}_of_{len(self.members)}"  # in the logs of a trainer
         self.offsets, self.scales = torch.zeros(len(self.members), 1), torch.ones(len(self.members), 1)
 
     def __repr__(self): return f"RewardEnsemble({self.__name__!r})"
+
+    def to(
+        self,
+        device,  # where the members that are models compute
+    ) -> "RewardEnsemble":  # itself
+        "Move the members that are models, now or when they are loaded. A trainer does it."
+        for member in self._models: member.to(device)
+        return self
+
+    def load(self) -> None:
+        "Load the members that are not there yet."
+        for member in self._models: member.load()
+
+    @property
+    def _models(self) -> list[OnDevice]: return [member for member in self.members if isinstance(member, OnDevice)]
 
     def raw_scores(
         self,
@@ -64,9 +101,12 @@ class RewardEnsemble:
         completions: list,  # the same
         **columns,          # for members that read them
     ) -> Tensor:  # (members, B) float32 on the CPU
-        "What each member gives, with a zero and a scale of its own."
+        """What each member gives, with a zero and a scale of its own.
+
+        Raises TypeError or ValueError for a member that does not return one finite number for each answer."""
         given = [member(prompts=prompts, completions=completions, **columns) for member in self.members]
-        return torch.stack([torch.as_tensor(scores, dtype=torch.float32).cpu() for scores in given])
+        return torch.stack([_numbers(scores, len(completions), f"member {k} of {self.__name__}")
+                            for k, scores in enumerate(given)])
 
     def calibrate(
         self,

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from transformers import AutoModelForTokenClassification
 
 from ..data.collate import collate_steps
-from ..data.prepare import prepare_steps
+from ..data.prepare import check_steps, prepare_steps
 from ..training.card import Method
 from ..training.config import PostConfig, option
 from ..training.heads import read
 from ..training.metrics import Mean
 from ..training.references import disable_dropout
-from ..training.states import is_classifier, scores
+from ..training.states import scores
 from ..training.trainer import PostTrainer
 
 
@@ -42,16 +42,11 @@ class PRMTrainer(PostTrainer):
     """
 
     config_class, pipeline = PRMConfig, "token-classification"
-    auto_class, model_options = AutoModelForTokenClassification, {"num_labels": 2}
+    auto_class, num_labels, peft_task = AutoModelForTokenClassification, 2, "TOKEN_CLS"
 
-    def check(self, dataset, name): self.needs_dataset(dataset, name)
-
-    def check_model(self, lm):
-        name, labels = type(self).__name__, getattr(lm.config, "num_labels", None)
-        if not is_classifier(lm) or labels != 2:
-            raise ValueError(f"{name} needs a model with two labels for each token, got a {type(lm).__name__} with "
-                             f"{labels}: AutoModelForTokenClassification.from_pretrained(path, num_labels=2), or pass "
-                             "the path")
+    def check(self, dataset, name):
+        self.needs_dataset(dataset, name)
+        check_steps(dataset, type(self).__name__, name)
 
     def prepare(self, dataset, name, training):
         args = self.args
@@ -80,3 +75,7 @@ class PRMTrainer(PostTrainer):
         losses = F.cross_entropy(logits[judged], verdicts[judged], reduction="none")
         right = logits[judged].argmax(-1) == verdicts[judged]
         return losses.sum() / totals.tokens, {"accuracy": Mean.of(right)}
+
+    def logits_and_labels(self, model, batch):
+        "For `compute_metrics`: (B, T, 2) logits; and (B, T) verdicts, -100 where none is asked for."
+        return read(model, batch, scores, at="token")["scores"], batch["step_labels"]

@@ -4,25 +4,26 @@
 __all__ = ['RewardConfig', 'RewardTrainer']
 
 # %% ../../nbs/reward/03_reward_trainer.ipynb #c6b12f53
-import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from ..data.collate import collate_scored_pairs
 from ..data.formats import first_row
 from ..data.mapping import TRUNCATION
-from ..data.prepare import without_equal_pairs
+from ..data.prepare import with_common_prompt, without_equal_pairs
+from ..data.values import check_rows
 from ..foundations.preferences import bradley_terry_loss, split_pairs
 from .herding import centring
 from ..training.card import Method
 from ..training.config import AnswerFields, PostConfig, option
-from ..training.heads import read
+from ..training.heads import read, unwrapped
 from ..training.metrics import Greatest, Least, Mean
 from ..training.pairs import PairTrainer
-from ..training.states import is_classifier, scores
+from ..training.states import scores
 
 
 @dataclass
@@ -49,35 +50,38 @@ class RewardTrainer(PairTrainer):
 
     config_class, shown = RewardConfig, ("center_rewards_coefficient",)
     pipeline = "text-classification"
-    auto_class, model_options = AutoModelForSequenceClassification, {"num_labels": 1}
+    auto_class, num_labels, peft_task = AutoModelForSequenceClassification, 1, "SEQ_CLS"
     reads_text = None  # or messages?
 
-    def check_model(self, lm):
-        name, labels = type(self).__name__, getattr(lm.config, "num_labels", None)
-        if not is_classifier(lm) or labels != 1:
-            raise ValueError(f"{name} needs a model with one score for a text, got a {type(lm).__name__} with {labels} "
-                             "labels: AutoModelForSequenceClassification.from_pretrained(path, num_labels=1) makes one")
-        lm.config.get_text_config().pad_token_id = self.processing_class.pad_token_id
-        # saved with the tokenizer, also beside an adapter: a text shall be scored with the end that training gave it
-        self.processing_class.init_kwargs["scores_end_of_sequence"] = bool(self.reads_text)
+    def check(self, dataset, name):
+        place = f"{type(self).__name__}, {name} dataset"
+        self.needs_dataset(dataset, name)
+        super().check(with_common_prompt(dataset, place, most=100), name)
+        if "margin" not in (row := first_row(dataset)): return
+        try: check_rows({"margin": [row["margin"]]}, ("margin",), [0], place)
+        except TypeError as error:
+            raise TypeError(f"{error} A column of this name that is no margin: dataset = "
+                            "dataset.remove_columns('margin')") from None
 
     def prepare(self, dataset, name, training):
+        place = f"{type(self).__name__}, {name} dataset"
         if self.reads_text is None: self.reads_text = isinstance(first_row(dataset).get("chosen"), str)
-        return without_equal_pairs(super().prepare(dataset, name, training), f"{type(self).__name__}, {name} dataset")
+        pairs = super().prepare(with_common_prompt(dataset, place), name, training)
+        return without_equal_pairs(pairs, place)
 
     def _make_model(self, model, peft_config):
-        if getattr(peft_config, "task_type", None) == "CAUSAL_LM":  # the command line's; with this one PEFT trains the
-            peft_config = replace(peft_config, task_type="SEQ_CLS")  # layer of the score, too
-        return super()._make_model(model, peft_config)
+        model = super()._make_model(model, peft_config)
+        self._note_where_scores_stand(unwrapped(model))
+        return model
+
+    def _note_where_scores_stand(self, lm):
+        "What is saved with model and tokenizer, so that a text is scored at the token that training has scored."
+        lm.config.get_text_config().pad_token_id = self.processing_class.pad_token_id
+        # noted in the tokenizer, because an adapter is saved without the model's config
+        self.processing_class.init_kwargs["scores_end_of_sequence"] = bool(self.reads_text)
 
     def default_collator(self):
         return partial(collate_scored_pairs, pad_token_id=self.processing_class.pad_token_id)
-
-    def after_building(self):
-        super().after_building()
-        if not any(p.requires_grad for name, p in self.model.named_parameters() if "score" in name.split(".")):
-            warnings.warn("the layer 'score' does not learn: an adapter was put beside it. Where it is new it stays "
-                          "random. Set modules_to_save=['score'] or task_type='SEQ_CLS' in peft_config", stacklevel=2)
 
     def method(self):
         centred = r" + c\,(r_w + r_l)^2" if self.args.center_rewards_coefficient else ""
@@ -89,8 +93,17 @@ class RewardTrainer(PairTrainer):
             {name: getattr(self.args, name) for name in (*self.shown, "max_length", "truncation_mode")})
 
     # ------------------------------------------------ one step
+    def rewards_of(self, model, batch) -> tuple[Tensor, Tensor]:
+        "(P,) of the chosen answers, and of the rejected ones."
+        return split_pairs(read(model, batch, scores, at="token")["scores"].sum(1))
+
+    def logits_and_labels(self, model, batch):
+        "For `compute_metrics`: (P, 2) rewards of chosen and rejected; and (P,) zeros, since the first is the better."
+        rewards = torch.stack(self.rewards_of(model, batch), 1)
+        return rewards, torch.zeros(len(rewards), dtype=torch.long, device=rewards.device)
+
     def loss(self, model, batch, totals):
-        chosen, rejected = split_pairs(read(model, batch, scores, at="token")["scores"].sum(1))
+        chosen, rejected = self.rewards_of(model, batch)
         loss, _ = bradley_terry_loss(chosen, rejected, margin=batch.get("margin", 0.0), pairs=totals.sequences)
         if coefficient := self.args.center_rewards_coefficient:
             loss = loss + coefficient * centring(chosen, rejected).sum() / totals.sequences

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .background import start
 from .reward_batch import RewardBatch, copied, log_nothing, reward_values
-from .reward_models import ModelReward
+from .reward_models import ModelReward, OnDevice
 from posttrain.rollout.reward_signatures import (
     REPLACED,
     Signature,
@@ -158,15 +158,15 @@ class Rewards:
         self,
         device,  # of the models among the rewards
     ) -> "Rewards":  # itself
-        "Move the models, now or when they are loaded."
+        "Move the models, now or when they are loaded. An object that holds models moves its own (`OnDevice`)."
         for f in self.functions:
-            if isinstance(f, ModelReward): f.to(device)
+            if isinstance(f, OnDevice): f.to(device)
         return self
 
     def load(self) -> None:
         "Load the models that are not there yet; the first call does it by itself."
         for f in self.functions:
-            if isinstance(f, ModelReward): f.load()
+            if isinstance(f, OnDevice): f.load()
 
     def check(
         self,

@@ -71,8 +71,7 @@ class AsksReference(WithReference):
         if precision != "no" or unwrapped(self.model).dtype != torch.float32: settings += repr(batches)
         key = f"{fingerprint(source.weights(), dataset, settings)}-{precision}"
         def answer(batch):
-            try: return source.logps(batch)
-            except IndexError as e: raise self._out_of_range(batch) or e from e
+            with self.naming_what_is_out_of_range([batch]): return source.logps(batch)
         with self.compute_loss_context_manager():
             whole = precompute_ref_logps(
                 dataset.remove_columns(given), answer,

@@ -4,8 +4,10 @@
 __all__ = ['PostTrainer']
 
 # %% ../../nbs/training/04_trainer.ipynb #dfade4ac
+import dataclasses
 import functools
 import warnings
+from contextlib import contextmanager
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -21,14 +23,14 @@ from .card import WritesCard
 from .checkpoints import Resumable
 from .config import PostConfig
 from .fields import closest
-from .heads import attach_head, unwrapped
+from .heads import attach_head, scoring, unwrapped
 from .loading import add_adapter, load_model, load_tokenizer, must_learn
 from .metrics import Mean, MetricAccumulator
 from .passes import KnowsItsPass
 from .progress import LastLog, WithCallbacks
 from .repeated_rows import CountsRowsOnce, SizedRows
 from .router import router_coefficient, router_losses
-from .states import is_classifier
+from .states import head_module, is_classifier
 
 # %% ../../nbs/training/04_trainer.ipynb #e916340f
 _MADE_OF = {  # what people have instead of a Dataset -> how one is made of it
@@ -53,7 +55,8 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WritesCard, WithCallb
 
     config_class = PostConfig
     auto_class = AutoModelForCausalLM  # what a path is loaded as
-    model_options = {}            # and with which keywords
+    num_labels = None             # of a classifier: the numbers that it gives to a text or a token
+    peft_task = None              # of a classifier: the task_type with which PEFT trains the layer of the labels, too
     averages_over = "tokens"      # which of Totals the loss divides by: "tokens" or "sequences"
     shown = ()                    # fields of the config that are also attributes: scripts read `trainer.beta`
     evaluating = False            # is `before_step` asked about a batch of an evaluation?
@@ -68,10 +71,22 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WritesCard, WithCallb
         "Raise ValueError or TypeError if this dataset cannot be trained on. Called before anything is loaded."
 
     def check_model(self, lm: nn.Module) -> None:
-        "Raise TypeError or ValueError for a model of another kind. A method may also set what its config shall say."
-        if hasattr(lm, "get_output_embeddings") and is_classifier(lm):
-            raise TypeError(f"{type(self).__name__} needs a causal LM, got a {type(lm).__name__}, which has no head "
-                            "over the vocabulary: load it with AutoModelForCausalLM")
+        "Raise TypeError or ValueError for a model of another kind."
+        name, kind = type(self).__name__, type(lm).__name__
+        if self.num_labels is None:
+            if hasattr(lm, "get_output_embeddings") and is_classifier(lm):
+                raise TypeError(f"{name} needs a causal LM, got a {kind}, which has no head over the vocabulary: load "
+                                "it with AutoModelForCausalLM")
+            return
+        auto, labels = self.auto_class.__name__, getattr(lm.config, "num_labels", None)
+        if not _classifies(lm, self.auto_class, self.num_labels):
+            raise ValueError(f"{name} needs a model of {auto} with num_labels={self.num_labels}, got a {kind} with "
+                             f"num_labels={labels}: pass the path, or the model that {auto}.from_pretrained(path, "
+                             f"num_labels={self.num_labels}) makes of it")
+        if _looks_ahead(lm):
+            raise TypeError(f"{name} reads a score at a token that has seen only what stands before it, but a {kind} "
+                            "also looks at what comes after it, as BERT and the encoder of T5 do: take a classifier on "
+                            f"a causal LM, which {auto}.from_pretrained makes of its path")
 
     def prepare(self, dataset, name: str, training: bool):
         "Rows as users write them -> rows of token ids that the collator understands."
@@ -192,14 +207,31 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WritesCard, WithCallb
             return self.prepare(dataset, name, training)
 
     def _make_model(self, model, peft_config) -> nn.Module:
-        model = load_model(model, self.args, self.auto_class, self.quantization_config, **self.model_options)
+        labels = {} if self.num_labels is None else {"num_labels": self.num_labels}
+        model = load_model(model, self.args, self.auto_class, self.quantization_config, **labels)
         self.check_model(unwrapped(model))
         if self.new_tokens:
             resize_embeddings_to_tokenizer(model, self.processing_class)
             warnings.warn(f"the chat template of {self.args.chat_template_path} brought {len(self.new_tokens)} new "
                           "tokens, whose embeddings start untrained. With an adapter, train them too: "
                           "LoraConfig(..., modules_to_save=['embed_tokens', 'lm_head'])", stacklevel=4)
-        return attach_head(add_adapter(model, peft_config))
+        model = attach_head(add_adapter(model, self._for_this_task(peft_config)))
+        if self.num_labels is not None: self._say_if_labels_do_not_learn(unwrapped(model))
+        return model
+
+    def _for_this_task(self, peft_config):
+        "PEFT's config, with the method's task where it names another one: the command line's is CAUSAL_LM."
+        if self.peft_task is None or getattr(peft_config, "task_type", None) in (None, self.peft_task):
+            return peft_config
+        return dataclasses.replace(peft_config, task_type=self.peft_task)
+
+    def _say_if_labels_do_not_learn(self, lm: nn.Module) -> None:
+        head = head_module(lm)
+        if any(p.requires_grad for p in head.parameters()): return
+        name = next(name for name, module in lm.named_modules() if module is head)
+        warnings.warn(f"the layer {name!r} does not learn: an adapter was put beside it. Where it is new it stays "
+                      f"random. Set modules_to_save=[{name!r}] or task_type={self.peft_task!r} in peft_config",
+                      stacklevel=5)
 
     def _add_model_columns(self) -> None:
         if self.train_dataset is not None: self.train_dataset = self.with_model(self.train_dataset, "train")
@@ -256,9 +288,7 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WritesCard, WithCallb
         return batches, self.totals.tokens
 
     def _before_step(self, batches, totals) -> list[dict]:
-        try: return self.before_step(batches, totals)
-        except IndexError as e:
-            raise next((told for batch in batches if (told := self._out_of_range(batch))), e) from e
+        with self.naming_what_is_out_of_range(batches): return self.before_step(batches, totals)
 
     @property
     def aux_loss_enabled(self) -> bool:
@@ -301,9 +331,8 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WritesCard, WithCallb
         return loss, {"loss": Mean(loss.detach() * weight, weight), **stats}
 
     def _loss(self, model, batch, totals, tokens_read) -> tuple[Tensor, dict]:
-        try:
-            with router_losses(self.aux_loss_enabled) as found: loss, stats = self.loss(model, batch, totals)
-        except IndexError as e: raise self._out_of_range(batch) or e from e
+        with self.naming_what_is_out_of_range([batch]), router_losses(self.aux_loss_enabled) as found:
+            loss, stats = self.loss(model, batch, totals)
         return self._with_router_loss(loss, stats, batch, found, tokens_read) if found else (loss, stats)
 
     def _with_router_loss(self, loss, stats, batch, found, tokens_read) -> tuple[Tensor, dict]:
@@ -328,6 +357,15 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WritesCard, WithCallb
             f"Usual causes: a learning rate that is too high (now {self._get_learning_rate():.3g}), fp16 overflow "
             "(try bf16), broken weights in the checkpoint. "
             f"The last checkpoint, if any, is in {self.args.output_dir}")
+
+    @contextmanager
+    def naming_what_is_out_of_range(self, batches: list[dict]):
+        "Raise ValueError for an IndexError of the model, if one of the batches that it was asked about explains it."
+        try: yield
+        except IndexError as error:
+            told = next(filter(None, map(self._out_of_range, batches)), None)
+            if told is None: raise
+            raise told from error
 
     def _out_of_range(self, batch) -> ValueError | None:
         "What 'index out of range' means: a token or a position that the model has no embedding for."
@@ -355,14 +393,18 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WritesCard, WithCallb
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, counted).detach()
             if prediction_loss_only: return loss, None, None
-            lay = lay_out(inputs, "padded")
-            logits = model(input_ids=lay.input_ids).logits
-        labels = torch.full_like(lay.input_ids, -100).flatten()
-        labels[lay.predicts + 1] = lay.targets
-        prompts = len(inputs["prompt_ids"])
-        logits, labels = logits.reshape(prompts, -1, logits.shape[-1]), labels.view(prompts, -1)
+            logits, labels = self.logits_and_labels(model, inputs)
         if self.preprocess_logits_for_metrics is not None: logits = self.preprocess_logits_for_metrics(logits, labels)
         return loss, logits, labels
+
+    def logits_and_labels(self, model, batch: dict) -> tuple[Tensor, Tensor]:
+        "What `compute_metrics` gets, a row for each prompt. A classifier's are its scores, and what they should say."
+        lay = lay_out(batch, "padded")
+        logits = model(input_ids=lay.input_ids).logits
+        labels = torch.full_like(lay.input_ids, -100).flatten()
+        labels[lay.predicts + 1] = lay.targets
+        prompts = len(batch["prompt_ids"])
+        return logits.reshape(prompts, -1, logits.shape[-1]), labels.view(prompts, -1)
 
     def evaluation_loop(self, dataloader, *args, **kwargs):
         "transformers' loop, with metrics that start at nothing: `predict` reports none and would leave its own behind."
@@ -409,6 +451,23 @@ class PostTrainer(KnowsItsPass, CountsRowsOnce, Resumable, WritesCard, WithCallb
     def floating_point_ops(self, inputs) -> float:
         "6 operations per parameter and token, the usual estimate (forward 2, backward 4)."
         return 6.0 * self._parameters * (inputs["completion_ids"].numel() + inputs["prompt_ids"].numel())
+
+
+def _classifies(lm: nn.Module, auto_class, labels: int) -> bool:
+    "Is this a classifier with so many labels, and, as far as its name tells, of texts or of tokens as `auto_class`?"
+    if not (hasattr(lm, "get_output_embeddings") and is_classifier(lm)): return False
+    name, kind = type(lm).__name__, auto_class.__name__.removeprefix("AutoModel")
+    is_of_another_kind = "Classification" in name or name.endswith("Model")
+    return lm.config.num_labels == labels and (kind in name or not is_of_another_kind)
+
+
+def _looks_ahead(lm: nn.Module) -> bool:
+    "Does the state of a token change with the token after it? Layouts and scores rely on that it does not."
+    two = torch.tensor([[0, 0], [0, 1]], device=lm.device)
+    try:
+        with scoring(lm): states = lm.base_model(input_ids=two, attention_mask=torch.ones_like(two)).last_hidden_state
+    except Exception: return False  # a model of yet another kind, of which `attach_head` says what is wrong
+    return not torch.allclose(states[0, 0], states[1, 0], atol=1e-4, equal_nan=True)
 
 
 def _must_be_named(datasets: dict) -> None:
