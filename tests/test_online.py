@@ -76,8 +76,8 @@ def test_ppo_teaches_the_pocket_model(seed, tmp_path):
 
 
 def test_at_lambda_0_with_a_fresh_critic_it_does_not(tmp_path):
-    """Then only what the critic says of the next place teaches, which is nothing at first, and the score reaches the last
-    token alone. nbs/online/13_ppo.ipynb takes it apart."""
+    """Then only what the critic says of the next place teaches, which is nothing at first, and the score reaches the
+    last token alone. nbs/online/13_ppo.ipynb takes it apart."""
     before, after, _ = learn_by_ppo(0, tmp_path, lam=0.0, max_steps=160)
     _, reached, _ = learn_by_ppo(0, tmp_path, max_steps=160)
     print(f"start {before:.2f}, lambda 0 {after:.2f}, lambda .95 {reached:.2f}")
