@@ -2,6 +2,7 @@
 what is our own: the two critics, cuts, resuming, bad input."""
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -315,14 +316,15 @@ def test_an_adapter_learns_beside_either_critic(critic, config, tmp_path):
 
 @pytest.mark.parametrize("critic", CRITICS)
 def test_in_the_warm_up_only_the_critic_learns(critic, config):
+    "Not even weight decay moves the policy."
     trainer = train(config, steps=3, critic_warmup_steps=2, optim="adamw_torch", learning_rate=1e-3, vf_coef=1.0,
-                    kl_coef=0.0, **of(critic))
+                    kl_coef=0.0, weight_decay=.1, **of(critic))
     at_first = make(config, kl_coef=0.0, **of(critic))
     first, second, third = logs(trainer)
     # the policy did not move before the third step: its ratio was 1 until then
     assert all(abs(row["ratio/max"] - 1) < 1e-4 for row in (first, second, third))
     short = train(config, steps=2, critic_warmup_steps=2, optim="adamw_torch", learning_rate=1e-3, vf_coef=1.0,
-                  kl_coef=0.0, **of(critic))
+                  kl_coef=0.0, weight_decay=.1, **of(critic))
     def parts(t, part): return torch.cat([p.detach().flatten() for p in getattr(t.model, part).parameters()])
     assert torch.equal(parts(short, "policy"), parts(at_first, "policy"))
     assert not torch.equal(parts(short, "value"), parts(at_first, "value"))
@@ -341,15 +343,33 @@ def test_the_critic_has_a_learning_rate_of_its_own(critic, config):
     assert torch.equal(change(own, "policy"), change(one, "policy"))
 
 
-def test_an_optimizer_of_ones_own_gets_the_critic(config):
+@pytest.mark.parametrize("with_schedule", [False, True])
+def test_an_optimizer_of_ones_own_gets_the_critic(with_schedule, config):
     model = pocket.start("reverse")[0]
     optimizer = torch.optim.SGD(model.parameters(), lr=.01)
-    args = config(per_device_train_batch_size=16, max_completion_length=8, max_steps=1, learning_rate=.5)
-    args.pop("train_sampling_strategy")
-    trainer = PPOTrainer(model, noisy, PPOConfig(**args), rows(), processing_class=pocket.tokenizer(),
-                         optimizers=(optimizer, None))
-    trainer.train()
-    assert trainer.model.value.weight.abs().sum() > 0
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0) if with_schedule else None
+    def trainer(**options):
+        args = config(per_device_train_batch_size=16, max_completion_length=8, max_steps=1, learning_rate=.5, **options)
+        args.pop("train_sampling_strategy")
+        return PPOTrainer(model, noisy, PPOConfig(**args), rows(), processing_class=pocket.tokenizer(),
+                          optimizers=(optimizer, schedule))
+    if with_schedule:
+        with pytest.raises(ValueError, match="critic_learning_rate=0.1 with a scheduler of your own"):
+            trainer(critic_learning_rate=.1).train()
+    run = trainer()
+    run.train()
+    assert run.model.value.weight.abs().sum() > 0 and len(optimizer.param_groups) == 1
+
+
+def test_a_reference_follows_the_policy_alone(config):
+    trainer = train(config, steps=2, sync_ref_model=True, ref_model_sync_steps=2, ref_model_mixup_alpha=1.0)
+    assert all(torch.equal(a, b) for a, b in zip(trainer.ref_model.parameters(), trainer.model.policy.parameters()))
+
+
+def test_the_price_of_a_run_is_its_own(config, tmp_path):
+    options = dict(steps=4, save_strategy="steps", save_steps=2, output_dir=str(tmp_path))
+    train(config, kl_coef=.2, **options)
+    assert train(config, str(tmp_path / "checkpoint-2"), kl_coef=.4, **options).kl.coef == .4
 
 
 def test_the_price_of_kl_is_steered(config):
@@ -415,9 +435,14 @@ def test_a_critic_that_begins_as_a_language_model_says_nothing(config, tmp_path)
 def test_trls_names_are_the_same_fields():
     args = PPOConfig("out", num_ppo_epochs=2, response_length=9, kl_coef=.3, cliprange=.1, use_cpu=True)
     assert (args.num_iterations, args.max_completion_length, args.beta, args.epsilon) == (2, 9, .3, .1)
-    assert (args.num_ppo_epochs, args.response_length, args.kl_coef, args.cliprange) == (2, 9, .3, .1)
     default = PPOConfig("out", use_cpu=True)
-    assert (default.num_ppo_epochs, default.response_length, default.kl_coef, default.cliprange) == (4, 53, .05, .2)
+    assert (default.num_iterations, default.max_completion_length, default.beta, default.epsilon) == (4, 53, .05, .2)
+    assert replace(args, beta=.4).beta == .4 and replace(default, kl_coef=.4).beta == .4
+    saved = {k: v for k, v in args.to_dict().items() if k in PPOConfig.__dataclass_fields__ and v is not None}
+    known = {k: v for k, v in saved.items() if k in ("beta", "epsilon", "num_iterations", "kl_coef", "num_ppo_epochs")}
+    assert PPOConfig("out", use_cpu=True, **known).beta == .3
+    small = PPOConfig("out", total_episodes=8, steps_per_generation=1, gradient_accumulation_steps=8, use_cpu=True)
+    assert small.max_steps == 1  # the passes do not fill a step
     split = PPOConfig("out", num_mini_batches=3, gradient_accumulation_steps=2, use_cpu=True)
     assert split.steps_per_generation == 6 and split.generation_batch_size == 48
     counted = PPOConfig("out", total_episodes=100, per_device_train_batch_size=16, num_mini_batches=2, use_cpu=True)
@@ -463,6 +488,10 @@ def test_a_critic_that_cannot_work(config):
     model = pocket.start("reverse")[0]
     with pytest.raises(ValueError, match="same object"):
         PPOTrainer(model, noisy, None, rows(), processing_class=pocket.tokenizer(), value_model=model)
+    shared = value_model()
+    with pytest.raises(ValueError, match="shares weights with a reward model"):
+        PPOTrainer(pocket.start("reverse")[0], shared, None, rows(), processing_class=pocket.tokenizer(),
+                   reward_processing_classes=pocket.tokenizer(), value_model=shared)
     with pytest.raises(TypeError, match="reward_model is TRL's name"):
         PPOTrainer(model, noisy, None, rows(), processing_class=pocket.tokenizer(), reward_model=noisy)
 

@@ -136,15 +136,14 @@ class PPOTrainer(WithCritic, ShowsClip, OnlineTrainer):
 
     def load_run_state(self, state):
         super().load_run_state(state)
-        self.kl.coef = state["kl_coef"]
+        if self.args.kl_target is not None: self.kl.coef = state["kl_coef"]  # else the price is this run's beta
 
     # ------------------------------------------------ one step
     def loss(self, model, batch, totals):
-        args, mask, learns = self.args, batch["mask"], not self.only_the_critic_learns
-        self.model.detached = not learns
+        args, mask = self.args, batch["mask"]
         out = completion_logps(model, batch, want=("entropy",), temperature=args.temperature)
         loss, seen = ppo_loss(
-            out["logps"], batch["old_logps"], batch["advantages"] * learns, out["values"], batch["values"],
+            out["logps"], batch["old_logps"], batch["advantages"], out["values"], batch["values"],
             batch["returns"], mask, totals=totals, **args.options_of(ppo_loss))
         parts = {name: seen.pop(name) * totals.tokens for name in ("policy_loss", "value_loss")}
         clipped = seen.pop("value_clipfrac") * mask.sum()

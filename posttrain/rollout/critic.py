@@ -68,6 +68,7 @@ def saying_nothing(
 def check_critic(
     value: nn.Module,   # what shall be a critic
     policy: nn.Module,  # whose texts it reads
+    judges: list = (),  # models that score for the run
 ) -> None:
     "Raise ValueError for a model that cannot say one number of the policy's texts, or that is trained along with it."
     lm, kind = unwrapped(value), type(unwrapped(value)).__name__
@@ -80,9 +81,13 @@ def check_critic(
     if known < needed:
         raise ValueError(f"value_model knows {known} tokens, and the policy writes {needed}: a critic reads the "
                          "policy's own ids. Take one with the policy's tokenizer, or set critic='head'")
-    if {id(p) for p in value.parameters()} & {id(p) for p in policy.parameters()}:
+    own = {id(p) for p in value.parameters()}
+    if own & {id(p) for p in policy.parameters()}:
         raise ValueError("value_model shares weights with the model: pass a copy (copy.deepcopy), or set "
                          "critic='head', which is a layer on the policy's own body")
+    if any(own & {id(p) for p in judge.parameters()} for judge in judges):
+        raise ValueError("value_model shares weights with a reward model, which would be trained along and judge "
+                         "otherwise from step to step: pass a copy (copy.deepcopy)")
 
 
 def _no_answer(states) -> dict:
@@ -132,7 +137,8 @@ class WithCritic:
         if given is None and args.critic != "model": return None
         if given is None: value = copied_critic(self.model)
         else: value = given if isinstance(given, nn.Module) else self._loaded_critic(os.fspath(given))
-        check_critic(value, self.model)
+        judges = [getattr(judge, "model", None) for judge in self.reward_funcs]
+        check_critic(value, self.model, [judge for judge in judges if isinstance(judge, nn.Module)])
         if args.disable_dropout: disable_dropout(value)
         if args.gradient_checkpointing: value.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
         return value.to(args.device)
@@ -141,8 +147,11 @@ class WithCritic:
         value, info = load_model(path, self.args, AutoModelForSequenceClassification, num_labels=1,
                                  output_loading_info=True)
         own = {id(weight) for weight in head_module(value).parameters()}
-        made_up = {id(weight) for name, weight in value.named_parameters() if name in info["missing_keys"]}
-        return saying_nothing(value) if made_up & own else value  # of a language model the layer is new
+        made_up = {name: id(weight) for name, weight in value.named_parameters() if name in info["missing_keys"]}
+        if lost := [name for name, weight in made_up.items() if weight not in own]:
+            raise ValueError(f"value_model={path!r} has no weights for {', '.join(lost[:3])}, which would be random "
+                             "numbers: name a checkpoint that is whole")
+        return saying_nothing(value) if made_up else value  # of a language model the layer is new
 
     # ------------------------------------------------ values
     def annotate(self, batches):
@@ -171,9 +180,24 @@ class WithCritic:
                 group["params"] = others
                 optimizer.add_param_group({**group, "params": critic, "lr": rate})
             elif critic: group["lr"] = rate
-        # an optimizer of the user's own was made before there was a critic
-        if own: optimizer.add_param_group({"params": list(own.values()), "lr": rate})
+        if own: self._add_to_ones_own(optimizer, list(own.values()))
         return optimizer
+
+    def _add_to_ones_own(self, optimizer, critic: list) -> None:
+        "The critic's weights into an optimizer of the user's own, which was made before there was a critic."
+        rate = self.args.critic_learning_rate
+        if rate is None: optimizer.param_groups[-1]["params"].extend(critic)
+        elif self.lr_scheduler is None: optimizer.add_param_group({"params": critic, "lr": rate})
+        else:
+            raise ValueError(f"critic_learning_rate={rate:g} with a scheduler of your own, which knows no learning "
+                             "rate of a critic: leave the scheduler out, or critic_learning_rate")
+
+    def training_step(self, *args, **kwargs):
+        "In the warm-up the policy gets no gradient, so that no optimizer moves it, not by weight decay either."
+        loss = super().training_step(*args, **kwargs)
+        if self.only_the_critic_learns:
+            for weight in self.model.policy.parameters(): weight.grad = None
+        return loss
 
     # ------------------------------------------------ stopping and going on
     @property
@@ -196,6 +220,7 @@ class WithCritic:
         from safetensors.torch import save_file
         path, value = folder / self.CRITIC, self.model.value
         path.parent.mkdir(exist_ok=True)
+        (path.parent / "config.json").unlink(missing_ok=True)  # that of another run's critic
         save_file({name: p.detach().cpu().contiguous() for name, p in weights.items()}, path, {"format": "pt"})
         if hasattr(value, "config") and not hasattr(value, "peft_config"): value.config.save_pretrained(path.parent)
 

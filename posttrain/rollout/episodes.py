@@ -47,11 +47,14 @@ class EpisodeFields:
         default = next(f.default for f in fields(self) if f.name == ours)
         if given is not None and own not in (default, given):
             raise ValueError(f"{theirs}={given!r} and {ours}={own!r} are one thing by two names: leave one out")
-        for name in (theirs, ours): setattr(self, name, own if given is None else given)
+        if given is None: return
+        setattr(self, ours, given)
+        setattr(self, theirs, None)  # said once, so that a copy with another value says one thing, too
 
     def _count_steps(self) -> None:
         generations = -(-self.total_episodes // self.generation_batch_size)  # rounded up
-        steps = generations * self.num_iterations * self.steps_per_generation // self.gradient_accumulation_steps
+        batches = generations * self.num_iterations * self.steps_per_generation
+        steps = -(-batches // self.gradient_accumulation_steps)
         if self.max_steps not in (-1, steps):
             raise ValueError(f"total_episodes={self.total_episodes} makes {steps} steps, max_steps={self.max_steps} "
                              "says something else: leave one of them out")

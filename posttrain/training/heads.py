@@ -296,8 +296,6 @@ class PolicyAndValue(nn.Module):
     `read(model, batch, logps())` answers "values" (B, T) beside what the reader says: what the critic expects before
     each token. Everything else is the policy's. It may be wrapped for several processes like any model."""
 
-    detached = False  # True: the critic's errors do not reach the body that it shares with the policy
-
     def __init__(
         self,
         policy: nn.Module,  # a causal LM, plain or in PEFT
@@ -329,8 +327,7 @@ class PolicyAndValue(nn.Module):
 
     def _with_values(self, reader: Reader) -> Reader:
         def both(states: States) -> dict[str, Tensor]:
-            hidden = states.hidden.detach() if self.detached else states.hidden
-            return {**reader(states), "values": self._values_of(hidden)}
+            return {**reader(states), "values": self._values_of(states.hidden)}
         return both
 
     def _values_of(self, hidden: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
+from .heads import unwrapped
 from .loading import load_model
 from posttrain.training.references import (
     ModelReference,
@@ -72,7 +73,7 @@ class SyncRefModelCallback(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % args.ref_model_sync_steps: return
         policy = self.accelerator.unwrap_model(model) if self.accelerator else model
-        sync_weights(self.ref_model, policy, args.ref_model_mixup_alpha)
+        sync_weights(self.ref_model, unwrapped(policy), args.ref_model_mixup_alpha)  # without a critic beside it
 
     def save(
         self,
