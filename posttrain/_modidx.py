@@ -2165,6 +2165,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'posttrain/rollout/critic.py'),
                                           'posttrain.rollout.critic.WithCritic._save_critic': ( 'rollout/critic.html#withcritic._save_critic',
                                                                                                 'posttrain/rollout/critic.py'),
+                                          'posttrain.rollout.critic.WithCritic._set_rate': ( 'rollout/critic.html#withcritic._set_rate',
+                                                                                             'posttrain/rollout/critic.py'),
                                           'posttrain.rollout.critic.WithCritic._sharded': ( 'rollout/critic.html#withcritic._sharded',
                                                                                             'posttrain/rollout/critic.py'),
                                           'posttrain.rollout.critic.WithCritic._with_values': ( 'rollout/critic.html#withcritic._with_values',

@@ -361,6 +361,17 @@ def test_an_optimizer_of_ones_own_gets_the_critic(with_schedule, config):
     assert run.model.value.weight.abs().sum() > 0 and len(optimizer.param_groups) == 1
 
 
+def test_a_group_of_ones_own_keeps_its_rate(config):
+    model, critic = pocket.start("reverse")[0], value_model()
+    optimizer = torch.optim.SGD([{"params": model.parameters()}, {"params": critic.parameters(), "lr": 1e-3}], lr=.01)
+    args = config(per_device_train_batch_size=16, max_completion_length=8, max_steps=1, learning_rate=.5,
+                  lr_scheduler_type="constant")
+    args.pop("train_sampling_strategy")
+    PPOTrainer(model, noisy, PPOConfig(**args), rows(), processing_class=pocket.tokenizer(), value_model=critic,
+               optimizers=(optimizer, None)).train()
+    assert [group["lr"] for group in optimizer.param_groups] == [.01, 1e-3]
+
+
 def test_a_reference_follows_the_policy_alone(config):
     trainer = train(config, steps=2, sync_ref_model=True, ref_model_sync_steps=2, ref_model_mixup_alpha=1.0)
     assert all(torch.equal(a, b) for a, b in zip(trainer.ref_model.parameters(), trainer.model.policy.parameters()))
@@ -393,6 +404,7 @@ def test_completions_without_a_score_teach_nothing(config):
     def none_at_all(completions, **columns): return [None] * len(completions)
     trainer = make(config, rewards=every_other)
     trainer.train()
+    assert abs(logs(trainer)[0]["objective/scores"] - logs(trainer)[0]["reward"]) < 1e-5
     mask = trainer.stream.state.batches[0]["mask"].sum(1)
     assert (mask[1::2] == 0).all() and (mask[::2] > 0).all() and weights(trainer).isfinite().all()
     before = weights(make(config, rewards=none_at_all))
@@ -477,6 +489,11 @@ def test_a_critic_that_cannot_work(config):
     two = Qwen3ForSequenceClassification(type(config_of_lm)(**{**config_of_lm.to_dict(), "num_labels": 2}))
     small = copy.deepcopy(value_model())
     small.resize_token_embeddings(10)
+    frozen = value_model().requires_grad_(False)
+    with pytest.warns(UserWarning, match="value_model does not learn"): make(config, value=frozen)
+    both = PolicyAndValue(pocket.start("reverse")[0])
+    with pytest.raises(TypeError, match="the policy and the critic of another run"):
+        PPOTrainer(both, noisy, None, rows(), processing_class=pocket.tokenizer())
     for value, options, kind, said in (
             (two, {}, ValueError, "with 2 labels: expected a classifier with one"),
             (pocket.model(), {}, ValueError, "a Qwen3ForCausalLM: expected a classifier"),

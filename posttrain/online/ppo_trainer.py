@@ -126,7 +126,7 @@ class PPOTrainer(WithCritic, ShowsClip, OnlineTrainer):
         if explained == explained: known["val/explained_variance"] = explained  # NaN where all returns are equal
         if "kl" in columns:
             known["kl_coef"] = self.kl.coef
-            self.kl.update(columns["kl"].sum(1).mean().item())
+            if mask.any(): self.kl.update(columns["kl"].sum(1)[mask.any(1)].mean().item())
         self.metrics["train"].add(known)
         return batches
 

@@ -6,6 +6,7 @@ __all__ = ['CriticFields', 'copied_critic', 'saying_nothing', 'check_critic', 'W
 # %% ../../nbs/rollout/09_critic.ipynb #d1e23435
 import copy
 import os
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +114,9 @@ class WithCritic:
         args,         # the config
     ) -> None:
         "Note the critic before anything is loaded. Raises ValueError and TypeError for what can be none."
+        if isinstance(model, PolicyAndValue):
+            raise TypeError("model is the policy and the critic of another run: pass its parts, "
+                            "model=trainer.model.policy and value_model=trainer.model.value, or the saved folders")
         if value_model is not None and not isinstance(value_model, (str, os.PathLike, nn.Module)):
             raise TypeError(f"value_model must be a model, a path or None, got {type(value_model).__name__}")
         if value_model is not None and value_model is model and isinstance(model, nn.Module):
@@ -139,6 +143,9 @@ class WithCritic:
         else: value = given if isinstance(given, nn.Module) else self._loaded_critic(os.fspath(given))
         judges = [getattr(judge, "model", None) for judge in self.reward_funcs]
         check_critic(value, self.model, [judge for judge in judges if isinstance(judge, nn.Module)])
+        if not any(p.requires_grad for p in value.parameters()):
+            warnings.warn("value_model does not learn: all its weights are frozen (requires_grad=False). The critic "
+                          "says the same of a text in the whole run", stacklevel=2)
         if args.disable_dropout: disable_dropout(value)
         if args.gradient_checkpointing: value.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
         return value.to(args.device)
@@ -168,20 +175,23 @@ class WithCritic:
     def only_the_critic_learns(self) -> bool: return self.state.global_step < self.args.critic_warmup_steps
 
     def create_optimizer(self, *args, **kwargs):
-        "transformers' optimizer with the critic's weights in groups of their own, which have their learning rate."
+        "transformers' optimizer; where the critic has a learning rate of its own, its weights are groups of their own."
         optimizer = super().create_optimizer(*args, **kwargs)
-        own = {id(p): p for p in self.accelerator.unwrap_model(self.model).value.parameters() if p.requires_grad}
-        rate = self.args.critic_learning_rate
-        rate = self.args.learning_rate if rate is None else rate
-        for group in list(optimizer.param_groups):
-            critic, others = ([p for p in group["params"] if (id(p) in own) is wanted] for wanted in (True, False))
-            for p in critic: del own[id(p)]
-            if critic and others:
-                group["params"] = others
-                optimizer.add_param_group({**group, "params": critic, "lr": rate})
-            elif critic: group["lr"] = rate
-        if own: self._add_to_ones_own(optimizer, list(own.values()))
+        critic = [p for p in self.accelerator.unwrap_model(self.model).value.parameters() if p.requires_grad]
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        new = [p for p in critic if id(p) not in known]
+        if new: self._add_to_ones_own(optimizer, new)
+        elif self.args.critic_learning_rate is not None: self._set_rate(optimizer, critic)
         return optimizer
+
+    def _set_rate(self, optimizer, critic: list) -> None:
+        own, rate = {id(p) for p in critic}, self.args.critic_learning_rate
+        for group in list(optimizer.param_groups):
+            learns, others = ([p for p in group["params"] if (id(p) in own) is wanted] for wanted in (True, False))
+            if learns and others:
+                group["params"] = others
+                optimizer.add_param_group({**group, "params": learns, "lr": rate})
+            elif learns: group["lr"] = rate
 
     def _add_to_ones_own(self, optimizer, critic: list) -> None:
         "The critic's weights into an optimizer of the user's own, which was made before there was a critic."

@@ -83,12 +83,14 @@ def trl_metrics(
     "What TRL 1.12 logs of a micro-batch, by its names: means over tokens or completions, without padding."
     mask = batch["mask"]
     change = (out["logps"].detach() - batch["old_logps"]).masked_fill(mask == 0, 0)
-    def summed(x): return Mean((x * mask).sum(), len(mask))
+    completions = mask.any(1).sum()  # those that count
+    def summed(x): return Mean((x * mask).sum(), completions)
     found = {"policy/entropy_avg": stats["entropy"], "policy/clipfrac_avg": stats["clip_ratio/region_mean"],
              "policy/approxkl_avg": Mean.of(change**2 / 2, mask), "val/ratio": Mean.of(change.exp(), mask),
-             "objective/entropy": summed(-batch["old_logps"]), "objective/scores": Mean.of(batch["scores"]),
+             "objective/entropy": summed(-batch["old_logps"]),
+             "objective/scores": Mean(batch["scores"].sum(), completions),
              "objective/rlhf_reward": summed(batch["token_rewards"])}
     if "kl" not in batch: return found
-    cost = Mean((batch["token_rewards"] * mask).sum() - batch["scores"].sum(), len(mask))
+    cost = Mean((batch["token_rewards"] * mask).sum() - batch["scores"].sum(), completions)
     return found | {"kl": Mean.of(batch["kl"], mask), "objective/kl": summed(batch["kl"]),
                     "objective/non_score_reward": cost}
