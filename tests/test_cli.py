@@ -58,7 +58,7 @@ NO_DATA = SFT.replace(" --dataset_name rows.jsonl", "")
 NO_MODEL = SFT.replace(" --model_name_or_path model", "")
 GRPO = SFT.replace("sft", "grpo").replace("rows", "questions") + " --num_generations 4"
 WRONG = [
-    ("stf", "no command 'stf'. Did you mean 'sft'?"), ("ppo", "no command 'ppo'"), ("--sft", "no command '--sft'"),
+    ("stf", "no command 'stf'. Did you mean 'sft'?"), ("teach", "no command 'teach'"), ("--sft", "no command '--sft'"),
     ("demo --steps 0", "steps=0 of DemoArguments must be at least 1"), ("demo --steps many", "steps .* got 'many'"),
     ("demo --out a.gif", "--out must end in"), ("demo --out no/a.png", "folder no is not there"),
     ("demo --seed -1", "seed=-1"), ("demo --step 3", "no flag --step. Did you mean '--steps'"),

@@ -6,7 +6,8 @@ __all__ = ['NAMES', 'EpisodeFields', 'trl_metrics']
 # %% ../../nbs/rollout/06b_episodes.ipynb #1e4e4ee3
 from dataclasses import dataclass, fields
 
-from ..training.config import option
+from ..training.config import UNCHECKED, option
+from ..training.fields import check_fields
 from ..training.metrics import Mean
 
 _MODELS = "give the trainer its models: model=..., reward_funcs=..., value_model=..."
@@ -38,6 +39,7 @@ class EpisodeFields:
     ref_adapter_name: str | None = option(None, "An adapter.", refused=_ADAPTERS)
 
     def __post_init__(self):
+        check_fields(self, UNCHECKED)  # before a value goes by another name
         for theirs, ours in NAMES.items(): self._take_name(theirs, ours)
         super().__post_init__()
         if self.total_episodes is not None: self._count_steps()
