@@ -4,7 +4,7 @@
 __all__ = ['GOOD', 'SCORES', 'TOKENS', 'AFTER', 'SHOWN', 'BETA', 'SEED', 'PLACES', 'CRITICS', 'COLUMNS', 'episode',
            'exact_values', 'values_of', 'strip', 'draw_gae', 'gae_explorer']
 
-# %% ../../nbs/explore/18_gae.ipynb #aea16b51
+# %% ../../nbs/explore/18_gae.ipynb #71bb5c7f
 from functools import cache
 
 import torch
@@ -16,7 +16,7 @@ from .field import HALO
 from ..foundations.advantages import gae
 from ..online.ppo import explained_variance, token_rewards
 
-# %% ../../nbs/explore/18_gae.ipynb #69399baf
+# %% ../../nbs/explore/18_gae.ipynb #7daea079
 GOOD = torch.cartesian_prod(*[torch.tensor([1.0, 0.0], dtype=torch.float64)] * 5)  # (32, 5), all answers
 SCORES = (GOOD.sum(1) >= 3).double()
 TOKENS, AFTER = 6, 7  # an answer with its EOS, and with the slot after it
@@ -87,7 +87,7 @@ def strip(
     rows = {"reward": rewards, "value V": values, "surprise δ": surprise, "advantage A": advantages}
     return {name: x[SHOWN] for name, x in rows.items()} | {"weight": weight, "explained": explained}
 
-# %% ../../nbs/explore/18_gae.ipynb #74bf83d4
+# %% ../../nbs/explore/18_gae.ipynb #8f03fd92
 COLUMNS = ("good", "good", "bad", "bad", "good", "EOS", "pad")
 
 

@@ -4,7 +4,7 @@
 __all__ = ['METHODS', 'MODELS', 'VOCABULARY', 'ROWS', 'LENGTH', 'DATA', 'CREDIT', 'LOSS', 'PLACES', 'LOOKS', 'SIGNS', 'WORDS',
            'Tables', 'loss_of', 'who_learns', 'Box', 'draw_gradients', 'gradients_explorer']
 
-# %% ../../nbs/explore/19_gradients.ipynb #4c8b4139
+# %% ../../nbs/explore/19_gradients.ipynb #7c600a72
 from functools import cache
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from ..offline.dpo import dpo
 from ..online.grpo import grpo_loss
 from ..online.ppo import ppo_advantages, ppo_loss, token_rewards
 
-# %% ../../nbs/explore/19_gradients.ipynb #15c7e107
+# %% ../../nbs/explore/19_gradients.ipynb #c3d4d17a
 METHODS = ("PPO", "PPO, critic on the policy's body", "GRPO", "DPO", "reward modelling")
 MODELS = ("critic", "policy", "reference", "reward model")
 VOCABULARY, ROWS, LENGTH = 5, 4, 3
@@ -94,7 +94,7 @@ def _state(model: nn.Module) -> str:
     if all(g is None for g in gradients): return "frozen"
     return "learns" if any(g is not None and g.abs().max() > 1e-12 for g in gradients) else "no gradient"
 
-# %% ../../nbs/explore/19_gradients.ipynb #e64f8896
+# %% ../../nbs/explore/19_gradients.ipynb #51700e64
 class Box(NamedTuple):
     "A box of the picture, in px."
     x: float
