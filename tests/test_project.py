@@ -177,7 +177,7 @@ def cells_with_an_adapter():
 def test_an_adapter_gets_ten_times_the_default_learning_rate(code):
     """The defaults are for training all weights, and LoRA hardly learns with them. BCO's default is half of the
     others', and CPO's authors train an adapter with 1e-4."""
-    rates = {float(rate) for rate in re.findall(r"learning_rate[= ]([\d.e-]+)", code)}
+    rates = {float(rate) for rate in re.findall(r"(?<!critic_)learning_rate[= ]([\d.e-]+)", code)}
     of_their_own = {"SFT": 2e-4, "BCOConfig": 5e-6, 'CPOConfig("cpo"': 1e-4}
     expected = next((rate for words, rate in of_their_own.items() if words in code), 1e-5)
     assert rates == {expected}, f"{rates or 'the default'} for LoRA"

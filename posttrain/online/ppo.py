@@ -32,6 +32,7 @@ def token_rewards(
     if scores.shape != mask.shape[:1]:
         raise ValueError(f"scores of shape {tuple(scores.shape)} for a mask of shape {tuple(mask.shape)}: expected one "
                          "score per completion, (B,)")
+    if not mask.shape[1]: return scores.new_zeros(mask.shape)  # nobody has written a token
     rewards = at_last_token(scores.detach(), mask)  # step 15
     if logratio is None: return rewards
     # padding may hold anything

@@ -88,7 +88,7 @@ def kl_from_start(
     prompts: list,      # B lists of token ids
     completions: list,  # B lists of token ids
 ) -> Tensor:  # (B,) nats; the mean estimates the KL divergence of whole completions, without bias
-    "The exact divergence of the next token, summed over the places of each completion (step 6)."
+    "The exact divergence of the next token, summed over the places of each completion (step 7)."
     rows = [torch.tensor([*prompt, *own]) for prompt, own in zip(prompts, completions, strict=True)]
     ids = pad_sequence(rows, batch_first=True)
     first = torch.tensor([len(prompt) - 1 for prompt in prompts])[:, None]
