@@ -106,7 +106,7 @@ def _cells(rows: dict[str, Tensor], lam: float, gamma: float, place: str) -> str
 def _dial(explained: Tensor) -> str:
     "Both explained variances on a scale from -1 to 1; what lies below is drawn at the end."
     axes = svg.Axes((-1.0, 1.0), (-0.6, 1.6), title="Explained variance of the critic", yticks=[],
-                    xticks=[(-1, "≤ −1"), (0, "0: a mean"), (1, "1: all")], width=344, height=120)
+                    xticks=[(-1, "≤ −1"), (0, "0: a mean"), (1, "1: all")], right=24, width=344, height=120)
     body = [axes.vline(0.0)]
     for y, name, value in zip((1, 0), ("of the rewards that came", "of PPO's returns"), explained.tolist()):
         shown = min(max(value, -1.0), 1.0) if value == value else 0.0
