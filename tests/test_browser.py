@@ -17,6 +17,9 @@ from posttrain.explore import (
     beta,
     clip,
     dashboard,
+    gae,
+    goodhart,
+    gradients,
     groups,
     judged,
     kl,
@@ -109,7 +112,8 @@ def a_plane():
 EXPLORERS = [
     tokens.tokens_explorer, kl.kl_explorer, weights.weights_explorer, beta.beta_explorer, a_plane,
     pair_losses.pair_loss_curves, zero_loss.zero_loss_explorer, groups.groups_explorer, clip.clip_explorer, a_run,
-    a_microscope, judged.judged_explorer, lengths.lengths_explorer, odds.odds_explorer]
+    a_microscope, judged.judged_explorer, lengths.lengths_explorer, odds.odds_explorer,
+    gae.gae_explorer, gradients.gradients_explorer, goodhart.goodhart_explorer]
 
 
 @pytest.mark.parametrize("make", EXPLORERS)

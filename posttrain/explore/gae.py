@@ -100,13 +100,13 @@ def _cells(rows: dict[str, Tensor], lam: float, gamma: float, place: str) -> str
               for t, v in enumerate(rows[name].tolist())] for name in names]
     told = "; ".join(f"{name}: {', '.join(svg.short(v) for v in row)}" for name, row in zip(names.values(), table))
     return svg.heatmap(table, title=f"One answer, λ = {lam:g}, γ = {gamma:g}", row_labels=list(names.values()),
-                       col_labels=COLUMNS, fmt=".2f", vmin=-1, vmax=1, width=376, height=214, desc=f"{told}.")
+                       col_labels=COLUMNS, fmt=".2f", vmin=-1, vmax=1, width=344, height=214, desc=f"{told}.")
 
 
 def _dial(explained: Tensor) -> str:
     "Both explained variances on a scale from -1 to 1; what lies below is drawn at the end."
     axes = svg.Axes((-1.0, 1.0), (-0.6, 1.6), title="Explained variance of the critic", yticks=[],
-                    xticks=[(-1, "≤ −1"), (0, "0: a mean"), (1, "1: all")], width=344, height=120)
+                    xticks=[(-1, "≤ −1"), (0, "0: a mean"), (1, "1: all")], right=24, width=344, height=120)
     body = [axes.vline(0.0)]
     for y, name, value in zip((1, 0), ("of the rewards that came", "of PPO's returns"), explained.tolist()):
         shown = min(max(value, -1.0), 1.0) if value == value else 0.0
@@ -134,8 +134,8 @@ def draw_gae(
 ) -> str:  # SVG
     "An answer token by token, and how much its critic knows."
     rows = strip(lam, gamma, critic, place)
-    beneath = svg.beside(_dial(rows["explained"]), svg.paragraph(_words(rows, lam, gamma), lines=6))
-    return svg.stack(_cells(rows, lam, gamma, place), beneath)
+    said = svg.paragraph(_words(rows, lam, gamma), lines=6)
+    return svg.beside(_cells(rows, lam, gamma, place), svg.stack(_dial(rows["explained"]), said))
 
 
 def gae_explorer() -> Explorer:
