@@ -2073,8 +2073,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                     'posttrain/reward/reward_trainer.py'),
                                                  'posttrain.reward.reward_trainer.RewardTrainer._make_model': ( 'reward/reward_trainer.html#rewardtrainer._make_model',
                                                                                                                 'posttrain/reward/reward_trainer.py'),
-                                                 'posttrain.reward.reward_trainer.RewardTrainer._note_where_scores_stand': ( 'reward/reward_trainer.html#rewardtrainer._note_where_scores_stand',
-                                                                                                                             'posttrain/reward/reward_trainer.py'),
                                                  'posttrain.reward.reward_trainer.RewardTrainer.check': ( 'reward/reward_trainer.html#rewardtrainer.check',
                                                                                                           'posttrain/reward/reward_trainer.py'),
                                                  'posttrain.reward.reward_trainer.RewardTrainer.default_collator': ( 'reward/reward_trainer.html#rewardtrainer.default_collator',

@@ -264,7 +264,7 @@ REFUSED = {  # kind -> trainer, rows, options, what is said
     "margin inf": (reward, lambda: rows(PAIR, dict(margin=float("inf")), margin=1.0), {}, "row 3: .* got inf"),
     "margin None": (reward, lambda: rows(PAIR, dict(margin=None), margin=1.0), {}, "'margin', row 3: .* got None"),
     "margin of words": (reward, lambda: rows(PAIR, margin="better"), {},
-                        r"'margin', row 0: .* got 'better' .* dataset.remove_columns\('margin'\)"),
+                        "'margin', row 0: .* got 'better'"),
     "margin a list": (reward, lambda: rows(PAIR, margin=[1.0]), {}, "'margin', row 0: .*finite number"),
     "margin True": (reward, lambda: rows(PAIR, margin=True), {}, "'margin', row 0: .*finite number"),
     "margin NaN in a stream": (reward, lambda: stream(rows(PAIR, margin=float("nan"))), {}, "'margin', row 0: .* nan"),

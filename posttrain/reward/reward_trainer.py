@@ -39,14 +39,12 @@ class RewardConfig(AnswerFields, PostConfig):
 
 # %% ../../nbs/reward/03_reward_trainer.ipynb #8545667d
 class RewardTrainer(PairTrainer):
-    """
-    A reward model of pairs (Bradley and Terry; with margins as in https://arxiv.org/abs/2307.09288, centred as in
+    """A reward model of pairs (Bradley and Terry; with margins as in https://arxiv.org/abs/2307.09288, centred as in
     https://arxiv.org/abs/2312.09244). Call it as TRL's.
 
     The datasets are those of `PairTrainer`, with `margin` if there is one, the parameters those of `PostTrainer`; the
     model is a classifier with one label, or a path. Raises ValueError and TypeError that say what is wrong with the
-    data or the config, before the model is loaded.
-    """
+    data or the config, before the model is loaded."""
 
     config_class, shown = RewardConfig, ("center_rewards_coefficient",)
     pipeline = "text-classification"
@@ -54,31 +52,21 @@ class RewardTrainer(PairTrainer):
     reads_text = None  # or messages?
 
     def check(self, dataset, name):
-        place = f"{type(self).__name__}, {name} dataset"
         self.needs_dataset(dataset, name)
-        super().check(with_common_prompt(dataset, place, most=100), name)
-        if "margin" not in (row := first_row(dataset)): return
-        try: check_rows({"margin": [row["margin"]]}, ("margin",), [0], place)
-        except TypeError as error:
-            raise TypeError(f"{error} A column of this name that is no margin: dataset = "
-                            "dataset.remove_columns('margin')") from None
+        super().check(with_common_prompt(dataset, place := f"{type(self).__name__}, {name} dataset", most=100), name)
+        if "margin" in (row := first_row(dataset)): check_rows({"margin": [row["margin"]]}, ("margin",), [0], place)
 
     def prepare(self, dataset, name, training):
         place = f"{type(self).__name__}, {name} dataset"
         if self.reads_text is None: self.reads_text = isinstance(first_row(dataset).get("chosen"), str)
-        pairs = super().prepare(with_common_prompt(dataset, place), name, training)
-        return without_equal_pairs(pairs, place)
+        return without_equal_pairs(super().prepare(with_common_prompt(dataset, place), name, training), place)
 
     def _make_model(self, model, peft_config):
-        model = super()._make_model(model, peft_config)
-        self._note_where_scores_stand(unwrapped(model))
+        model, tokenizer = super()._make_model(model, peft_config), self.processing_class
+        # saved with both, for a text is scored at the token that training has scored; an adapter comes without a config
+        unwrapped(model).config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        tokenizer.init_kwargs["scores_end_of_sequence"] = bool(self.reads_text)
         return model
-
-    def _note_where_scores_stand(self, lm):
-        "What is saved with model and tokenizer, so that a text is scored at the token that training has scored."
-        lm.config.get_text_config().pad_token_id = self.processing_class.pad_token_id
-        # noted in the tokenizer, because an adapter is saved without the model's config
-        self.processing_class.init_kwargs["scores_end_of_sequence"] = bool(self.reads_text)
 
     def default_collator(self):
         return partial(collate_scored_pairs, pad_token_id=self.processing_class.pad_token_id)
@@ -92,7 +80,6 @@ class RewardTrainer(PairTrainer):
             "the pairs of the optimizer step", "none: the model scores texts and writes none",
             {name: getattr(self.args, name) for name in (*self.shown, "max_length", "truncation_mode")})
 
-    # ------------------------------------------------ one step
     def rewards_of(self, model, batch) -> tuple[Tensor, Tensor]:
         "(P,) of the chosen answers, and of the rejected ones."
         return split_pairs(read(model, batch, scores, at="token")["scores"].sum(1))
