@@ -532,3 +532,14 @@ def test_values_of_a_critic_with_a_body_of_its_own_do_not_move_the_policy():
     out = completion_logps(model, make_batch([[5, 6]], [[7, 8, 9]], [0]))
     out["values"].sum().backward()
     assert all(p.grad is None for p in model.policy.parameters())
+
+
+def test_the_microscope_shows_the_advantage_of_each_token(config, tmp_path):
+    from posttrain.explore.microscope import Microscope
+    trainer = make(config, steps=4, num_ppo_epochs=2, lam=.5, output_dir=str(tmp_path))
+    trainer.add_callback(Microscope(every_steps=1))
+    trainer.train()
+    looks = [json.loads(line) for line in (tmp_path / "microscope.jsonl").read_text().splitlines()]
+    seen = [c for look in looks if "prompts" in look for p in look["prompts"] for c in p["completions"]]
+    assert (tmp_path / "microscope.html").exists() and seen
+    assert any(len(set(c["advantages"])) > 1 for c in seen) and all(len(c["logps"]) == len(c["ids"]) for c in seen)
