@@ -5,9 +5,7 @@
 Same model, same reference, same texts, same optimizer, float32, in one process; gradients are compared before a time is
 believed. KTO takes its mismatched answers from the row before, as TRL does. ORPO is there twice: as it is by default,
 with the likelihood of the completion (the paper's), beside TRL's of the whole sequence; and with TRL's in both."""
-import argparse
 import copy
-import json
 from functools import partial
 from importlib import import_module
 
@@ -85,19 +83,5 @@ def bench_memory(names):
                                  harness.memory_of_both(__file__, REPEATS, ("train",), method, name))
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", default="steps,memory")
-    parser.add_argument("--models", default="pocket;10M, 32k vocabulary", help="names, separated by ;")
-    parser.add_argument("--memory", nargs="+", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.memory: return print(json.dumps(memory_of(*args.memory[1:])))
-    print(harness.machine())
-    names = args.models.split(";")
-    if "steps" in args.only: bench_steps(args.rounds, names)
-    if "memory" in args.only: bench_memory([n for n in names if n != "pocket"])
-
-
 if __name__ == "__main__":
-    main()
+    harness.command_line(__doc__, "pocket;10M, 32k vocabulary", memory_of, bench_steps, bench_memory)

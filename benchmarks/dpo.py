@@ -4,9 +4,7 @@
 
 Same model, same reference, same rows, same optimizer, float32, in one process; losses and gradients are compared before
 a time is believed."""
-import argparse
 import copy
-import json
 from functools import partial
 
 import harness  # sets the environment before transformers is imported
@@ -89,19 +87,5 @@ def bench_memory(names):
             harness.print_memory(f"{name}, {kind}", mib)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", default="steps,memory")
-    parser.add_argument("--models", default=";".join(MODELS), help="names, separated by ;")
-    parser.add_argument("--memory", nargs="+", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.memory: return print(json.dumps(memory_of(*args.memory[1:])))
-    print(harness.machine())
-    names = args.models.split(";")
-    if "steps" in args.only: bench_steps(args.rounds, names)
-    if "memory" in args.only: bench_memory([n for n in names if n != "pocket"])
-
-
 if __name__ == "__main__":
-    main()
+    harness.command_line(__doc__, ";".join(MODELS), memory_of, bench_steps, bench_memory)

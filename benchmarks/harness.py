@@ -2,6 +2,7 @@
 processes.
 
 Machines are shared and drift, so only ratios within one run mean anything."""
+import argparse
 import json
 import os
 import statistics
@@ -137,6 +138,22 @@ def memory_of_both(script: str, repeats: int, before: tuple, *after: str) -> dic
 def print_memory(label: str, mib: dict, widths=(7, 8)) -> None:
     print(f"{label:46}{median(mib['TRL']):{widths[0]}.0f}MiB{median(mib['posttrain']):{widths[1]}.0f}MiB "
           f"  {ratio(mib, 'TRL', 'posttrain')}", flush=True)
+
+
+def command_line(doc: str, models: str, memory_of, bench_steps, bench_memory) -> None:
+    """What a benchmark of steps and memory can be asked. `memory_of` gets the arguments of a fresh process."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", default="steps,memory")
+    parser.add_argument("--models", default=models, help="names, separated by ;")
+    parser.add_argument("--memory", nargs="+", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.memory: return print(json.dumps(memory_of(*args.memory[1:])))
+    print(machine())
+    names = args.models.split(";")
+    if "steps" in args.only: bench_steps(args.rounds, names)
+    # the pocket model needs too little for a process to tell
+    if "memory" in args.only: bench_memory([name for name in names if not name.startswith("pocket")])
 
 
 def silence(trainer):

@@ -7,9 +7,7 @@ Same policy, reference, critic, completions, scores and optimizer, float32, in o
 before a time is believed. A step is all that happens to a generation after it was sampled and scored: log-probs of the
 policy and of the reference, values, advantages, and four passes with an optimizer step each. The critic is a model of
 its own in both, as in TRL; a last row has ours as a layer on the policy's body. TRL 1.12's wheel is downloaded."""
-import argparse
 import copy
-import json
 import sys
 import tempfile
 import warnings
@@ -177,21 +175,7 @@ def bench_memory(names):
         harness.print_memory(name, harness.memory_of_both(__file__, REPEATS, ("train",), name))
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", default="steps,memory")
-    parser.add_argument("--models", default=";".join(MODELS), help="names, separated by ;")
-    parser.add_argument("--memory", nargs="+", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.memory: return print(json.dumps(memory_of(*args.memory[1:])))
-    names = args.models.split(";")
-    warnings.filterwarnings("ignore", "var\\(\\): degrees of freedom")  # TRL's, of one micro-batch
-    old_trl()
-    print(harness.machine())
-    if "steps" in args.only: bench_steps(args.rounds, names)
-    if "memory" in args.only: bench_memory([n for n in names if not n.startswith("pocket")])
-
-
 if __name__ == "__main__":
-    main()
+    warnings.filterwarnings("ignore", "var\\(\\): degrees of freedom")  # TRL's, of one micro-batch
+    if "--memory" not in sys.argv: old_trl()  # before anything names the version
+    harness.command_line(__doc__, ";".join(MODELS), memory_of, bench_steps, bench_memory)

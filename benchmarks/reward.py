@@ -4,8 +4,6 @@
 
 Same model with a layer for scores, same tokens, same optimizer, float32, in one process; gradients are compared before
 a time is believed. TRL reads each answer behind a prompt of its own, padded to the longest of the batch."""
-import argparse
-import json
 from functools import partial
 from importlib import import_module
 
@@ -70,19 +68,5 @@ def bench_memory(names):
                                  harness.memory_of_both(__file__, REPEATS, ("train",), name, kind))
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", default="steps,memory")
-    parser.add_argument("--models", default="pocket;10M, 32k vocabulary", help="names, separated by ;")
-    parser.add_argument("--memory", nargs="+", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.memory: return print(json.dumps(memory_of(*args.memory[1:])))
-    print(harness.machine())
-    names = args.models.split(";")
-    if "steps" in args.only: bench_steps(args.rounds, names)
-    if "memory" in args.only: bench_memory([n for n in names if n != "pocket"])
-
-
 if __name__ == "__main__":
-    main()
+    harness.command_line(__doc__, "pocket;10M, 32k vocabulary", memory_of, bench_steps, bench_memory)
