@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..foundations.layouts import Layout, lay_out, lay_out_parts, make_batch
 from ..foundations.logps import token_logps
+from .attention import attend_in_pieces, attends_in_pieces, piece_inputs
 from .router import router_losses, routers_asked, summed_balance
 from posttrain.training.states import (
     HeadSpec,
@@ -134,6 +135,7 @@ def _has_head(lm: nn.Module) -> bool: return "_posttrain_head" in lm.__dict__
 
 def _inputs(lm: nn.Module, lay: Layout) -> dict[str, Tensor]:
     "A layout as the keywords of the model's forward."
+    if lay.pieces: return dict(input_ids=lay.input_ids, position_ids=lay.position_ids, **piece_inputs(lay.pieces))
     if lay.visible is None: return dict(input_ids=lay.input_ids)
     mask = lay.visible
     if lm.config._attn_implementation == "eager":  # eager attention adds its mask to the scores
@@ -158,7 +160,7 @@ def read(
     layout = layout if spec.masked_rows else "padded"
     # in shards all processes must run the same layers equally often
     joins = getattr(reader, "joins", False) and not hasattr(lm, "reshard")
-    lay, *others = (lay_out_parts if joins else _one_layout)(batch, layout, spec.hidden_size)
+    lay, *others = (lay_out_parts if joins else _one_layout)(batch, layout, spec.hidden_size, attends_in_pieces(lm))
     routers, tokens = routers_asked(), sum(part.times.sum() for part in (lay, *others))
     more = tuple((_inputs(lm, other), other) for other in others)
     out = model(**_inputs(lm, lay), read=Query(reader, lay, at, more, routers is not None))
@@ -212,9 +214,12 @@ def _verify(lm: nn.Module, spec: HeadSpec) -> None:
     with scoring(lm):
         _verify_padded(lm, batch)
         if not spec.masked_rows: return
-        try: spec.why_not = _fault_of_sharing(lm, batch, other_sibling, other_prompt)
-        except (TypeError, ValueError, RuntimeError) as e:
-            spec.why_not = f"it cannot run on one ({type(e).__name__}: {e})"
+        # in pieces if it can, else behind a mask
+        in_pieces = attend_in_pieces(lm)
+        spec.why_not = _fault_of_sharing(lm, batch, other_sibling, other_prompt)
+        if spec.why_not and in_pieces:
+            attend_in_pieces(lm, False)
+            spec.why_not = _fault_of_sharing(lm, batch, other_sibling, other_prompt)
         spec.masked_rows = not spec.why_not
 
 
@@ -278,7 +283,8 @@ def _must_be_finite(lm: nn.Module) -> None:
 
 def _fault_of_sharing(lm: nn.Module, batch: dict, other_sibling: dict, other_prompt: dict) -> str:
     "What goes wrong when two completions share their prompt in one row, or ''."
-    shared, sibling, prompt = (_answers(lm, b, "shared") for b in (batch, other_sibling, other_prompt))
+    try: shared, sibling, prompt = (_answers(lm, b, "shared") for b in (batch, other_sibling, other_prompt))
+    except (TypeError, ValueError, RuntimeError) as e: return f"it cannot run on one ({type(e).__name__}: {e})"
     padded = _answers(lm, batch, "padded")
     # What is masked weighs exactly 0 in any precision, so these hold in half precision too, where all differences are
     # small.
@@ -309,6 +315,9 @@ class PolicyAndValue(nn.Module):
         # both read one layout: where one of them must be padded, both are
         specs = [unwrapped(model)._posttrain_head for model in (attach_head(policy), value)]
         for spec in specs: spec.masked_rows = all(spec.masked_rows for spec in specs)
+        both = [unwrapped(policy), unwrapped(value)]
+        if not all(map(attends_in_pieces, both)):
+            for lm in both: attend_in_pieces(lm, False)
 
     @property
     def shares_body(self) -> bool:

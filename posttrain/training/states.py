@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from ..foundations.divergences import reverse_kl
 from ..foundations.layouts import Layout
 from ..foundations.logps import linear_logps, linear_token_loss
+from .attention import ATTENTION
 
 # %% ../../nbs/training/02_states.ipynb #e33a7fff
 @dataclass
@@ -56,7 +57,7 @@ def _obstacle(lm: nn.Module) -> str:
         return "its attention has a sliding window"
     if not {"attention_mask", "position_ids"} <= set(inspect.signature(type(lm.base_model).forward).parameters):
         return "it takes no attention mask with positions"
-    if config._attn_implementation not in ("sdpa", "eager"):
+    if config._attn_implementation not in ("sdpa", ATTENTION, "eager"):
         return f"its attention is {config._attn_implementation!r}, not 'sdpa' or 'eager'"
     return ""
 
