@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['ATTENTION', 'attend', 'attends_in_pieces', 'attend_in_pieces', 'piece_inputs']
 
-# %% ../../nbs/training/02a_attention.ipynb #f751ba22
+# %% ../../nbs/training/02a_attention.ipynb #d573a981
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from transformers.masking_utils import sdpa_mask
 
 from ..foundations.layouts import Piece, Pieces
 
-# %% ../../nbs/training/02a_attention.ipynb #32c72b69
+# %% ../../nbs/training/02a_attention.ipynb #24dceac8
 def _take(states: Tensor, places: Tensor) -> Tensor:  # (1, heads, L, D), (b, n) -> (b, heads, n, D)
     tokens = states[0].transpose(0, 1)
     return tokens.index_select(0, places.flatten()).view(*places.shape, *tokens.shape[1:]).transpose(1, 2)
@@ -25,71 +25,73 @@ def _take_repeatedly(states: Tensor, places: Tensor) -> Tensor:
     return _take(states.to(wide), places).to(states.dtype)
 
 
-def _attend_masked(query, key, value, visible, dropout, scaling) -> Tensor:
+def _attend_masked(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, **options) -> Tensor:
     "All (b, heads, n, D). Heads that share their keys stand one below the other, so that no key is repeated."
-    sharing = query.shape[1] // key.shape[1]
-    folded = query.unflatten(1, (key.shape[1], sharing)).flatten(2, 3)
-    out = F.scaled_dot_product_attention(folded, key, value, attn_mask=visible.repeat(1, 1, sharing, 1),
-                                         dropout_p=dropout, scale=scaling)
-    return out.unflatten(2, (sharing, query.shape[2])).flatten(1, 2)
+    heads, T = key.shape[1], query.shape[2]
+    together = query.unflatten(1, (heads, -1)).flatten(2, 3)
+    visible = visible.repeat(1, 1, query.shape[1] // heads, 1)
+    out = F.scaled_dot_product_attention(together, key, value, attn_mask=visible, **options)
+    return out.unflatten(2, (-1, T)).flatten(1, 2)
 
 
 def _attend_piece(module, query, key, value, piece: Piece, dropout, scaling) -> Tensor:  # (b * T, heads, D)
-    q = _take(query, piece.queries)
+    take = _take if piece.visible is None else _take_repeatedly
+    q, k, v = _take(query, piece.queries), take(key, piece.keys), take(value, piece.keys)
     if piece.visible is None:
-        k, v = _take(key, piece.keys), _take(value, piece.keys)
-        out, _ = sdpa_attention_forward(module, q, k, v, None, dropout, scaling, is_causal=True)
-        return out.flatten(0, 1)
-    k, v = _take_repeatedly(key, piece.keys), _take_repeatedly(value, piece.keys)
-    return _attend_masked(q, k, v, piece.visible, dropout, scaling).transpose(1, 2).flatten(0, 1)
+        out, _ = sdpa_attention_forward(module, q, k, v, None, dropout=dropout, scaling=scaling, is_causal=True)
+    else:
+        out = _attend_masked(q, k, v, piece.visible, dropout_p=dropout, scale=scaling).transpose(1, 2)
+    return out.flatten(0, 1)
 
 
 def attend(
     module: nn.Module,  # the attention layer
     query: Tensor,      # (R, heads, L, D)
-    key: Tensor,        # (R, heads for keys, L, D)
-    value: Tensor,      # (R, heads for keys, L, D)
-    attention_mask: Tensor | None,  # not looked at where there are pieces
+    key: Tensor,        # (R, heads that keys have, L, D)
+    value: Tensor,      # (R, heads that keys have, L, D)
+    attention_mask: Tensor | None,  # as in transformers; of no account where there are pieces
     *,
     pieces: Pieces | None = None,  # as in `Layout.pieces`, for one row; None: transformers' attention "sdpa"
-    dropout: float = 0.0,          # as there
-    scaling: float | None = None,  # as there
-    **more,                        # as there
-) -> tuple[Tensor, None]:  # (R, L, heads, D)
-    "transformers' attention \"sdpa\", which can go through a row piece by piece. Raises NotImplementedError for a bias."
+    dropout: float = 0.0,          # share of the weights that are dropped; default: transformers'
+    scaling: float | None = None,  # multiplies the scores; None: 1 / sqrt(D), as in PyTorch
+    **more,                        # whatever else the model hands on to transformers' attention
+) -> tuple[Tensor, None]:  # (R, L, heads, D), and no weights
+    """transformers' attention "sdpa", which can also go through a row piece by piece.
+
+    Raises NotImplementedError for pieces with a bias on positions."""
     if pieces is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
                                       **more)
-    if more.get("position_bias") is not None: raise NotImplementedError("a bias for positions cannot be in pieces")
+    if more.get("position_bias") is not None: raise NotImplementedError("pieces and a bias on positions")
     outs = [_attend_piece(module, query, key, value, piece, dropout, scaling) for piece in pieces.parts]
     return torch.cat(outs).index_select(0, pieces.back)[None], None
 
-
+# %% ../../nbs/training/02a_attention.ipynb #f7407742
 ATTENTION = "posttrain_sdpa"
 AttentionInterface.register(ATTENTION, attend)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
-# %% ../../nbs/training/02a_attention.ipynb #24f5a076
+
 def attends_in_pieces(
     lm: nn.Module,  # a model of transformers
 ) -> bool:
-    "Does it use this attention?"
+    "Is its attention this one?"
     return lm.config.get_text_config()._attn_implementation == ATTENTION
 
 
 def attend_in_pieces(
     lm: nn.Module,  # a model of transformers
     wanted: bool = True,  # False: back to "sdpa"
-) -> bool:
-    "Let a model whose attention is \"sdpa\" use this one, or go back. Does it use it now? Saved configs do not name it."
-    text = lm.config.get_text_config()
+) -> bool:  # is its attention this one now?
+    "Let a model whose attention is \"sdpa\" use this one, or go back. A model with another attention keeps it."
+    config = lm.config.get_text_config()
     before, after = ("sdpa", ATTENTION) if wanted else (ATTENTION, "sdpa")
-    if text._attn_implementation == before: text._attn_implementation = after
-    return text._attn_implementation == ATTENTION
+    if config._attn_implementation == before: config._attn_implementation = after
+    return attends_in_pieces(lm)
 
 
 def piece_inputs(
     pieces: Pieces,  # as in `Layout.pieces`
 ) -> dict:
-    "The keywords of a model's forward. A model that does not hand them to its attention fails: the mask has no cells."
+    "Keywords of a model's forward: the pieces, and a mask without cells, at which any other attention fails."
     return dict(pieces=pieces, attention_mask=torch.empty(1, 1, 0, 0, dtype=torch.bool, device=pieces.back.device))
