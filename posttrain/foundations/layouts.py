@@ -193,8 +193,8 @@ def _cheapest_plan(prompt_len, comp_len, owner, layout, hidden_size, in_pieces) 
     return min(plans, key=lambda plan: plan.cost)
 
 
-# What a stretch costs beside its pairs, in pairs, and a piece beside its stretches: about as measured on a CPU, forwards
-# and backwards, with heads of 16 and of 32 numbers. It decides for small batches only.
+# What a stretch costs beside its pairs, counted in pairs, and what one more piece costs: about as measured on a CPU,
+# forwards and backwards, with the four heads of 16 numbers of the pocket model. They matter for small batches only.
 STRETCH_PAIRS, PIECE_PAIRS = 2**11, 2**14
 
 
@@ -234,14 +234,20 @@ def _stretches(head_len, comp_len, block_of, lengths) -> _Stretches:
 def _cut_into_pieces(stretches: _Stretches) -> list[_Stretches]:
     "Stretches of about equal length together: padding costs no more than a call, or an eighth of what is needed."
     keys = stretches.before + stretches.length
-    order, pieces, first, longest, needed = np.lexsort((-keys, stretches.before > 0)), [], 0, 0, 0
-    for i, (t, k, masked) in enumerate(zip(*(x[order].tolist() for x in (stretches.length, keys, stretches.before > 0)))):
-        longest, needed = max(longest, t), needed + t * k
-        if i == first: widest, kind = k, masked
-        elif masked != kind or (i + 1 - first) * longest * widest - needed > max(PIECE_PAIRS, needed / 8):
-            pieces.append(order[first:i])
-            first, longest, widest, kind, needed = i, t, k, masked, t * k
-    return [_Stretches(*(x[piece] for x in stretches)) for piece in (*pieces, order[first:])]
+    keys, behind = stretches.before + stretches.length, stretches.before > 0
+    pieces, kind = [], None
+    # those without a mask come first, and of each kind the longest
+    for i in np.lexsort((-keys, behind)).tolist():
+        t, k = int(stretches.length[i]), int(keys[i])
+        if kind == behind[i]:
+            longest, needed = max(longest, t), needed + t * k
+            padding = (len(pieces[-1]) + 1) * longest * widest - needed
+            if padding <= max(PIECE_PAIRS, needed / 8):
+                pieces[-1].append(i)
+                continue
+        pieces.append([i])
+        longest, widest, needed, kind = t, k, t * k, behind[i]
+    return [_Stretches(*(x[piece] for x in stretches)) for piece in pieces]
 
 
 def _plan_in_pieces(head_len, comp_len, heads, block_of, lengths, hidden_size) -> _Plan:
@@ -273,8 +279,7 @@ def _pieces(plan: _Plan, to) -> Pieces:
         # a padding repeats the last token, so its first place is the one that counts
         back[queries.flatten()[::-1]] = offset + np.arange(queries.size)[::-1]
         offset += queries.size
-        queries = to(queries)
-        parts.append(Piece(queries, queries if visible is None else to(keys), None if visible is None else to(visible)))
+        parts.append(Piece(to(queries), to(keys), None if visible is None else to(visible)))
     return Pieces(tuple(parts), to(back))
 
 

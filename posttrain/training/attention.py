@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['ATTENTION', 'attend', 'attends_in_pieces', 'attend_in_pieces', 'piece_inputs']
 
-# %% ../../nbs/training/02a_attention.ipynb #d573a981
+# %% ../../nbs/training/02a_attention.ipynb #84055fca
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from transformers.masking_utils import sdpa_mask
 
 from ..foundations.layouts import Piece, Pieces
 
-# %% ../../nbs/training/02a_attention.ipynb #24dceac8
+# %% ../../nbs/training/02a_attention.ipynb #cdda71d4
 def _take(states: Tensor, places: Tensor) -> Tensor:  # (1, heads, L, D), (b, n) -> (b, heads, n, D)
     tokens = states[0].transpose(0, 1)
     return tokens.index_select(0, places.flatten()).view(*places.shape, *tokens.shape[1:]).transpose(1, 2)
@@ -66,7 +66,7 @@ def attend(
     outs = [_attend_piece(module, query, key, value, piece, dropout, scaling) for piece in pieces.parts]
     return torch.cat(outs).index_select(0, pieces.back)[None], None
 
-# %% ../../nbs/training/02a_attention.ipynb #f7407742
+# %% ../../nbs/training/02a_attention.ipynb #a8d84148
 ATTENTION = "posttrain_sdpa"
 AttentionInterface.register(ATTENTION, attend)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
