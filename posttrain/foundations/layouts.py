@@ -235,7 +235,7 @@ def _cut_into_pieces(stretches: _Stretches) -> list[_Stretches]:
     "Stretches of about equal length together: padding costs no more than a call, or an eighth of what is needed."
     keys = stretches.before + stretches.length
     keys, behind = stretches.before + stretches.length, stretches.before > 0
-    pieces, kind = [], None
+    pieces, kind, longest, widest, needed = [], None, 0, 0, 0
     # those without a mask come first, and of each kind the longest
     for i in np.lexsort((-keys, behind)).tolist():
         t, k = int(stretches.length[i]), int(keys[i])
