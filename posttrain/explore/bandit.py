@@ -99,7 +99,7 @@ def _bars(policy: Tensor, alpha: float, now: int) -> str:
     "The policy as bars, the reference as strokes over them, and the best answer's name."
     axes = svg.Axes((0.4, ANSWERS + 0.6), (0.0, 1.0), title=f"Run 1 after {now} rounds, α = {svg.short(alpha)}",
                     xlabel="answer; the best one is 14", ylabel="probability",
-                    signs={"policy": svg.box_sign(svg.PALETTE[0]), "reference": svg.line_sign(**svg.pen(1))},
+                    signs={"policy": svg.box_sign(svg.PALETTE[0]), "reference": svg.line_sign(stroke=svg.PALETTE[1], stroke_width=2)},
                     xticks=[(k, str(k)) for k in (1, 5, 10, 14, 20)], width=344, height=260)
     body = [axes.band((BEST + 0.5, BEST + 1.5), fill=svg.GRID)]
     for k, (p, q) in enumerate(zip(policy.exp().tolist(), REFERENCE.exp().tolist()), 1):

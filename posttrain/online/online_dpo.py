@@ -95,7 +95,8 @@ def win_rate(
 ) -> tuple[float, float]:  # the win rate, and its standard error; NaN where there are too few
     "How often one side wins, where a tie counts half."
     known = preferences[~preferences.isnan()].double()
-    return known.mean().item(), known.std().item() / max(len(known), 1)**0.5
+    error = known.std().item() / len(known)**0.5 if len(known) > 1 else float("nan")
+    return known.mean().item(), error
 
 
 def identical_pairs(

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['xpo_bonus', 'xpo_loss', 'ReferenceSamples']
 
-# %% ../../nbs/online/17_xpo.ipynb #e09a6b4f
+# %% ../../nbs/online/17_xpo.ipynb #1e1797d0
 import random
 from dataclasses import dataclass, field
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..foundations.masks import masked_sum
 from .online_dpo import online_dpo_loss
 
-# %% ../../nbs/online/17_xpo.ipynb #aa3eabbd
+# %% ../../nbs/online/17_xpo.ipynb #18842c1c
 def xpo_bonus(
     logps: Tensor,  # (R, T) under the policy, of answers that the reference wrote
     mask: Tensor,   # (R, T) of 0/1
