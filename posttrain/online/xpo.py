@@ -67,13 +67,14 @@ class ReferenceSamples:
     ) -> None:
         "Take the answers of a round in. Raises ValueError unless there are as many prompts as answers."
         for prompt, answer in zip(prompts, answers, strict=True):
-            # the k-th answer stays with the probability keep / k: so each one that was added is as likely to be here
-            place = self.added if self.added < self.keep else self._random(self.added, "add").randrange(self.added + 1)
             self.added += 1
-            if place == len(self.answers):
+            if len(self.answers) < self.keep:
                 self.prompts.append(list(prompt))
                 self.answers.append(list(answer))
-            elif place < self.keep: self.prompts[place], self.answers[place] = list(prompt), list(answer)
+                continue
+            # the k-th answer stays with the probability keep / k: so each one that was added is as likely to be here
+            place = self._random("add").randrange(self.added)
+            if place < self.keep: self.prompts[place], self.answers[place] = list(prompt), list(answer)
 
     def draw(
         self,
@@ -81,10 +82,10 @@ class ReferenceSamples:
     ) -> tuple[list[list[int]], list[list[int]]]:  # prompts and answers
         "n of them, with replacement; the same ones until more are added. Raises ValueError if there are none."
         if not self.answers: raise ValueError("there are no answers of the reference yet: `add` some first")
-        chosen = self._random(self.added, "draw").choices(range(len(self.answers)), k=n)
+        chosen = self._random("draw").choices(range(len(self.answers)), k=n)
         return [self.prompts[i] for i in chosen], [self.answers[i] for i in chosen]
 
-    def _random(self, k: int, what: str) -> random.Random: return random.Random(f"{self.seed} {k} {what}")
+    def _random(self, what: str) -> random.Random: return random.Random(f"{self.seed} {self.added} {what}")
 
     def state_dict(self) -> dict:
         "Numbers and lists, as JSON can hold them."
