@@ -154,7 +154,8 @@ def test_one_gradient_for_any_split(sizes):
             total = total + torch.autograd.grad(loss, z)[0]
         return total
 
-    torch.testing.assert_close(gradient(torch.arange(8).split(sizes)), gradient([torch.arange(8)]), rtol=1e-12, atol=1e-14)
+    parts, whole = gradient(torch.arange(8).split(sizes)), gradient([torch.arange(8)])
+    torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-14)
 
 
 def test_the_bonus_leads_away_from_the_reference():
@@ -202,11 +203,13 @@ def test_replay_estimates_the_mean_over_all_rounds():
 # ---------------------------------------------------------------- the explorers' worlds
 def test_the_bandit_needs_the_bonus_and_not_too_much_of_it():
     # medians of twenty runs
-    ends = {alpha: bandit.bandit_run(alpha)["policies"][-1, :, bandit.BEST].exp().median() for alpha in (0.0, 0.03162, 1.0)}
+    def end(alpha): return bandit.bandit_run(alpha)["policies"][-1, :, bandit.BEST].exp().median()
+    ends = {alpha: end(alpha) for alpha in (0.0, 0.03162, 1.0)}
     assert ends[0.0] < 0.01 < 0.9 < ends[0.03162] and ends[1.0] < 0.05
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_fresh_pairs_win_more_than_frozen_ones(seed):
-    online, frozen = (online_offline.wins(online_offline.online_run(kept, seed)[-1]["policy"]) for kept in (False, True))
+    runs = (online_offline.online_run(kept, seed) for kept in (False, True))
+    online, frozen = (online_offline.wins(run[-1]["policy"]) for run in runs)
     assert online > frozen + 0.05 and frozen > 0.75

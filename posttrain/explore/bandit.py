@@ -99,7 +99,8 @@ def _bars(policy: Tensor, alpha: float, now: int) -> str:
     "The policy as bars, the reference as strokes over them, and the best answer's name."
     axes = svg.Axes((0.4, ANSWERS + 0.6), (0.0, 1.0), title=f"Run 1 after {now} rounds, α = {svg.short(alpha)}",
                     xlabel="answer; the best one is 14", ylabel="probability",
-                    signs={"policy": svg.box_sign(svg.PALETTE[0]), "reference": svg.line_sign(stroke=svg.PALETTE[1], stroke_width=2)},
+                    signs={"policy": svg.box_sign(svg.PALETTE[0]),
+                           "reference": svg.line_sign(stroke=svg.PALETTE[1], stroke_width=2)},
                     xticks=[(k, str(k)) for k in (1, 5, 10, 14, 20)], width=344, height=260)
     body = [axes.band((BEST + 0.5, BEST + 1.5), fill=svg.GRID)]
     for k, (p, q) in enumerate(zip(policy.exp().tolist(), REFERENCE.exp().tolist()), 1):
@@ -141,8 +142,8 @@ def draw_bandit(
 
 def bandit_explorer() -> Explorer:
     "The explorer of XPO's bonus."
-    question = ("Take the bonus off: in how many of the runs is the best answer found after 100 rounds? Then look for the α "
-                "with which most runs end at the best answer. What does a larger α do to the policy, and why?")
+    question = ("Take the bonus off: in how many of the runs is the best answer found after 100 rounds? Then look for "
+                "the α with which most runs end at the best answer. What does a larger α do to the policy, and why?")
     return Explorer(draw_bandit, title="XPO on twenty answers", question=question,
                     alpha=slider(0.001, 1.0, value=0.03162, steps=7, log=True, fine=1, label="α"),
                     bonus=toggle(True, label="the bonus"),

@@ -14,7 +14,7 @@ from . import svg
 from .core import Explorer, choice, slider, toggle
 from ..foundations.preferences import Pairs
 from ..offline.dpo import dpo
-from ..online.online_dpo import chosen_first, identical_pairs, online_dpo_loss, preference_of_scores, preferred
+from ..online.online_dpo import chosen_first, online_dpo_loss, preference_of_scores, preferred
 
 # %% ../../nbs/explore/23_online_offline.ipynb #6d3333c2
 ANSWERS, PER_STEP, STEPS = 8, 4, 120

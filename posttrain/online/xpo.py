@@ -35,8 +35,8 @@ def xpo_loss(
     XPO's loss (2405.21046, algorithm 1, divided by the number of rounds): the mean loss of the pairs, plus alpha times
     the mean log-prob of the reference's answers, which therefore *falls*.
 
-    With the counts of the step, the results of its micro-batches add up to that of the step. Stats: `dpo` and `xpo`, the
-    two parts, and `frac_ties`. Raises ValueError for an alpha below 0.
+    With the counts of the step, the results of its micro-batches add up to that of the step. Stats: `dpo` and `xpo`,
+    the two parts, and `frac_ties`. Raises ValueError for an alpha below 0.
     """
     if alpha < 0: raise ValueError(f"alpha={alpha}: expected 0 or more; below 0 the policy would copy the reference")
     if has_preference is None: has_preference = torch.ones_like(pair_losses, dtype=torch.bool)
