@@ -132,7 +132,7 @@ def draw_bandit(
     counter = f"at round {first}" if first <= rounds else "not yet"
     so_far = int((found <= rounds).sum())
     middle = int(found.double().quantile(0.5))
-    half = f"at round {middle}" if middle < NEVER else "not within 100 rounds"
+    half = f"by round {middle}" if middle < NEVER else "not within 100 rounds"
     words = (f"Best answer found: {counter}. In {so_far} of 20 runs it was found by now; half of the runs find it "
              f"{half}. Mean reward over the runs: {svg.short((now.exp() @ REWARDS).mean().item(), 3)}; the reference "
              f"has {svg.short((REFERENCE.exp() @ REWARDS).item(), 3)}, the best policy "
