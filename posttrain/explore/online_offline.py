@@ -103,7 +103,7 @@ def _progress(seed: int) -> dict:
 
 @cache
 def draw_online_offline(
-    step: int = 10,       # optimizer steps so far
+    step: int = 20,       # optimizer steps so far
     frozen: bool = False,  # the pairs come from the reference for ever
     luck: str = "first",  # which random numbers: first, second or third
 ) -> str:  # SVG
@@ -128,5 +128,5 @@ def online_offline_explorer() -> Explorer:
     question = ("Let the run go on to its end, once with fresh and once with frozen pairs. Which answers stand in a "
                 "pair in each case? Why does the frozen run stop before the best answer?")
     return Explorer(draw_online_offline, title="Pairs that follow the policy", question=question,
-                    step=slider(0, STEPS, value=10, steps=13, fine=1, label="step"),
+                    step=slider(0, STEPS, value=20, steps=13, fine=1, label="step"),
                     frozen=toggle(False, label="freeze the data"), luck=choice(*_SEEDS, label="random numbers"))
