@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from posttrain.explore import (
+    bandit,
     beta,
     clip,
     dashboard,
@@ -26,6 +27,7 @@ from posttrain.explore import (
     lengths,
     microscope,
     odds,
+    online_offline,
     pair_losses,
     plane,
     tokens,
@@ -113,7 +115,8 @@ EXPLORERS = [
     tokens.tokens_explorer, kl.kl_explorer, weights.weights_explorer, beta.beta_explorer, a_plane,
     pair_losses.pair_loss_curves, zero_loss.zero_loss_explorer, groups.groups_explorer, clip.clip_explorer, a_run,
     a_microscope, judged.judged_explorer, lengths.lengths_explorer, odds.odds_explorer,
-    gae.gae_explorer, gradients.gradients_explorer, goodhart.goodhart_explorer]
+    gae.gae_explorer, gradients.gradients_explorer, goodhart.goodhart_explorer,
+    bandit.bandit_explorer, online_offline.online_offline_explorer]
 
 
 @pytest.mark.parametrize("make", EXPLORERS)
