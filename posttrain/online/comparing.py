@@ -3,8 +3,9 @@
 # %% auto #0
 __all__ = ['LOSSES', 'ipo_of_sums', 'of_epoch', 'by_turns', 'ComparingConfig', 'ComparingTrainer']
 
-# %% ../../nbs/online/15b_comparing.ipynb #65d67434
+# %% ../../nbs/online/15b_comparing.ipynb #1b8becd1
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from ..rollout.verdicts import Verdicts
 from ..training.config import ReferenceFields, option
 from ..training.metrics import Mean
 
-# %% ../../nbs/online/15b_comparing.ipynb #f53ba764
+# %% ../../nbs/online/15b_comparing.ipynb #8755aade
 def ipo_of_sums(
     pairs: Pairs,  # P pairs
     *,
@@ -55,7 +56,7 @@ def by_turns(
     pairs = Generation.join([first, second]).pick([k for i in range(n) for k in (i, n + i)])
     return replace(pairs, num_generations=2, extra=pairs.extra | {k: [*v] * n for k, v in extra.items()})
 
-# %% ../../nbs/online/15b_comparing.ipynb #c34d6650
+# %% ../../nbs/online/15b_comparing.ipynb #28c806a4
 _MODELS = "give the trainer its models: model=..., reward_funcs=..."
 
 
@@ -101,7 +102,7 @@ class ComparingConfig(ReferenceFields, OnlineConfig):
     @property
     def completions_at_once(self) -> int: return self.num_generations * self.per_device_train_batch_size
 
-# %% ../../nbs/online/15b_comparing.ipynb #9dbce918
+# %% ../../nbs/online/15b_comparing.ipynb #39b09d31
 class ComparingTrainer(OnlineTrainer):
     """A trainer of methods that compare two answers of their own. Call it as TRL's OnlineDPOTrainer.
 
@@ -134,12 +135,14 @@ class ComparingTrainer(OnlineTrainer):
         "Of this epoch."
         return of_epoch(self.args.beta, self.state.epoch)
 
+    @cached_property
     def reference_engine(self) -> ReferenceEngine:
-        "Who samples from the reference, with its weights of now."
-        if getattr(self, "_reference_engine", None) is None:
-            self._reference_engine = ReferenceEngine(self.reference, self.processing_class, self.args.sampler)
-        elif self.args.sync_ref_model: self._reference_engine.sync()
-        return self._reference_engine
+        "Who samples from the reference."
+        return ReferenceEngine(self.reference, self.processing_class, self.args.sampler)
+
+    def sync_engines(self):
+        super().sync_engines()
+        if self.args.sync_ref_model and "reference_engine" in vars(self): self.reference_engine.sync()
 
     # ------------------------------------------------ who is better
     def score(self, generation):
@@ -207,5 +210,5 @@ class ComparingTrainer(OnlineTrainer):
         own = replace(generation.pick(range(0, len(generation), 2)), extra={}, rewards=None, num_generations=1)
         # the same answers of the reference in each evaluation, however rows are cut into batches
         seeds = [completion_seeds(self.args.seed, hash(tuple(ids)) % 2**32, 1)[0] for ids in own.prompt_ids]
-        theirs = self.sampled_by(self.reference_engine(), own.rows, seeds, 1)
+        theirs = self.sampled_by(self.reference_engine, own.rows, seeds, 1)
         return self.preference_of(super().score(by_turns(own, theirs)))

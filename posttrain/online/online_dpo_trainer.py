@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['OnlineDPOConfig', 'OnlineDPOTrainer']
 
-# %% ../../nbs/online/16_online_dpo_trainer.ipynb #faad290b
+# %% ../../nbs/online/16_online_dpo_trainer.ipynb #5d679871
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,7 +33,7 @@ class OnlineDPOConfig(ComparingConfig):
             raise ValueError("loss_type='exo_pair' takes the logarithm of label_smoothing, which must be above 0; the "
                              "paper takes 1e-3")
 
-# %% ../../nbs/online/16_online_dpo_trainer.ipynb #a94e5b0b
+# %% ../../nbs/online/16_online_dpo_trainer.ipynb #f6aa8461
 class OnlineDPOTrainer(ComparingTrainer):
     """Online DPO: two answers of the policy, and a preference between them (https://arxiv.org/abs/2402.04792).
 
@@ -66,18 +66,18 @@ class OnlineDPOTrainer(ComparingTrainer):
         return columns if self.has_judge else columns | {"scores": self.total_rewards(generation)}
 
     # ------------------------------------------------ one step
-    def pair_losses(self, pairs: Pairs) -> Tensor:
-        "(P,) each pair's loss, with this epoch's beta."
-        loss = LOSSES[self.args.loss_type]
-        return loss(pairs, **self.args.options_of(loss) | {"beta": self.beta})
+    def pair_losses(self, pairs: Pairs, out: dict, batch: dict) -> tuple[Tensor, dict]:
+        "(P,) each pair's loss, 0 where nobody was preferred; and what is to be logged of it."
+        loss, (decided, _) = LOSSES[self.args.loss_type], split_pairs(batch["decided"])
+        losses = loss(pairs, **self.args.options_of(loss) | {"beta": self.beta})
+        return torch.where(decided, losses, 0), {}
 
     def loss(self, model, batch, totals):
         out = completion_logps(model, batch, want=("entropy",), temperature=self.args.temperature)
         pairs = make_pairs(out["logps"], batch["ref_logps"], batch, totals)
-        decided, _ = split_pairs(batch["decided"])
-        losses = torch.where(decided, self.pair_losses(pairs), 0)
+        losses, stats = self.pair_losses(pairs, out, batch)
         self.show_tokens(batch, logps=out["logps"], entropy=out["entropy"])
-        return losses.sum() / totals.sequences, self.online_metrics(pairs, out, batch)
+        return losses.sum() / totals.sequences, stats | self.online_metrics(pairs, out, batch)
 
     def online_metrics(self, pairs: Pairs, out: dict, batch: dict) -> dict:
         "What TRL logs, by its names: of pairs that have a preference, and of completions, without padding."

@@ -52,7 +52,7 @@ class Stages:
     def collect(self, prompts: Prompts) -> Generation:
         "Sample and score a generation with this step's weights, on all processes: in one round, or in several."
         args = self.args
-        if self.engine is not None: self.engine.sync(self.model)  # an engine that sleeps wakes for it
+        self.sync_engines()
         if args.dynamic_sampling:
             def ask(n): return self.one_round(*prompts.draw(n))
             generation, rounds = informative_groups(
@@ -62,6 +62,10 @@ class Stages:
         else: generation = self.one_round(*prompts.draw(args.prompts_per_generation))
         if self.engine is not None: self.engine.sleep()
         return generation
+
+    def sync_engines(self) -> None:
+        "All that sample take the weights of now; an engine that sleeps wakes for it."
+        if self.engine is not None: self.engine.sync(self.model)
 
     def one_round(self, rows: list[dict], seeds: list[int]) -> Generation:
         "Completions of these rows, sampled and scored: each process does its share, and all of them get the whole."

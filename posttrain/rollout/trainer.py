@@ -165,7 +165,7 @@ class OnlineTrainer(Stages, ReadsPrompts, WithReference, PostTrainer):
     def evaluation_loop(self, *args, **kwargs):
         "Sample with the weights of now; the same seeds in each evaluation."
         self._evaluated = 0
-        if self.engine is not None: self.engine.sync(self.model)
+        self.sync_engines()
         try: return super().evaluation_loop(*args, **kwargs)
         finally:
             if self.engine is not None: self.engine.sleep()
