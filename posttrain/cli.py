@@ -22,6 +22,7 @@ from .command.flags import help_text, parse
 from .command.loading import load_data
 from .command.needs import check_model, check_needs, explain
 from .command.pocket_files import PocketArguments, write_pocket
+from .methods import command_of
 from .training.arguments import never_fail_to_print
 from .training.fields import closest
 
@@ -29,7 +30,7 @@ _all_ = ["demo", "demo_config", "load_data", "ScriptArguments", "RewardArguments
 
 # %% ../nbs/cli.ipynb #b1a5deda
 TRAINERS = {  # command -> config and trainer, by their public names
-    name.removesuffix("Trainer").lower(): (name.replace("Trainer", "Config"), name)
+    command_of(name): (name.replace("Trainer", "Config"), name)
     for name in posttrain.__all__ if name.endswith("Trainer")
 }
 

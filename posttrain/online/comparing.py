@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['LOSSES', 'ipo_of_sums', 'of_epoch', 'by_turns', 'ComparingConfig', 'ComparingTrainer']
 
-# %% ../../nbs/online/15b_comparing.ipynb #1b8becd1
+# %% ../../nbs/online/15b_comparing.ipynb #558468ca
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -24,7 +24,7 @@ from ..rollout.verdicts import Verdicts
 from ..training.config import ReferenceFields, option
 from ..training.metrics import Mean
 
-# %% ../../nbs/online/15b_comparing.ipynb #8755aade
+# %% ../../nbs/online/15b_comparing.ipynb #c59ab509
 def ipo_of_sums(
     pairs: Pairs,  # P pairs
     *,
@@ -56,7 +56,7 @@ def by_turns(
     pairs = Generation.join([first, second]).pick([k for i in range(n) for k in (i, n + i)])
     return replace(pairs, num_generations=2, extra=pairs.extra | {k: [*v] * n for k, v in extra.items()})
 
-# %% ../../nbs/online/15b_comparing.ipynb #28c806a4
+# %% ../../nbs/online/15b_comparing.ipynb #66733d85
 _MODELS = "give the trainer its models: model=..., reward_funcs=..."
 
 
@@ -102,7 +102,7 @@ class ComparingConfig(ReferenceFields, OnlineConfig):
     @property
     def completions_at_once(self) -> int: return self.num_generations * self.per_device_train_batch_size
 
-# %% ../../nbs/online/15b_comparing.ipynb #39b09d31
+# %% ../../nbs/online/15b_comparing.ipynb #88eca9ad
 class ComparingTrainer(OnlineTrainer):
     """A trainer of methods that compare two answers of their own. Call it as TRL's OnlineDPOTrainer.
 
@@ -111,7 +111,7 @@ class ComparingTrainer(OnlineTrainer):
     and what is raised are those of `OnlineTrainer`. A method says `loss`, and `sample` if it has another opponent."""
 
     groups_stay_whole = True
-    shown = ("beta", "missing_eos_penalty", "judge_both_orders")
+    shown = ("missing_eos_penalty", "judge_both_orders")
 
     def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None,
                  processing_class=None, reward_processing_classes=None, callbacks=None, optimizers=(None, None),

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['NashMDConfig', 'NashMDTrainer']
 
-# %% ../../nbs/online/20_nash_md_trainer.ipynb #7ce4189e
+# %% ../../nbs/online/20_nash_md_trainer.ipynb #5e5dd16c
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,7 +26,7 @@ class NashMDConfig(ComparingConfig):
         0.5, "The reference's share in the opponent's logits; 0: self-play. A list: one for each epoch.", low=0, high=1)
     kl: str = option("to_go", "How the price of KL reaches the tokens.", choices=KL_FORMS)
 
-# %% ../../nbs/online/20_nash_md_trainer.ipynb #af723c20
+# %% ../../nbs/online/20_nash_md_trainer.ipynb #87aa3322
 class NashMDTrainer(ComparingTrainer):
     """Nash learning by mirror descent (https://arxiv.org/abs/2312.00886): the policy's answer plays against one of a
     mixture of the policy and the reference.
@@ -35,7 +35,18 @@ class NashMDTrainer(ComparingTrainer):
     sampler, also with `use_vllm`. Raises TypeError for a model that it cannot serve."""
 
     config_class = NashMDConfig
-    shown = ("mixture_coef", "kl")
+    shown = ("kl",)
+
+    def method(self):
+        names = ("beta", "mixture_coef", "kl", "missing_eos_penalty", "judge_both_orders")
+        return Method(
+            "Nash-MD", "Nash Learning from Human Feedback", "2312.00886",
+            r"\nabla L = -\frac1P \sum_{\text{prompts}} \nabla\log\pi_\theta(y \mid x) \Big(\mathcal P(y \succ y') - "
+            r"\tfrac12 - \tau \log\frac{\pi_\theta(y \mid x)}{\pi_{\text{ref}}(y \mid x)}\Big)",
+            r"$y$ is an answer of the policy, and $y'$ one of the geometric mixture of the policy with the reference. "
+            r"$\tau$ is `beta`.", "the prompts of the optimizer step",
+            f"`{self.args.kl}` in the gradient, weight beta = {self.args.beta}",
+            {**{name: getattr(self.args, name) for name in names}, **self.sampling_values()})
 
     @property
     def mixture_coef(self) -> float:

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['OnlineDPOConfig', 'OnlineDPOTrainer']
 
-# %% ../../nbs/online/16_online_dpo_trainer.ipynb #5d679871
+# %% ../../nbs/online/16_online_dpo_trainer.ipynb #6ab1844f
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,7 +33,7 @@ class OnlineDPOConfig(ComparingConfig):
             raise ValueError("loss_type='exo_pair' takes the logarithm of label_smoothing, which must be above 0; the "
                              "paper takes 1e-3")
 
-# %% ../../nbs/online/16_online_dpo_trainer.ipynb #f6aa8461
+# %% ../../nbs/online/16_online_dpo_trainer.ipynb #135c4aa4
 class OnlineDPOTrainer(ComparingTrainer):
     """Online DPO: two answers of the policy, and a preference between them (https://arxiv.org/abs/2402.04792).
 

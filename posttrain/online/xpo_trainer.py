@@ -3,16 +3,18 @@
 # %% auto #0
 __all__ = ['XPOConfig', 'XPOTrainer']
 
-# %% ../../nbs/online/18_xpo_trainer.ipynb #acf49552
-from dataclasses import dataclass
+# %% ../../nbs/online/18_xpo_trainer.ipynb #e2ca0cea
+import random
+from dataclasses import dataclass, replace
 
 import torch
 
+from ..foundations.layouts import make_batch
 from .comparing import by_turns, of_epoch
 from .online_dpo_trainer import OnlineDPOConfig, OnlineDPOTrainer
 from .xpo import xpo_bonus
-from ..training.card import Method
 from ..training.config import option
+from ..training.heads import completion_logps
 from ..training.metrics import Mean
 
 
@@ -21,9 +23,12 @@ class XPOConfig(OnlineDPOConfig):
     "XPO's fields beside those of `OnlineDPOConfig`. Names and defaults are TRL 1.13's."
 
     alpha: float | list[float] = option(
-        1e-5, "Weight of the bonus, per nat of the reference answer's log-prob. A list: one for each epoch.", low=0)
+        1e-5, "Weight of the bonus, per nat of the reference answers' log-prob. A list: one for each epoch.", low=0)
+    bonus_over: str = option(
+        "batch", "Whose log-prob is lowered: the reference answers of this 'batch' (TRL), or as many of all 'rounds' so "
+        "far (the paper; not in TRL).", choices=("batch", "rounds"))
 
-# %% ../../nbs/online/18_xpo_trainer.ipynb #a879b43d
+# %% ../../nbs/online/18_xpo_trainer.ipynb #b4ed7b7b
 class XPOTrainer(OnlineDPOTrainer):
     """Exploratory preference optimisation (https://arxiv.org/abs/2405.21046): one answer of the policy and one of the
     reference, a preference between them, and a bonus for answers that the reference would not give.
@@ -31,32 +36,79 @@ class XPOTrainer(OnlineDPOTrainer):
     Call it as TRL 1.13's. The parameters are those of `ComparingTrainer`."""
 
     config_class = XPOConfig
-    shown = ("alpha",)
+    shown = ("bonus_over",)
+
+    def method(self):
+        card = super().method()
+        return replace(
+            card, name="XPO", title="Exploratory Preference Optimization: Harnessing Implicit Q*-Approximation for "
+            "Sample-Efficient RLHF", paper="2405.21046",
+            objective=r"L = \frac1P \sum_{\text{pairs}} \ell(\delta) + \alpha \log\pi_\theta(\tilde y \mid x)",
+            explanation=f"{card.explanation} One of the two is the reference's answer $\\tilde y$.",
+            values={"alpha": self.args.alpha, "bonus_over": self.args.bonus_over, **card.values})
 
     @property
     def alpha(self) -> float:
         "Of this epoch."
         return of_epoch(self.args.alpha, self.state.epoch)
 
+    def after_building(self):
+        super().after_building()
+        self.reference_samples = []  # of all rounds so far, where the bonus is over these: (prompt ids, answer ids)
+
+    # ------------------------------------------------ from prompts to batches
     def sample(self, rows, seeds, num_generations=None):
         "The policy's answer to each prompt, and the reference's."
         own = self.sampled_by(self.engine, rows[0::2], seeds[0::2], 1)
         theirs = self.sampled_by(self.reference_engine, rows[1::2], seeds[1::2], 1)
         return by_turns(own, theirs, written_by=("policy", "reference"))
 
-    def against_reference(self, generation): return self.preferences(generation)  # that is what was asked
+    def against_reference(self, generation): return self.preferences(generation)  # it was asked already
+
+    def metrics_of(self, generation):
+        metrics, ended = super().metrics_of(generation), torch.tensor(generation.finished).float()
+        known = {"val/model_contain_eos_token": ended[0::2].mean(), "val/ref_contain_eos_token": ended[1::2].mean()}
+        if not self.has_judge:
+            own, theirs = self.total_rewards(generation).view(-1, 2).unbind(1)
+            known |= {"objective/model_scores": own.nanmean(), "objective/ref_scores": theirs.nanmean(),
+                      "objective/scores_margin": (own - theirs).nanmean()}
+        return metrics | {name: value.item() for name, value in known.items() if value == value}
 
     def credit(self, generation, batches):
         by_reference = [writer == "reference" for writer in generation.extra["written_by"]]
         return {**super().credit(generation, batches), "by_reference": torch.tensor(by_reference)}
 
-    def metrics_of(self, generation):
-        metrics, ended = super().metrics_of(generation), generation.finished
-        n = len(generation) // 2
-        return metrics | {"val/model_contain_eos_token": sum(ended[0::2]) / n,
-                          "val/ref_contain_eos_token": sum(ended[1::2]) / n}
+    def make_batches(self, prompts):
+        "Also draws as many answers of the reference from all rounds as there are pairs, where the bonus is over these."
+        batches = super().make_batches(prompts)
+        if self.args.bonus_over == "batch": return batches
+        g = self.generation
+        self.reference_samples += [(prompt, ids) for prompt, ids, writer in zip(
+            g.prompt_ids, g.completion_ids, g.extra["written_by"]) if writer == "reference"]
+        # the same on all processes, each of which takes its part
+        drawn = random.Random(f"{self.args.seed} {prompts.state.sampled}").choices(self.reference_samples, k=len(g) // 2)
+        parts = [drawn[part.start // 2:part.stop // 2] for part in self.local_parts(len(g))]
+        return [{**batch, "replayed": self._prepare_inputs(make_batch(*map(list, zip(*part))))}
+                for batch, part in zip(batches, parts)]
+
+    # ------------------------------------------------ one step
+    def loss(self, model, batch, totals):
+        if "replayed" in batch:
+            logps = completion_logps(model, batch["replayed"], temperature=self.args.temperature)["logps"]
+            batch = {**batch, "bonus": xpo_bonus(logps, batch["replayed"]["mask"])}
+        return super().loss(model, batch, totals)
 
     def pair_losses(self, pairs, out, batch):
         losses, stats = super().pair_losses(pairs, out, batch)
-        bonus = self.alpha * xpo_bonus(out["logps"], batch["mask"] * batch["by_reference"][:, None]).view(-1, 2).sum(1)
+        own_bonus = xpo_bonus(out["logps"], batch["mask"] * batch["by_reference"][:, None]).view(-1, 2).sum(1)
+        bonus = self.alpha * batch.get("bonus", own_bonus)
         return losses + bonus, {**stats, "loss/dpo": Mean.of(losses), "loss/xpo": Mean.of(bonus), "alpha": self.alpha}
+
+    # ------------------------------------------------ stopping and going on
+    def run_state(self):
+        state = super().run_state()
+        return state and {**state, "reference_samples": self.reference_samples}
+
+    def load_run_state(self, state):
+        super().load_run_state(state)
+        self.reference_samples = state["reference_samples"]
