@@ -275,7 +275,7 @@ def test_xpo_lowers_what_the_reference_says(config):
 
 def test_rounds_are_replayed_from_all_of_them(config):
     trainer = train(config, "xpo, rounds", max_steps=5)
-    assert len(trainer.reference_samples) == 5 * 8
+    assert len(trainer.reference_samples.answers) == 5 * 8
 
 
 def test_a_reference_that_moves_is_sampled_from_as_it_is_now(config):

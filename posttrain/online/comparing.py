@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['LOSSES', 'ipo_of_sums', 'of_epoch', 'by_turns', 'ComparingConfig', 'ComparingTrainer']
 
-# %% ../../nbs/online/15b_comparing.ipynb #558468ca
+# %% ../../nbs/online/15b_comparing.ipynb #d389eed2
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -11,20 +11,25 @@ import torch
 from torch import Tensor
 
 from ..foundations.masks import Totals
-from ..foundations.preferences import Pairs, split_pairs
+from ..foundations.preferences import Pairs
 from ..offline.ipo import ipo
 from ..offline.preference_zoo import OF_EACH_ANSWER, OF_THE_MARGIN
-from .online_dpo import preference_of_scores, preferred, with_eos_penalty
+from posttrain.online.online_dpo import (
+    identical_pairs,
+    preference_of_scores,
+    preferred,
+    win_rate,
+    with_eos_penalty,
+)
 from ..rollout.config import OnlineConfig
-from ..rollout.generation import Generation, overlong_filter
+from ..rollout.generation import Generation
 from ..rollout.opponents import ReferenceEngine
 from ..rollout.stream import completion_seeds
 from ..rollout.trainer import OnlineTrainer
 from ..rollout.verdicts import Verdicts
 from ..training.config import ReferenceFields, option
-from ..training.metrics import Mean
 
-# %% ../../nbs/online/15b_comparing.ipynb #c59ab509
+# %% ../../nbs/online/15b_comparing.ipynb #d358ec89
 def ipo_of_sums(
     pairs: Pairs,  # P pairs
     *,
@@ -56,7 +61,7 @@ def by_turns(
     pairs = Generation.join([first, second]).pick([k for i in range(n) for k in (i, n + i)])
     return replace(pairs, num_generations=2, extra=pairs.extra | {k: [*v] * n for k, v in extra.items()})
 
-# %% ../../nbs/online/15b_comparing.ipynb #66733d85
+# %% ../../nbs/online/15b_comparing.ipynb #74480ea8
 _MODELS = "give the trainer its models: model=..., reward_funcs=..."
 
 
@@ -102,7 +107,7 @@ class ComparingConfig(ReferenceFields, OnlineConfig):
     @property
     def completions_at_once(self) -> int: return self.num_generations * self.per_device_train_batch_size
 
-# %% ../../nbs/online/15b_comparing.ipynb #88eca9ad
+# %% ../../nbs/online/15b_comparing.ipynb #0f97cf9f
 class ComparingTrainer(OnlineTrainer):
     """A trainer of methods that compare two answers of their own. Call it as TRL's OnlineDPOTrainer.
 
@@ -184,9 +189,8 @@ class ComparingTrainer(OnlineTrainer):
 
     def metrics_of(self, generation):
         preference = self.preferences(generation)
-        same = [a == b for a, b in zip(generation.completion_ids[0::2], generation.completion_ids[1::2])]
-        known = {"frac_ties": (~preferred(preference)[1]).double().mean().item(), "frac_identical": sum(same) / len(same),
-                 "val/contain_eos_token": sum(generation.finished) / len(generation)}
+        known = {"frac_ties": (~preferred(preference)[1]).double().mean().item(),
+                 "frac_identical": identical_pairs(generation.completion_ids), "val/contain_eos_token": sum(generation.finished) / len(generation)}
         if not self.has_judge:
             scores = self.total_rewards(generation)
             known |= {"objective/scores": scores.nanmean().item(),
@@ -202,7 +206,7 @@ class ComparingTrainer(OnlineTrainer):
         "Also how often the first answer beats the reference's."
         metrics = self.metrics_of(generation)
         if not self.args.eval_win_rate: return metrics
-        rate = self.against_reference(generation).nanmean().item()
+        rate, _ = win_rate(self.against_reference(generation))
         return metrics | ({"win_rate": rate} if rate == rate else {})
 
     def against_reference(self, generation: Generation) -> Tensor:

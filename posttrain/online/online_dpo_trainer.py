@@ -3,15 +3,15 @@
 # %% auto #0
 __all__ = ['OnlineDPOConfig', 'OnlineDPOTrainer']
 
-# %% ../../nbs/online/16_online_dpo_trainer.ipynb #6ab1844f
-from dataclasses import dataclass, replace
+# %% ../../nbs/online/16_online_dpo_trainer.ipynb #8180b28d
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from ..foundations.masks import Totals
 from ..foundations.preferences import Pairs, split_pairs
 from .comparing import LOSSES, ComparingConfig, ComparingTrainer
-from .online_dpo import chosen_first
+from .online_dpo import chosen_first, online_dpo_loss
 from ..training.card import Method
 from ..training.config import option
 from ..training.heads import completion_logps
@@ -33,7 +33,7 @@ class OnlineDPOConfig(ComparingConfig):
             raise ValueError("loss_type='exo_pair' takes the logarithm of label_smoothing, which must be above 0; the "
                              "paper takes 1e-3")
 
-# %% ../../nbs/online/16_online_dpo_trainer.ipynb #135c4aa4
+# %% ../../nbs/online/16_online_dpo_trainer.ipynb #6c2738aa
 class OnlineDPOTrainer(ComparingTrainer):
     """Online DPO: two answers of the policy, and a preference between them (https://arxiv.org/abs/2402.04792).
 
@@ -66,18 +66,19 @@ class OnlineDPOTrainer(ComparingTrainer):
         return columns if self.has_judge else columns | {"scores": self.total_rewards(generation)}
 
     # ------------------------------------------------ one step
-    def pair_losses(self, pairs: Pairs, out: dict, batch: dict) -> tuple[Tensor, dict]:
-        "(P,) each pair's loss, 0 where nobody was preferred; and what is to be logged of it."
-        loss, (decided, _) = LOSSES[self.args.loss_type], split_pairs(batch["decided"])
-        losses = loss(pairs, **self.args.options_of(loss) | {"beta": self.beta})
-        return torch.where(decided, losses, 0), {}
-
     def loss(self, model, batch, totals):
         out = completion_logps(model, batch, want=("entropy",), temperature=self.args.temperature)
         pairs = make_pairs(out["logps"], batch["ref_logps"], batch, totals)
-        losses, stats = self.pair_losses(pairs, out, batch)
+        of_pair = LOSSES[self.args.loss_type]
+        losses = of_pair(pairs, **self.args.options_of(of_pair) | {"beta": self.beta})
+        loss, stats = self.objective(losses, out, batch, totals)
         self.show_tokens(batch, logps=out["logps"], entropy=out["entropy"])
-        return losses.sum() / totals.sequences, stats | self.online_metrics(pairs, out, batch)
+        return loss, stats | self.online_metrics(pairs, out, batch)
+
+    def objective(self, losses: Tensor, out: dict, batch: dict, totals: Totals) -> tuple[Tensor, dict]:
+        "From the loss of each pair (P,) to this micro-batch's share of the step's, and what is to be logged of it."
+        loss, _ = online_dpo_loss(losses, batch["decided"][0::2], pairs=totals.sequences)
+        return loss, {}
 
     def online_metrics(self, pairs: Pairs, out: dict, batch: dict) -> dict:
         "What TRL logs, by its names: of pairs that have a preference, and of completions, without padding."

@@ -3,8 +3,7 @@
 # %% auto #0
 __all__ = ['XPOConfig', 'XPOTrainer']
 
-# %% ../../nbs/online/18_xpo_trainer.ipynb #e2ca0cea
-import random
+# %% ../../nbs/online/18_xpo_trainer.ipynb #cd7d21f1
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,7 +11,7 @@ import torch
 from ..foundations.layouts import make_batch
 from .comparing import by_turns, of_epoch
 from .online_dpo_trainer import OnlineDPOConfig, OnlineDPOTrainer
-from .xpo import xpo_bonus
+from .xpo import ReferenceSamples, xpo_bonus, xpo_loss
 from ..training.config import option
 from ..training.heads import completion_logps
 from ..training.metrics import Mean
@@ -28,7 +27,7 @@ class XPOConfig(OnlineDPOConfig):
         "batch", "Whose log-prob is lowered: the reference answers of this 'batch' (TRL), or as many of all 'rounds' so "
         "far (the paper; not in TRL).", choices=("batch", "rounds"))
 
-# %% ../../nbs/online/18_xpo_trainer.ipynb #b4ed7b7b
+# %% ../../nbs/online/18_xpo_trainer.ipynb #330d3fd7
 class XPOTrainer(OnlineDPOTrainer):
     """Exploratory preference optimisation (https://arxiv.org/abs/2405.21046): one answer of the policy and one of the
     reference, a preference between them, and a bonus for answers that the reference would not give.
@@ -54,7 +53,7 @@ class XPOTrainer(OnlineDPOTrainer):
 
     def after_building(self):
         super().after_building()
-        self.reference_samples = []  # of all rounds so far, where the bonus is over these: (prompt ids, answer ids)
+        self.reference_samples = ReferenceSamples(seed=self.args.seed)  # filled where the bonus is over all rounds
 
     # ------------------------------------------------ from prompts to batches
     def sample(self, rows, seeds, num_generations=None):
@@ -82,33 +81,35 @@ class XPOTrainer(OnlineDPOTrainer):
         "Also draws as many answers of the reference from all rounds as there are pairs, where the bonus is over these."
         batches = super().make_batches(prompts)
         if self.args.bonus_over == "batch": return batches
-        g = self.generation
-        self.reference_samples += [(prompt, ids) for prompt, ids, writer in zip(
-            g.prompt_ids, g.completion_ids, g.extra["written_by"]) if writer == "reference"]
-        # the same on all processes, each of which takes its part
-        drawn = random.Random(f"{self.args.seed} {prompts.state.sampled}").choices(self.reference_samples, k=len(g) // 2)
-        parts = [drawn[part.start // 2:part.stop // 2] for part in self.local_parts(len(g))]
-        return [{**batch, "replayed": self._prepare_inputs(make_batch(*map(list, zip(*part))))}
+        generation, samples = self.generation, self.reference_samples
+        theirs = generation.pick([i for i, who in enumerate(generation.extra["written_by"]) if who == "reference"])
+        samples.add(theirs.prompt_ids, theirs.completion_ids)
+        prompt_ids, answer_ids = samples.draw(len(theirs))  # the same on all processes, each of which takes its part
+        parts = [slice(part.start // 2, part.stop // 2) for part in self.local_parts(len(generation))]
+        return [{**batch, "replayed": self._prepare_inputs(make_batch(prompt_ids[part], answer_ids[part]))}
                 for batch, part in zip(batches, parts)]
 
     # ------------------------------------------------ one step
     def loss(self, model, batch, totals):
         if "replayed" in batch:
             logps = completion_logps(model, batch["replayed"], temperature=self.args.temperature)["logps"]
-            batch = {**batch, "bonus": xpo_bonus(logps, batch["replayed"]["mask"])}
+            batch = {**batch, "replayed_logps": xpo_bonus(logps, batch["replayed"]["mask"])}
         return super().loss(model, batch, totals)
 
-    def pair_losses(self, pairs, out, batch):
-        losses, stats = super().pair_losses(pairs, out, batch)
-        own_bonus = xpo_bonus(out["logps"], batch["mask"] * batch["by_reference"][:, None]).view(-1, 2).sum(1)
-        bonus = self.alpha * batch.get("bonus", own_bonus)
-        return losses + bonus, {**stats, "loss/dpo": Mean.of(losses), "loss/xpo": Mean.of(bonus), "alpha": self.alpha}
+    def objective(self, losses, out, batch, totals):
+        by_reference, n = batch["by_reference"], totals.sequences
+        if "replayed_logps" in batch: theirs = batch["replayed_logps"]
+        else: theirs = xpo_bonus(out["logps"], batch["mask"])[by_reference]
+        loss, parts = xpo_loss(losses, theirs, alpha=self.alpha, has_preference=batch["decided"][0::2], pairs=n,
+                               answers=n)
+        return loss, {"alpha": self.alpha, **{f"loss/{name}": Mean(parts[name] * n, len(losses))
+                                              for name in ("dpo", "xpo")}}
 
     # ------------------------------------------------ stopping and going on
     def run_state(self):
         state = super().run_state()
-        return state and {**state, "reference_samples": self.reference_samples}
+        return state and {**state, "reference_samples": self.reference_samples.state_dict()}
 
     def load_run_state(self, state):
         super().load_run_state(state)
-        self.reference_samples = state["reference_samples"]
+        self.reference_samples.load_state_dict(state["reference_samples"])
