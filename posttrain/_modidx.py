@@ -1741,6 +1741,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                        'posttrain/online/comparing.py'),
                                             'posttrain.online.comparing.by_turns': ( 'online/comparing.html#by_turns',
                                                                                      'posttrain/online/comparing.py'),
+                                            'posttrain.online.comparing.ends_of_both': ( 'online/comparing.html#ends_of_both',
+                                                                                         'posttrain/online/comparing.py'),
                                             'posttrain.online.comparing.ipo_of_sums': ( 'online/comparing.html#ipo_of_sums',
                                                                                         'posttrain/online/comparing.py'),
                                             'posttrain.online.comparing.of_epoch': ( 'online/comparing.html#of_epoch',

@@ -343,7 +343,7 @@ TRL_LOGS = {
             "val/ref_contain_eos_token", "alpha", "beta"},
     "nash-md": {"loss/kl", "loss/score", "objective/entropy", "rewards/probabilities", "rewards/chosen",
                 "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected",
-                "val/contain_eos_token", "val/ref_contain_eos_token", "beta", "mixture_coef"}}
+                "val/model_contain_eos_token", "val/ref_contain_eos_token", "beta", "mixture_coef"}}
 
 
 @pytest.mark.parametrize("name", TRL_LOGS)

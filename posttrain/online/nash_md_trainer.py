@@ -3,13 +3,13 @@
 # %% auto #0
 __all__ = ['NashMDConfig', 'NashMDTrainer']
 
-# %% ../../nbs/online/20_nash_md_trainer.ipynb #cde7b841
+# %% ../../nbs/online/20_nash_md_trainer.ipynb #039e99ea
 from dataclasses import dataclass, replace
 
 import torch
 
 from ..foundations.masks import Totals
-from .comparing import ComparingConfig, ComparingTrainer, by_turns, of_epoch
+from .comparing import ComparingConfig, ComparingTrainer, by_turns, ends_of_both, of_epoch
 from .nash_md import KL_FORMS, nash_md_loss
 from ..rollout.opponents import MixtureEngine
 from ..training.card import Method
@@ -26,7 +26,7 @@ class NashMDConfig(ComparingConfig):
         0.5, "The reference's share in the opponent's logits; 0: self-play. A list: one for each epoch.", low=0, high=1)
     kl: str = option("to_go", "How the price of KL reaches the tokens.", choices=KL_FORMS)
 
-# %% ../../nbs/online/20_nash_md_trainer.ipynb #e2aa6868
+# %% ../../nbs/online/20_nash_md_trainer.ipynb #85a861b1
 class NashMDTrainer(ComparingTrainer):
     """Nash learning by mirror descent (https://arxiv.org/abs/2312.00886): the policy's answer plays against one of a
     mixture of the policy and the reference.
@@ -74,13 +74,11 @@ class NashMDTrainer(ComparingTrainer):
         return by_turns(own, theirs, written_by=("policy", "mixture"))
 
     def metrics_of(self, generation):
-        metrics, ended, n = super().metrics_of(generation), generation.finished, len(generation) // 2
+        metrics = super().metrics_of(generation) | ends_of_both(generation)
         known = {"rewards/probabilities": self.preferences(generation).nanmean().item()}
         if not self.has_judge:
-            own, theirs = self.total_rewards(generation).view(-1, 2).nanmean(0).tolist()
-            known |= {"rewards/chosen": own, "rewards/rejected": theirs}
-        return metrics | {k: v for k, v in known.items() if v == v} | {
-            "val/contain_eos_token": sum(ended[0::2]) / n, "val/ref_contain_eos_token": sum(ended[1::2]) / n}
+            known["rewards/chosen"], known["rewards/rejected"] = self.total_rewards(generation).view(-1, 2).nanmean(0).tolist()
+        return metrics | {name: value for name, value in known.items() if value == value}
 
     def select(self, generation):
         "Only the policy's own answers learn."

@@ -3,13 +3,13 @@
 # %% auto #0
 __all__ = ['XPOConfig', 'XPOTrainer']
 
-# %% ../../nbs/online/18_xpo_trainer.ipynb #cd7d21f1
+# %% ../../nbs/online/18_xpo_trainer.ipynb #44d4254f
 from dataclasses import dataclass, replace
 
 import torch
 
 from ..foundations.layouts import make_batch
-from .comparing import by_turns, of_epoch
+from .comparing import by_turns, ends_of_both, of_epoch
 from .online_dpo_trainer import OnlineDPOConfig, OnlineDPOTrainer
 from .xpo import ReferenceSamples, xpo_bonus, xpo_loss
 from ..training.config import option
@@ -27,7 +27,7 @@ class XPOConfig(OnlineDPOConfig):
         "batch", "Whose log-prob is lowered: the reference answers of this 'batch' (TRL), or as many of all 'rounds' so "
         "far (the paper; not in TRL).", choices=("batch", "rounds"))
 
-# %% ../../nbs/online/18_xpo_trainer.ipynb #330d3fd7
+# %% ../../nbs/online/18_xpo_trainer.ipynb #2317f8d0
 class XPOTrainer(OnlineDPOTrainer):
     """Exploratory preference optimisation (https://arxiv.org/abs/2405.21046): one answer of the policy and one of the
     reference, a preference between them, and a bonus for answers that the reference would not give.
@@ -65,13 +65,11 @@ class XPOTrainer(OnlineDPOTrainer):
     def against_reference(self, generation): return self.preferences(generation)  # it was asked already
 
     def metrics_of(self, generation):
-        metrics, ended = super().metrics_of(generation), torch.tensor(generation.finished).float()
-        known = {"val/model_contain_eos_token": ended[0::2].mean(), "val/ref_contain_eos_token": ended[1::2].mean()}
-        if not self.has_judge:
-            own, theirs = self.total_rewards(generation).view(-1, 2).unbind(1)
-            known |= {"objective/model_scores": own.nanmean(), "objective/ref_scores": theirs.nanmean(),
-                      "objective/scores_margin": (own - theirs).nanmean()}
-        return metrics | {name: value.item() for name, value in known.items() if value == value}
+        metrics = super().metrics_of(generation) | ends_of_both(generation)
+        if self.has_judge: return metrics
+        own, theirs = self.total_rewards(generation).view(-1, 2).unbind(1)
+        known = {"objective/model_scores": own, "objective/ref_scores": theirs, "objective/scores_margin": own - theirs}
+        return metrics | {name: m for name, x in known.items() if (m := x.nanmean().item()) == m}
 
     def credit(self, generation, batches):
         by_reference = [writer == "reference" for writer in generation.extra["written_by"]]
