@@ -119,11 +119,13 @@ def test_one_gradient_for_every_cut(name, config):
     moved = (weights(whole) - weights(start())).norm()
     assert moved > 1e-3
     for size, accumulated in ((4, 2), (1, 8)):
-        cut = train(config, name, per_device_train_batch_size=size, gradient_accumulation_steps=accumulated, max_steps=2)
+        cut = train(config, name, per_device_train_batch_size=size, gradient_accumulation_steps=accumulated,
+                    max_steps=2)
         assert (weights(cut) - weights(whole)).norm() <= 2e-5 * moved, (size, accumulated)
         for a, b in zip(logs(whole), logs(cut), strict=True):
             for key in set(a) - {"step", "epoch"}:
-                if not key.startswith("time"): assert abs(a[key] - b[key]) <= 2e-5 * max(1, abs(a[key])), (key, a[key], b[key])
+                if key.startswith("time"): continue
+                assert abs(a[key] - b[key]) <= 2e-5 * max(1, abs(a[key])), (key, a[key], b[key])
 
 
 @pytest.mark.distributed
@@ -171,7 +173,8 @@ def test_a_judge_and_the_rewards_that_it_follows(name, config):
     def judge(prompt, first, second): return 1 / (1 + math.exp(score_of(second) - score_of(first)))
     by_scores, by_judge = train(config, name), train(config, name, judge=judge)
     assert (weights(by_scores) - weights(by_judge)).norm() <= 1e-6 * (weights(by_scores) - weights(start())).norm()
-    for key in ("frac_ties", "loss", "rewards/margins"): assert abs(logs(by_scores)[0][key] - logs(by_judge)[0][key]) < 1e-6
+    (a,), (b,) = logs(by_scores), logs(by_judge)
+    for key in ("frac_ties", "loss", "rewards/margins"): assert abs(a[key] - b[key]) < 1e-6
 
 
 class LongerIsBetter:
@@ -236,7 +239,8 @@ def test_pairs_with_a_cut_answer_can_be_left_out(config):
 
 
 # ---------------------------------------------------------------- the opponents
-LORA = dict(r=4, lora_alpha=64, target_modules=["q_proj", "v_proj", "o_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+LORA = dict(r=4, lora_alpha=64, target_modules=["q_proj", "v_proj", "o_proj"], init_lora_weights=False,
+            task_type="CAUSAL_LM")
 
 
 @pytest.mark.parametrize("name", ["xpo", "nash-md"])
@@ -251,10 +255,10 @@ def test_with_an_adapter_the_reference_writes_without_it(name, config):
     trainer.sample = lambda rows, seeds, n=None: sampled.append((sample(rows, seeds, n), seeds)) or sampled[-1][0]
     trainer.train()
     generation, seeds = sampled[0]
-    plain = Sampler(start(), pocket.tokenizer()).sample(generation.prompt_ids[1::2], seeds[1::2], trainer.args.sampling())
-    assert generation.completion_ids[1::2] == plain.completion_ids
-    own = Sampler(start(), pocket.tokenizer()).sample(generation.prompt_ids[0::2], seeds[0::2], trainer.args.sampling())
-    assert generation.completion_ids[0::2] != own.completion_ids  # the policy has its adapter on
+    plain = Sampler(start(), pocket.tokenizer())
+    def written(k): return plain.sample(generation.prompt_ids[k::2], seeds[k::2], trainer.args.sampling()).completion_ids
+    assert generation.completion_ids[1::2] == written(1)
+    assert generation.completion_ids[0::2] != written(0)  # the policy has its adapter on
     assert all(not m.disable_adapters for m in trainer.model.modules() if hasattr(m, "lora_A"))
     assert logs(trainer)[0]["grad_norm"] > 0
 
@@ -267,9 +271,10 @@ def test_xpo_lowers_what_the_reference_says(config):
                         learning_rate=.02, per_device_train_batch_size=16, callbacks=[keep])
         g = keep.generations[0]
         theirs = [i for i, writer in enumerate(g.extra["written_by"]) if writer == "reference"]
+        @torch.no_grad()
         def mean_logp(model):
-            with torch.no_grad():
-                return sum(logps_of(model, g.prompt_ids[i], g.completion_ids[i], .9).sum() for i in theirs) / len(theirs)
+            logps = [logps_of(model, g.prompt_ids[i], g.completion_ids[i], .9).sum() for i in theirs]
+            return sum(logps) / len(logps)
         assert len(theirs) == 16 and mean_logp(trainer.model) < mean_logp(start()) - .01
 
 
@@ -309,7 +314,8 @@ def test_ones_own_rollouts_and_messages(name, config):
         ids = trainer.encode([{"prompt": p} for p in prompts])
         answers = [[5 + i % 3, 6, trainer.processing_class.eos_token_id] for i in range(len(prompts))]
         return {"prompt_ids": ids, "completion_ids": answers, "logprobs": None}
-    assert logs(train(config, name, rollout_func=own))[0]["loss"] == logs(train(config, name, rollout_func=own))[0]["loss"]
+    first, second = (logs(train(config, name, rollout_func=own))[0] for _ in range(2))
+    assert first["loss"] == second["loss"]
 
 
 # ---------------------------------------------------------------- evaluation and logs
@@ -326,7 +332,8 @@ def test_evaluation_says_who_wins_against_the_reference(name, config):
 def test_a_better_policy_wins(config):
     "Short answers are asked for: a policy that has learned to write them beats the start."
     def short(completions, **_): return [-float(len(c)) for c in completions]
-    trainer = make(config, rewards=short, per_device_train_batch_size=32, learning_rate=3e-3, optim="adamw_torch", max_steps=12)
+    trainer = make(config, rewards=short, per_device_train_batch_size=32, learning_rate=3e-3, optim="adamw_torch",
+                   max_steps=12)
     before = trainer.evaluate()["eval_win_rate"]
     trainer.train()
     assert trainer.evaluate()["eval_win_rate"] > max(.7, before + .1)
@@ -338,8 +345,8 @@ TRL_LOGS = {
                    "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected", "val/contain_eos_token",
                    "beta"},
     "xpo": {"loss/dpo", "loss/xpo", "objective/kl", "objective/entropy", "objective/model_scores",
-            "objective/ref_scores", "objective/scores_margin", "rewards/chosen", "rewards/rejected", "rewards/accuracies",
-            "rewards/margins", "logps/chosen", "logps/rejected", "val/model_contain_eos_token",
+            "objective/ref_scores", "objective/scores_margin", "rewards/chosen", "rewards/rejected",
+            "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected", "val/model_contain_eos_token",
             "val/ref_contain_eos_token", "alpha", "beta"},
     "nash-md": {"loss/kl", "loss/score", "objective/entropy", "rewards/probabilities", "rewards/chosen",
                 "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected",
@@ -360,24 +367,28 @@ def test_completions_can_be_looked_at(name, config, tmp_path):
 
 
 def test_beta_alpha_and_mixture_of_each_epoch(config):
-    assert [of_epoch([1, 2, 3], epoch) for epoch in (None, 0, .9, 1.0, 7.5)] == [1, 1, 1, 2, 3] and of_epoch(.5, 3) == .5
+    assert [of_epoch([1, 2, 3], epoch) for epoch in (None, 0, .9, 1.0, 7.5)] == [1, 1, 1, 2, 3]
+    assert of_epoch(.5, 3) == .5
     trainer = train(config, "xpo", beta=[.5, .25], alpha=[.1, .2, .4], num_train_epochs=3, max_steps=-1,
                     dataset=rows(16))
-    assert [(r["beta"], round(r["alpha"], 3)) for r in logs(trainer)] == [(.5, .1)] * 2 + [(.25, .2)] * 2 + [(.25, .4)] * 2
+    found = [(row["beta"], round(row["alpha"], 3)) for row in logs(trainer)]
+    assert found == [(.5, .1)] * 2 + [(.25, .2)] * 2 + [(.25, .4)] * 2
 
 
 # ---------------------------------------------------------------- what it says when something is wrong
 WRONG = [
     ("online dpo", dict(num_generations=4), ValueError, "num_generations"),
     ("online dpo", dict(num_generations_eval=3), ValueError, "two answers are compared"),
-    ("online dpo", dict(loss_type="ppo"), ValueError, "'sigmoid'"), ("online dpo", dict(loss_type="aot"), ValueError, "aot"),
+    ("online dpo", dict(loss_type="ppo"), ValueError, "'sigmoid'"),
+    ("online dpo", dict(loss_type="aot"), ValueError, "aot"),
     ("online dpo", dict(loss_type="exo_pair"), ValueError, "label_smoothing"),
     ("online dpo", dict(beta=0), ValueError, "beta"), ("online dpo", dict(beta=[.1, -1.0]), ValueError, "beta"),
     ("online dpo", dict(missing_eos_penalty=-1), ValueError, "missing_eos_penalty"),
     ("online dpo", dict(judge_timeout=0), ValueError, "judge_timeout"),
     ("online dpo", dict(reward_model_path="x"), ValueError, "reward_funcs"),
     ("xpo", dict(alpha=-1), ValueError, "alpha"), ("xpo", dict(bonus_over="all"), ValueError, "'rounds'"),
-    ("nash-md", dict(mixture_coef=1.5), ValueError, "mixture_coef"), ("nash-md", dict(mixture_coef=[.5, 2]), ValueError, "mixture"),
+    ("nash-md", dict(mixture_coef=1.5), ValueError, "mixture_coef"),
+    ("nash-md", dict(mixture_coef=[.5, 2]), ValueError, "mixture"),
     ("nash-md", dict(kl="word"), ValueError, "'to_go'")]
 
 

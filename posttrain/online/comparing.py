@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['LOSSES', 'ipo_of_sums', 'of_epoch', 'by_turns', 'ends_of_both', 'ComparingConfig', 'ComparingTrainer']
 
-# %% ../../nbs/online/15b_comparing.ipynb #9000e2cf
+# %% ../../nbs/online/15b_comparing.ipynb #e85e1237
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -29,13 +29,13 @@ from ..rollout.trainer import OnlineTrainer
 from ..rollout.verdicts import Verdicts
 from ..training.config import ReferenceFields, option
 
-# %% ../../nbs/online/15b_comparing.ipynb #393eccd6
+# %% ../../nbs/online/15b_comparing.ipynb #3916cdb4
 def ipo_of_sums(
     pairs: Pairs,  # P pairs
     *,
     beta: float,  # the paper's tau
 ) -> Tensor:  # (P,) each pair's loss
-    "IPO (https://arxiv.org/abs/2310.12036) of whole answers, which TRL's online trainers take; offline it is per token."
+    "IPO (https://arxiv.org/abs/2310.12036) of whole answers, as TRL's online trainers take it. Offline it is per token."
     return ipo(replace(pairs, chosen_lengths=1.0, rejected_lengths=1.0), beta=beta)
 
 
@@ -69,7 +69,7 @@ def ends_of_both(
     n, ended = len(generation) // 2, generation.finished
     return {"val/model_contain_eos_token": sum(ended[0::2]) / n, "val/ref_contain_eos_token": sum(ended[1::2]) / n}
 
-# %% ../../nbs/online/15b_comparing.ipynb #f385d9df
+# %% ../../nbs/online/15b_comparing.ipynb #b0769190
 _MODELS = "give the trainer its models: model=..., reward_funcs=..."
 
 
@@ -115,7 +115,7 @@ class ComparingConfig(ReferenceFields, OnlineConfig):
     @property
     def completions_at_once(self) -> int: return self.num_generations * self.per_device_train_batch_size
 
-# %% ../../nbs/online/15b_comparing.ipynb #2eb47bf7
+# %% ../../nbs/online/15b_comparing.ipynb #5fc8d547
 class ComparingTrainer(OnlineTrainer):
     """A trainer of methods that compare two answers of their own. Call it as TRL's OnlineDPOTrainer.
 
@@ -133,8 +133,8 @@ class ComparingTrainer(OnlineTrainer):
         self.has_judge = judge is not None
         if (reward_funcs is None) == (judge is None):
             both = "both are given" if self.has_judge else "neither is given"
-            raise TypeError(f"{type(self).__name__} needs reward_funcs or a judge, {both}: reward_funcs score each answer; "
-                            "a judge, a function (prompt, first, second), says which of two is better")
+            raise TypeError(f"{type(self).__name__} needs reward_funcs or a judge, {both}: reward_funcs score each "
+                            "answer; a judge, a function (prompt, first, second), says which of two is better")
         if self.has_judge:
             reward_funcs = Verdicts(judge, both_orders=args.judge_both_orders, timeout=args.judge_timeout)
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class,
@@ -198,7 +198,8 @@ class ComparingTrainer(OnlineTrainer):
     def metrics_of(self, generation):
         preference = self.preferences(generation)
         known = {"frac_ties": (~preferred(preference)[1]).double().mean().item(),
-                 "frac_identical": identical_pairs(generation.completion_ids), "val/contain_eos_token": sum(generation.finished) / len(generation)}
+                 "frac_identical": identical_pairs(generation.completion_ids),
+                 "val/contain_eos_token": sum(generation.finished) / len(generation)}
         if not self.has_judge:
             scores = self.total_rewards(generation)
             known |= {"objective/scores": scores.nanmean().item(),
