@@ -12,6 +12,7 @@ import traceback
 import posttrain
 from posttrain.command.arguments import (
     DatasetMixtureConfig,
+    JudgeArguments,
     ModelConfig,
     RewardArguments,
     ScriptArguments,
@@ -35,13 +36,16 @@ TRAINERS = {  # command -> config and trainer, by their public names
 }
 
 
-def _is_rewarded(trainer) -> bool: return "reward_funcs" in inspect.signature(trainer).parameters
+def _judging(trainer) -> list[type]:
+    "The class of flags that say what is better, if a trainer wants to know."
+    parameters = inspect.signature(trainer).parameters
+    if "judge" in parameters: return [JudgeArguments]
+    return [RewardArguments] if "reward_funcs" in parameters else []
 
 
 def _classes(config, trainer) -> list[type]:
     "The classes whose fields are the flags of a training command."
-    more = [RewardArguments] if _is_rewarded(trainer) else []
-    return [config, *more, ModelConfig, ScriptArguments, DatasetMixtureConfig]
+    return [config, *_judging(trainer), ModelConfig, ScriptArguments, DatasetMixtureConfig]
 
 
 def train(
@@ -51,8 +55,8 @@ def train(
     "Train with the flags of the method's config."
     config, trainer = (getattr(posttrain, name) for name in TRAINERS[method])
     args, *rewards, model, script, mixture = parse(_classes(config, trainer), argv)
-    functions = rewards[0].functions() if rewards else []
-    check_needs(args, model, functions)
+    judging = rewards[0].options() if rewards else {}
+    check_needs(args, model, judging.get("reward_funcs", ()))
     check_model(model.model_name_or_path, model.model_revision, args.trust_remote_code)
     if rewards and rewards[0].reward_model_name_or_path:
         check_model(rewards[0].reward_model_name_or_path, flag="--reward_model_name_or_path")
@@ -62,7 +66,7 @@ def train(
     running = trainer(
         model.model_name_or_path, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
         processing_class=_tokenizer_of(model, args), peft_config=get_peft_config(model),
-        **({"reward_funcs": functions} if rewards else {}))
+        **judging)
     running.train(resume_from_checkpoint=args.resume_from_checkpoint)
     running.save_model()
     print(f"saved in {args.output_dir}")

@@ -256,7 +256,8 @@ def test_with_an_adapter_the_reference_writes_without_it(name, config):
     trainer.train()
     generation, seeds = sampled[0]
     plain = Sampler(start(), pocket.tokenizer())
-    def written(k): return plain.sample(generation.prompt_ids[k::2], seeds[k::2], trainer.args.sampling()).completion_ids
+    how = trainer.args.sampling()
+    def written(k): return plain.sample(generation.prompt_ids[k::2], seeds[k::2], how).completion_ids
     assert generation.completion_ids[1::2] == written(1)
     assert generation.completion_ids[0::2] != written(0)  # the policy has its adapter on
     assert all(not m.disable_adapters for m in trainer.model.modules() if hasattr(m, "lora_A"))

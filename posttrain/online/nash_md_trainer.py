@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['NashMDConfig', 'NashMDTrainer']
 
-# %% ../../nbs/online/20_nash_md_trainer.ipynb #a17b5b17
+# %% ../../nbs/online/20_nash_md_trainer.ipynb #95ff2ecc
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,7 +26,7 @@ class NashMDConfig(ComparingConfig):
         0.5, "The reference's share in the opponent's logits; 0: self-play. A list: one for each epoch.", low=0, high=1)
     kl: str = option("to_go", "How the price of KL reaches the tokens.", choices=KL_FORMS)
 
-# %% ../../nbs/online/20_nash_md_trainer.ipynb #5573cfe2
+# %% ../../nbs/online/20_nash_md_trainer.ipynb #b450bcaa
 class NashMDTrainer(ComparingTrainer):
     """Nash learning by mirror descent (https://arxiv.org/abs/2312.00886): the policy's answer plays against one of a
     mixture of the policy and the reference.

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['OnlineDPOConfig', 'OnlineDPOTrainer']
 
-# %% ../../nbs/online/16_online_dpo_trainer.ipynb #cf046988
+# %% ../../nbs/online/16_online_dpo_trainer.ipynb #d97a9573
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -33,7 +33,7 @@ class OnlineDPOConfig(ComparingConfig):
             raise ValueError("loss_type='exo_pair' takes the logarithm of label_smoothing, which must be above 0; the "
                              "paper takes 1e-3")
 
-# %% ../../nbs/online/16_online_dpo_trainer.ipynb #44889cc7
+# %% ../../nbs/online/16_online_dpo_trainer.ipynb #a73f847f
 class OnlineDPOTrainer(ComparingTrainer):
     """Online DPO: two answers of the policy, and a preference between them (https://arxiv.org/abs/2402.04792).
 

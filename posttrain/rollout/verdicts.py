@@ -3,20 +3,19 @@
 # %% auto #0
 __all__ = ['transcript', 'probability', 'probability_of_index', 'Verdicts']
 
-# %% ../../nbs/rollout/03j_verdicts.ipynb #e7cecac1
+# %% ../../nbs/rollout/03j_verdicts.ipynb #cb45ea4c
 import asyncio
 import inspect
 import math
 import numbers
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import TimeoutError as ThreadTimeout
 
 from .background import run
 from .judges import agreed
 from .text_rewards import shown, text_of
 
-# %% ../../nbs/rollout/03j_verdicts.ipynb #94f5df90
+# %% ../../nbs/rollout/03j_verdicts.ipynb #f9346b30
 def transcript(
     prompt,  # a string, or messages
 ) -> str:
@@ -51,7 +50,7 @@ def probability_of_index(
         raise ValueError("expected 0 (the first is better), 1 (the second) or -1 (cannot tell), or a probability")
     return {0: 1.0, 1: 0.0, -1: None}[int(answer)]
 
-# %% ../../nbs/rollout/03j_verdicts.ipynb #ae0ec400
+# %% ../../nbs/rollout/03j_verdicts.ipynb #fc229950
 class Verdicts:
     """A judge as a reward function of neighbours: completion 2i is compared with completion 2i + 1, and each gets the
     probability that it is the better one; both get None where the judge cannot tell.
@@ -134,7 +133,7 @@ class Verdicts:
             return await asyncio.gather(*[one(a, what) if inspect.isawaitable(a) else _there(a)
                                           for a, what in zip(answers, about)])
         try: return run(asyncio.wait_for(all_of_them(), self.timeout))
-        except asyncio.TimeoutError as error: raise self._too_late(about[0]) from error
+        except TimeoutError as error: raise self._too_late(about[0]) from error
 
     def _attempt(self, question: Callable, what: str):
         "Ask. A judge that does not return in time is left alone in its thread."
@@ -143,7 +142,7 @@ class Verdicts:
             threads = ThreadPoolExecutor(1)
             try: return threads.submit(question).result(self.timeout)
             finally: threads.shutdown(wait=False)
-        except ThreadTimeout as error: raise self._too_late(what) from error
+        except TimeoutError as error: raise self._too_late(what) from error
         except Exception as error: raise self._raised(error, what) from error
 
     def _raised(self, error: Exception, what: str) -> RuntimeError:
