@@ -19,6 +19,10 @@ _HOMES = {
     "GRPOTrainer": "online.grpo_trainer", "GRPOConfig": "online.grpo_trainer",
     "RLOOTrainer": "online.rloo_trainer", "RLOOConfig": "online.rloo_trainer",
     "PPOTrainer": "online.ppo_trainer", "PPOConfig": "online.ppo_trainer",
+    "OnlineDPOTrainer": "online.online_dpo_trainer", "OnlineDPOConfig": "online.online_dpo_trainer",
+    "XPOTrainer": "online.xpo_trainer", "XPOConfig": "online.xpo_trainer",
+    "NashMDTrainer": "online.nash_md_trainer", "NashMDConfig": "online.nash_md_trainer",
+    "LLMJudge": "rollout.llm_judge",
     # what scripts written for TRL import besides
     "ModelConfig": "command.arguments", "ScriptArguments": "command.arguments",
     "DatasetMixtureConfig": "command.arguments", "get_peft_config": "command.arguments",

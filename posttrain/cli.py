@@ -12,6 +12,7 @@ import traceback
 import posttrain
 from posttrain.command.arguments import (
     DatasetMixtureConfig,
+    JudgeArguments,
     ModelConfig,
     RewardArguments,
     ScriptArguments,
@@ -22,6 +23,7 @@ from .command.flags import help_text, parse
 from .command.loading import load_data
 from .command.needs import check_model, check_needs, explain
 from .command.pocket_files import PocketArguments, write_pocket
+from .methods import command_of
 from .training.arguments import never_fail_to_print
 from .training.fields import closest
 
@@ -29,18 +31,21 @@ _all_ = ["demo", "demo_config", "load_data", "ScriptArguments", "RewardArguments
 
 # %% ../nbs/cli.ipynb #b1a5deda
 TRAINERS = {  # command -> config and trainer, by their public names
-    name.removesuffix("Trainer").lower(): (name.replace("Trainer", "Config"), name)
+    command_of(name): (name.replace("Trainer", "Config"), name)
     for name in posttrain.__all__ if name.endswith("Trainer")
 }
 
 
-def _is_rewarded(trainer) -> bool: return "reward_funcs" in inspect.signature(trainer).parameters
+def _judging(trainer) -> list[type]:
+    "The class of flags that say what is better, if a trainer wants to know."
+    parameters = inspect.signature(trainer).parameters
+    if "judge" in parameters: return [JudgeArguments]
+    return [RewardArguments] if "reward_funcs" in parameters else []
 
 
 def _classes(config, trainer) -> list[type]:
     "The classes whose fields are the flags of a training command."
-    more = [RewardArguments] if _is_rewarded(trainer) else []
-    return [config, *more, ModelConfig, ScriptArguments, DatasetMixtureConfig]
+    return [config, *_judging(trainer), ModelConfig, ScriptArguments, DatasetMixtureConfig]
 
 
 def train(
@@ -50,8 +55,8 @@ def train(
     "Train with the flags of the method's config."
     config, trainer = (getattr(posttrain, name) for name in TRAINERS[method])
     args, *rewards, model, script, mixture = parse(_classes(config, trainer), argv)
-    functions = rewards[0].functions() if rewards else []
-    check_needs(args, model, functions)
+    judging = rewards[0].options() if rewards else {}
+    check_needs(args, model, judging.get("reward_funcs", ()))
     check_model(model.model_name_or_path, model.model_revision, args.trust_remote_code)
     if rewards and rewards[0].reward_model_name_or_path:
         check_model(rewards[0].reward_model_name_or_path, flag="--reward_model_name_or_path")
@@ -61,7 +66,7 @@ def train(
     running = trainer(
         model.model_name_or_path, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
         processing_class=_tokenizer_of(model, args), peft_config=get_peft_config(model),
-        **({"reward_funcs": functions} if rewards else {}))
+        **judging)
     running.train(resume_from_checkpoint=args.resume_from_checkpoint)
     running.save_model()
     print(f"saved in {args.output_dir}")

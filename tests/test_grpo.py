@@ -522,9 +522,9 @@ def run(folder, method, size, accumulated, options):
     config, trainer = (getattr(posttrain, method + kind) for kind in ("Config", "Trainer"))
     args = config(folder, use_cpu=True, ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None, optim="sgd",
                   lr_scheduler_type="constant", max_grad_norm=1e9, max_steps=2, per_device_train_batch_size=size,
-                  gradient_accumulation_steps=accumulated, num_generations=4, max_completion_length=8,
-                  per_device_eval_batch_size=4, logging_steps=1, save_strategy="no", report_to="none",
-                  disable_tqdm=True, **{"learning_rate": .1, **options})
+                  gradient_accumulation_steps=accumulated, max_completion_length=8, per_device_eval_batch_size=4,
+                  logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
+                  **{"learning_rate": .1, "num_generations": 4, **options})
     model = pocket.start("reverse")[0]
     trainer = trainer(model, noisy, args, train_dataset=rows, eval_dataset=rows.select(range(11)),
                       processing_class=pocket.tokenizer(), callbacks=[Progress(stream=io.StringIO())])

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['Checked', 'ScriptArguments', 'DatasetConfig', 'DatasetMixtureConfig', 'ModelConfig', 'get_peft_config',
-           'get_quantization_config', 'RewardArguments', 'reward_function']
+           'get_quantization_config', 'RewardArguments', 'JudgeArguments', 'reward_function']
 
 # %% ../../nbs/command/01_arguments.ipynb #b594a42a
 import os
@@ -163,29 +163,57 @@ class RewardArguments(Checked):
                              "what shall the model be rewarded for?")
         return found
 
+    def options(self) -> dict:
+        "Keywords for the trainer. Raises as `functions` does."
+        return {"reward_funcs": self.functions()}
+
+
+@dataclass
+class JudgeArguments(RewardArguments):
+    "What methods that compare two answers need besides: rewards, or a judge."
+
+    judge: str | None = option(
+        None, "In place of rewards: the import path of a judge (prompt, first, second), such as my_judges.longer.")
+    judge_model: str | None = option(
+        None, "In place of rewards: a language model that judges, as its server calls it (`LLMJudge`).")
+    judge_base_url: str = option(
+        "https://api.openai.com/v1", "Where that server is. Its key is read from OPENAI_API_KEY.")
+
+    def options(self):
+        "Keywords for the trainer. Raises ValueError for a name that leads nowhere, for none, or for several."
+        given = [name for name in ("judge", "judge_model") if getattr(self, name)]
+        rewarded = bool(self.reward_funcs or self.reward_model_name_or_path)
+        if len(given) + rewarded > 1:
+            raise ValueError("rewards, --judge and --judge_model are given together: choose one of them")
+        if self.judge: return {"judge": reward_function(self.judge, "--judge")}
+        if not self.judge_model: return super().options()
+        from posttrain.rollout.llm_judge import LLMJudge
+        return {"judge": LLMJudge(self.judge_model, self.judge_base_url)}
+
 
 def reward_function(
     name: str,  # in posttrain.rollout.rewards, or module.function
+    flag: str = "--reward_funcs",  # who asks, for errors
 ):  # a function
     "The function that a name or an import path leads to. Raises ValueError where there is none."
-    module_name, _, function_name = _dotted(name).rpartition(".")
+    module_name, _, function_name = _dotted(name, flag).rpartition(".")
     known = [] if module_name else _own_rewards()
-    module = _imported(name, module_name or "posttrain.rollout.rewards")
+    module = _imported(name, module_name or "posttrain.rollout.rewards", flag)
     function = getattr(module, function_name, None)
     if not module_name and function_name not in known or not callable(function):
         there = known or sorted(n for n, value in vars(module).items() if callable(value) and not n.startswith("_"))
-        raise ValueError(f"--reward_funcs {name}: {module.__name__} has no function {function_name!r}; it has "
+        raise ValueError(f"{flag} {name}: {module.__name__} has no function {function_name!r}; it has "
                          f"{', '.join(there) or 'none'}.{closest(function_name, there)} A function of your own is "
                          "module.function")
     return function
 
 
-def _dotted(name: str) -> str:
+def _dotted(name: str, flag: str) -> str:
     "People also write file.py:function, perhaps with folders. Raises ValueError for a file that is not below this one."
     if ".py:" not in name: return name
     path = os.path.relpath(name)
     if path.startswith(os.pardir):
-        raise ValueError(f"--reward_funcs {name}: the file must be in this folder ({os.getcwd()}) or below it. Start "
+        raise ValueError(f"{flag} {name}: the file must be in this folder ({os.getcwd()}) or below it. Start "
                          "the command where the file is, or write module.function of an installed package")
     return path.replace(".py:", ".").replace(os.sep, ".")
 
@@ -196,16 +224,16 @@ def _own_rewards() -> list[str]:
     return [name for name in rewards._all_ if name.endswith("_reward") and not name.startswith("get_")]
 
 
-def _imported(name: str, module_name: str):
+def _imported(name: str, module_name: str, flag: str):
     "A module, one's own file beside the command included."
     from importlib import import_module
     if os.getcwd() not in sys.path: sys.path.insert(0, os.getcwd())
     try: return import_module(module_name)
     except ModuleNotFoundError as e:
-        raise ValueError(f"--reward_funcs {name}: {e}. Expected the name of a function in posttrain.rollout.rewards, "
+        raise ValueError(f"{flag} {name}: {e}. Expected the name of a function in posttrain.rollout.rewards, "
                          "or module.function, where the module is a file in this folder or an installed package") from e
     except Exception as e:  # whatever a user's file raises while it is imported
-        raise ValueError(f"--reward_funcs {name}: {module_name} cannot be imported: {_where(e)}") from e
+        raise ValueError(f"{flag} {name}: {module_name} cannot be imported: {_where(e)}") from e
 
 
 def _where(error: Exception) -> str:

@@ -199,7 +199,8 @@ class TrlParser:
 
 # %% ../../nbs/command/02_flags.ipynb #a4119087
 TITLES = {  # class that declares fields -> title of its group; other classes are a method's own
-    "RewardArguments": "rewards", "OnlineConfig": "sampling", "VLLMFields": "sampling with vLLM",
+    "RewardArguments": "rewards", "JudgeArguments": "a judge in place of rewards",
+    "OnlineConfig": "sampling", "VLLMFields": "sampling with vLLM",
     "ScriptArguments": "data", "DatasetMixtureConfig": "data, further", "ModelConfig": "model and adapter",
     "PostConfig": "training, as posttrain does it", "TrainingArguments": "training, as transformers does it",
 }

@@ -165,7 +165,7 @@ class OnlineConfig(TRLFields, VLLMFields, PostConfig):
 
     def _set_size_of_generation(self):
         "generation_batch_size from steps_per_generation, or the other way round."
-        at_once = self.per_device_train_batch_size * self.world_size
+        at_once = self.completions_at_once * self.world_size
         given, steps = self.generation_batch_size, self.steps_per_generation
         if given is None:
             self.steps_per_generation = self.gradient_accumulation_steps if steps is None else steps
@@ -175,7 +175,7 @@ class OnlineConfig(TRLFields, VLLMFields, PostConfig):
                              "leave one of them out")
         elif given % at_once:
             raise ValueError(f"generation_batch_size={given} must be a multiple of the completions that all processes "
-                             f"take at a time, {at_once} = per_device_train_batch_size * processes")
+                             f"take at a time, {at_once} = {self.completions_at_once} of a micro-batch * processes")
         else: self.steps_per_generation = given // at_once
         if self.generation_batch_size % self.num_generations:
             raise ValueError(
@@ -191,6 +191,11 @@ class OnlineConfig(TRLFields, VLLMFields, PostConfig):
         return Sampling(max_tokens=self.max_completion_length, temperature=self.temperature, top_p=self.top_p,
                         top_k=self.top_k, min_p=self.min_p, repetition_penalty=self.repetition_penalty, stop=stop,
                         stop_ids=stop_ids)
+
+    @property
+    def completions_at_once(self) -> int:
+        "Completions in a micro-batch, on one process."
+        return self.per_device_train_batch_size
 
     @property
     def prompts_per_generation(self) -> int: return self.generation_batch_size // self.num_generations

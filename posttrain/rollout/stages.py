@@ -23,7 +23,7 @@ from .completions import completion_metrics, reward_metrics
 from .generation import Generation, from_rollout, overlong_filter
 from .reward_batch import copied
 from .rewards import total
-from .sampling import eos_ids
+from .sampling import Engine, eos_ids
 from .score import RewardLog
 from .stream import Prompts, informative_groups
 from ..training.heads import completion_logps, scoring, unwrapped
@@ -35,6 +35,7 @@ class Stages:
 
     It brings `args`, `model`, `processing_class`, `rewards`, `rollout_func`, `engine` and `reference`."""
 
+    groups_stay_whole = False  # True: a process samples whole groups even where others then have none
     needs_old_logps = False  # True: the loss or the credit reads old_logps even where the policy has not moved
 
     def make_batches(self, prompts: Prompts) -> list[dict]:
@@ -51,7 +52,7 @@ class Stages:
     def collect(self, prompts: Prompts) -> Generation:
         "Sample and score a generation with this step's weights, on all processes: in one round, or in several."
         args = self.args
-        if self.engine is not None: self.engine.sync(self.model)  # an engine that sleeps wakes for it
+        self.sync_engines()
         if args.dynamic_sampling:
             def ask(n): return self.one_round(*prompts.draw(n))
             generation, rounds = informative_groups(
@@ -61,6 +62,10 @@ class Stages:
         else: generation = self.one_round(*prompts.draw(args.prompts_per_generation))
         if self.engine is not None: self.engine.sleep()
         return generation
+
+    def sync_engines(self) -> None:
+        "All that sample take the weights of now; an engine that sleeps wakes for it."
+        if self.engine is not None: self.engine.sync(self.model)
 
     def one_round(self, rows: list[dict], seeds: list[int]) -> Generation:
         "Completions of these rows, sampled and scored: each process does its share, and all of them get the whole."
@@ -77,16 +82,21 @@ class Stages:
 
     def sample(self, rows: list[dict], seeds: list[int], num_generations: int | None = None) -> Generation:
         "Completions of these rows, one each, on this process; `num_generations` neighbours for a prompt."
+        return self.sampled_by(self.engine, rows, seeds, num_generations)
+
+    def sampled_by(self, engine: Engine | None, rows: list[dict], seeds: list[int],
+                   num_generations: int | None = None) -> Generation:
+        "The same from an engine of one's own. The trainer's own one is None where there is a `rollout_func`."
         rows = once_for_neighbours(self.read, rows)
         G, decode = num_generations or self.args.num_generations, as_seen_by_rewards(rows, self.processing_class)
-        if self.rollout_func:
+        if engine is None:
             ends = {*eos_ids(self.model, self.processing_class), self.processing_class.pad_token_id}
             # it may write into the messages that it gets: each completion has its own
             answer = self.rollout_func([copied(row["prompt"]) for row in rows], self)
             vocab_size = getattr(unwrapped(self.model).get_input_embeddings(), "num_embeddings", math.inf)
             return from_rollout(answer, rows, ends, G, decode, vocab_size)
         prompt_ids = once_for_neighbours(self.tokens_of, rows)
-        samples = self.engine.sample(prompt_ids, seeds, self.args.sampling())
+        samples = engine.sample(prompt_ids, seeds, self.args.sampling())
         return Generation(rows, prompt_ids, samples.completion_ids, samples.sampled_logps, samples.finished,
                           decode(samples.completion_ids), G)
 
@@ -193,7 +203,7 @@ class Stages:
     def local_share(self, n: int) -> slice:
         "Which of n completions this process samples: whole groups, unless there are more processes than groups."
         processes, number, G = self.args.world_size, self.args.process_index, self.args.num_generations
-        together = G if n >= G * processes else 1
+        together = G if n >= G * processes or self.groups_stay_whole else 1
         first, last = (k * (n // together) // processes * together for k in (number, number + 1))
         return slice(first, last)
 

@@ -165,7 +165,7 @@ class OnlineTrainer(Stages, ReadsPrompts, WithReference, PostTrainer):
     def evaluation_loop(self, *args, **kwargs):
         "Sample with the weights of now; the same seeds in each evaluation."
         self._evaluated = 0
-        if self.engine is not None: self.engine.sync(self.model)
+        self.sync_engines()
         try: return super().evaluation_loop(*args, **kwargs)
         finally:
             if self.engine is not None: self.engine.sleep()
@@ -186,9 +186,13 @@ class OnlineTrainer(Stages, ReadsPrompts, WithReference, PostTrainer):
         rows = rows[:max(own, 1)]  # a process without a row of its own takes part with one that counts nothing
         seeds = completion_seeds(args.seed, before * G, len(rows) * G)
         generation = self.generate([row for row in rows for _ in range(G)], seeds, G)
-        self.metrics["eval"].add(weighted(self.metrics_of(generation), len(rows)), counts=own > 0)
+        self.metrics["eval"].add(weighted(self.evaluation_metrics(generation), len(rows)), counts=own > 0)
         _, (batch,) = self.learnable(generation, lambda n: [range(n)])
         return batch if own else {**batch, "repeated": True}
+
+    def evaluation_metrics(self, generation: Generation) -> dict[str, float]:
+        "What is logged of the completions of an evaluation."
+        return self.metrics_of(generation)
 
     def _get_eval_sampler(self, eval_dataset):
         "In order, and not by length: completions have none yet."
@@ -256,5 +260,3 @@ class OnlineTrainer(Stages, ReadsPrompts, WithReference, PostTrainer):
         batches = [self._prepare_inputs(batch) for batch in self.stream.state.batches]
         # a run that stopped without a reference may go on with one
         self.stream.state.batches = [b if "ref_logps" in b else self.with_ref_logps(b) for b in batches]
-
-

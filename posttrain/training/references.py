@@ -44,6 +44,11 @@ class ModelReference:
         "What the reference thinks of each counted token."
         with scoring(self.model): return completion_logps(self.model, batch, temperature=temperature)["logps"]
 
+    @contextmanager
+    def as_model(self):
+        "The model that it is, to sample from or to read the weights of."
+        yield self.model
+
     def weights(self) -> Iterable[tuple[str, Tensor]]:
         "The tensors that its opinion depends on."
         return self.model.named_parameters()
@@ -66,19 +71,19 @@ class AdapterReference:
         temperature: float = 1.0,  # at which its completions were sampled
     ) -> Tensor:  # (B, T), 0 where `mask` is 0, without gradient
         "What the model thinks of each counted token when it leaves its adapter out of account."
-        with scoring(self.model), self._switched():
+        with scoring(self.model), self.as_model():
             return completion_logps(self.model, batch, temperature=temperature)["logps"]
 
     @contextmanager
-    def _switched(self):
-        "The reference's adapter, or none, in the place of the one that is trained."
+    def as_model(self):
+        "The model with the reference's adapter, or with none, in the place of the one that is trained."
         if self.adapter is None:
-            with self.model.disable_adapter(): yield
+            with self.model.disable_adapter(): yield self.model
             return
         own = self.model.active_adapter
         learns = [(p, p.requires_grad) for p in self.model.parameters()]
         self.model.set_adapter(self.adapter)
-        try: yield
+        try: yield self.model
         finally:
             self.model.set_adapter(own)
             for p, flag in learns: p.requires_grad_(flag)  # set_adapter makes trainable what it activates

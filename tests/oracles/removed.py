@@ -15,6 +15,7 @@ HERE = Path(__file__).resolve().parent
 #: what is recorded -> the wheel, what else it needs, and the test file with its CASES and `theirs(case, folder)`
 WHEELS = {"bco": ("trl==1.13.0", ("scikit-learn", "joblib", "scipy", "threadpoolctl", "narwhals"),
                   "test_bco"),
+          "comparing": ("trl==1.13.0", (), "test_comparing_parity"),
           "ppo": ("trl==1.12.0", ("rich", "markdown-it-py", "mdurl", "pygments", "pandas"), "test_ppo"),
           "prm": ("trl==1.13.0", (), "test_prm")}
 
