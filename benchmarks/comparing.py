@@ -4,8 +4,9 @@
 
 Steps are whole ones: both sample two answers to each prompt with their own loop, score them by the same function and
 learn from them; same model, reference, prompts and optimizer, float32, in one process. The gradients are compared on
-given answers before a time is believed. The mixture writes one answer to each prompt, from the same two models, in both;
-TRL 1.13's wheel is downloaded, and asked in a process of its own."""
+given answers before a time is believed. The mixture writes one answer to each prompt, from the same two models, in both.
+TRL 1.13's wheel is downloaded, and asked in a process of its own, without a key-value cache: with one its two models
+write into the same cache, and the answers are not those of the mixture."""
 import copy
 import json
 import sys
@@ -132,9 +133,10 @@ def mixtures(name, rounds):
     policy, other = make(), make()
     ids = tokenizer(prompts(prompt, PROMPTS), return_tensors="pt")
     # no answer ends before the others: both do the same work
+    # with a cache TRL's two models write into one: only without it are the answers those of the mixture
     how = GenerationConfig(max_new_tokens=completion, min_new_tokens=completion, do_sample=True, top_k=0,
-                           eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    theirs = old_trl().GeometricMixtureWrapper(policy, other, how, mixture_coef=.25, device="cpu")
+                           use_cache=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    theirs = old_trl().GeometricMixtureWrapper(policy, other, how, mixture_coef=.25, device=torch.device("cpu"))
     ours = MixtureEngine(policy, make_reference(policy, other), None, .25)
     ours.eos = []
     policy.generation_config.eos_token_id = None
