@@ -28,6 +28,8 @@ from posttrain.explore import (
     odds,
     pair_losses,
     plane,
+    policy_simplex,
+    simplex,
     tokens,
     weights,
     zero_loss,
@@ -113,7 +115,8 @@ EXPLORERS = [
     tokens.tokens_explorer, kl.kl_explorer, weights.weights_explorer, beta.beta_explorer, a_plane,
     pair_losses.pair_loss_curves, zero_loss.zero_loss_explorer, groups.groups_explorer, clip.clip_explorer, a_run,
     a_microscope, judged.judged_explorer, lengths.lengths_explorer, odds.odds_explorer,
-    gae.gae_explorer, gradients.gradients_explorer, goodhart.goodhart_explorer]
+    gae.gae_explorer, gradients.gradients_explorer, goodhart.goodhart_explorer,
+    simplex.simplex_explorer, policy_simplex.policy_simplex_explorer]
 
 
 @pytest.mark.parametrize("make", EXPLORERS)
