@@ -30,6 +30,8 @@ from posttrain.explore import (
     online_offline,
     pair_losses,
     plane,
+    policy_simplex,
+    simplex,
     tokens,
     weights,
     zero_loss,
@@ -116,7 +118,8 @@ EXPLORERS = [
     pair_losses.pair_loss_curves, zero_loss.zero_loss_explorer, groups.groups_explorer, clip.clip_explorer, a_run,
     a_microscope, judged.judged_explorer, lengths.lengths_explorer, odds.odds_explorer,
     gae.gae_explorer, gradients.gradients_explorer, goodhart.goodhart_explorer,
-    bandit.bandit_explorer, online_offline.online_offline_explorer]
+    bandit.bandit_explorer, online_offline.online_offline_explorer,
+    simplex.simplex_explorer, policy_simplex.policy_simplex_explorer]
 
 
 @pytest.mark.parametrize("make", EXPLORERS)
