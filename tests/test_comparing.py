@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
 
@@ -465,7 +466,7 @@ def test_online_dpo_learns(seed, tmp_path):
     "From about .2 greedy to at least .6, with a judge that knows what is right."
     model, tokenizer = pocket.start("reverse")
     test = pocket.dataset("reverse", "prompt_only", n=300, seed=2, split="test")
-    def judge(prompt, first, second, target=None):
+    def judge(prompt, first, second):
         right = prompt.removeprefix("reverse ").removesuffix("=")[::-1]
         return .5 + .5 * ((first == right) - (second == right))
     args = OnlineDPOConfig(str(tmp_path), max_steps=180, per_device_train_batch_size=64, dynamic_sampling=True,
@@ -479,3 +480,55 @@ def test_online_dpo_learns(seed, tmp_path):
     after = pocket.accuracy(trainer.model, tokenizer, test)
     print(f"seed {seed}: {before:.2f} -> {after:.2f}, {trainer.state.log_history[-1]['train_runtime']:.0f} s")
     assert before < .25 and after >= .6
+
+
+# rock, scissors, paper in one token
+BEATS, ANSWERS = {("r", "s"), ("s", "p"), ("p", "r")}, ("r", "s", "p")
+TAUGHT = [{"prompt": "rps=", "completion": answer} for answer in "r" * 27 + "p" * 20 + "s" * 17]
+
+
+def referee(prompt, first, second):
+    "The winner is preferred with probability .9; what is no answer loses."
+    legal = first in ANSWERS, second in ANSWERS
+    if not all(legal): return None if not any(legal) else float(legal[0])
+    return .5 if first == second else .9 if (first, second) in BEATS else .1
+
+
+@torch.no_grad()
+def played(model):
+    "Probabilities of the three answers."
+    ids, answers = (pocket.tokenizer()(text)["input_ids"] for text in ("rps=", "rsp"))
+    return model(torch.tensor([ids])).logits[0, -1].softmax(-1)[answers]
+
+
+def after_playing(name, seed, folder, **options):
+    "How far the furthest of the three probabilities is from 1/3, before and after."
+    model = pocket.model(seed)
+    pocket.fit(model, pocket.tokenizer(), TAUGHT, 60)
+    trainer, config, _ = METHODS[name]
+    args = config(str(folder), **{**dict(
+        max_completion_length=1, max_steps=150, optim="sgd", lr_scheduler_type="linear", max_grad_norm=1.0, seed=seed,
+        temperature=1.0, judge_both_orders=False, logging_steps=50, save_strategy="no", report_to="none",
+        disable_tqdm=True, use_cpu=True), **options})
+    before = (played(model) - 1 / 3).abs().max().item()
+    trainer(model, args=args, judge=referee, processing_class=pocket.tokenizer(),
+            train_dataset=Dataset.from_list([{"prompt": "rps="}] * 64)).train()
+    after = (played(model) - 1 / 3).abs().max().item()
+    print(f"{name}, seed {seed}: {before:.3f} -> {after:.3f} from the uniform policy")
+    return before, after
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_nash_md_with_a_cyclic_judge_ends_near_the_uniform_policy(seed, tmp_path):
+    before, after = after_playing("nash-md", seed, tmp_path, mixture_coef=.0625, beta=.1, learning_rate=.03,
+                                  per_device_train_batch_size=512)
+    assert before > .08 and after < .05
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_online_dpo_that_is_held_loosely_does_not(seed, tmp_path):
+    """With beta=.02 it goes round. The step is as large as Nash-MD's: the slope of DPO's loss has the factor 2 beta.
+    Held as firmly as Nash-MD here it comes to rest, too: nbs/online/19_nash_md.ipynb says why."""
+    before, after = after_playing("online dpo", seed, tmp_path, beta=.02, learning_rate=.75,
+                                  per_device_train_batch_size=128)
+    assert after > .05 and after > before

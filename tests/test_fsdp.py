@@ -51,6 +51,8 @@ def data_of(method):
     if method in UNPAIRED: return posttrain.unpair_preference_dataset(rows(8)).shuffle(seed=0)
     return pocket.dataset("add", "stepwise_supervision", n=16, seed=3) if method == "PRM" else rows(16)
 
+SAMPLES = ("PPO", "OnlineDPO", "XPO", "NashMD")
+
 def lengths(completions, **columns): return [len(text) / 4 for text in completions]
 
 def trainer(out, method, adapter=False, **options):
@@ -60,8 +62,8 @@ def trainer(out, method, adapter=False, **options):
         report_to="none", disable_tqdm=True, train_sampling_strategy="sequential", learning_rate=1e-3), **options})
     config = LoraConfig(target_modules=["q_proj"], r=4, task_type=task_type.get(method))
     given = {"peft_config": config} if adapter else (
-        {"ref_model": copy.deepcopy(reference)} if method in (*UNPAIRED, "DPO", "PPO") else {})
-    if method == "PPO": given["reward_funcs"] = lengths
+        {"ref_model": copy.deepcopy(reference)} if method in (*UNPAIRED, *SAMPLES, "DPO") else {})
+    if method in SAMPLES: given["reward_funcs"] = lengths
     return getattr(posttrain, method + "Trainer")(model_of(method), args=args, train_dataset=data_of(method),
                                                   processing_class=pocket.tokenizer(), **given)
 
@@ -95,6 +97,10 @@ JOBS = {**{method: dict(method=method) for method in ("DPO", "KTO", "BCO", "CPO"
         **{f"PPO {critic}": dict(method="PPO", critic=critic, max_completion_length=6, num_ppo_epochs=2,
                                  critic_learning_rate=5e-3) for critic in ("head", "model")},
         "PPO adapter": dict(method="PPO", adapter=True, max_completion_length=6, num_ppo_epochs=2),
+        **{method: dict(method=method, max_completion_length=6, **more) for method, more in (
+            ("OnlineDPO", {}), ("XPO", dict(alpha=.05, bonus_over="rounds")), ("NashMD", {}))},
+        **{f"{method} adapter": dict(method=method, adapter=True, max_completion_length=6, **more)
+           for method, more in (("XPO", dict(alpha=.05)), ("NashMD", {}))},
         # beside the adapter the layer of the labels learns, as a copy of PEFT's
         **{f"{method} adapter": dict(method=method, adapter=True, learning_rate=.01) for method in ("Reward", "PRM")}}
 

@@ -9,7 +9,21 @@ import time
 import pytest
 import torch
 
-from posttrain import GRPOTrainer, PPOConfig, PPOTrainer, RLOOConfig, RLOOTrainer, pocket
+from posttrain import (
+    GRPOTrainer,
+    NashMDConfig,
+    NashMDTrainer,
+    OnlineDPOConfig,
+    OnlineDPOTrainer,
+    PPOConfig,
+    PPOTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+    XPOConfig,
+    XPOTrainer,
+    pocket,
+)
+from posttrain.online.comparing import ComparingTrainer
 from posttrain.cli import demo_config
 from posttrain.rollout.rewards import exact_match_reward, total
 from posttrain.training.heads import completion_logps
@@ -95,16 +109,19 @@ def test_without_a_baseline_it_does_not(tmp_path):
     assert reached > start + 0.05 and without < start / 2
 
 
-def rloo_agrees(folder, settings):
-    """RLOO, REINFORCE++ and PPO for three steps each. How far the engine's log-probs are from the trainer's afterwards,
-    the greatest difference of a token, and how far the weights went, for each of the three."""
+def others_agree(folder, settings):
+    """RLOO, REINFORCE++, PPO, online DPO, XPO and Nash-MD for three steps each. How far the engine's log-probs are from
+    the trainer's afterwards, the greatest difference of a token, and how far the weights went, for each of them."""
     answer, methods = [], [(RLOOTrainer, RLOOConfig, dict(advantage_estimator="rloo")),
                            (RLOOTrainer, RLOOConfig, dict(advantage_estimator="reinforce_plus_plus")),
                            (PPOTrainer, PPOConfig, dict(num_ppo_epochs=1, temperature=1.0))]
+    methods += [(kind, config, dict(num_generations=2, temperature=1.0, per_device_train_batch_size=16)) for kind, config
+                in ((OnlineDPOTrainer, OnlineDPOConfig), (XPOTrainer, XPOConfig), (NashMDTrainer, NashMDConfig))]
     for kind, config, own in methods:
-        args = config(folder, max_steps=3, per_device_train_batch_size=32, num_generations=4, max_completion_length=12,
-                      learning_rate=1e-3, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
-                      use_cpu=True, **own, **settings)
+        args = config(folder, **{**dict(
+            max_steps=3, per_device_train_batch_size=32, num_generations=4, max_completion_length=12,
+            learning_rate=1e-3, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True),
+            **own, **settings})
         model, tokenizer = pocket.start("reverse", steps=130)
         before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
         data = pocket.dataset("reverse", "prompt_only", n=200, seed=1)
@@ -113,7 +130,9 @@ def rloo_agrees(folder, settings):
         trainer.engine.sync(model)
         batch = trainer.generate([data[0]] * 8, list(range(8))).batch()
         own = completion_logps(model, batch)["logps"].detach()
-        gap = ((own - batch["sampled_logps"]) * batch["mask"]).abs().max().item()
+        # of two answers that are compared, the second one may be an opponent's
+        step = 2 if isinstance(trainer, ComparingTrainer) else 1
+        gap = ((own - batch["sampled_logps"]) * batch["mask"])[::step].abs().max().item()
         moved = (torch.cat([p.detach().flatten() for p in model.parameters()]) - before).norm().item()
         answer += [gap, moved]
     return answer
@@ -123,7 +142,7 @@ VLLM = """
 import sys
 from pathlib import Path
 sys.path.insert(0, "tests")
-from test_online import learn, rloo_agrees
+from test_online import learn, others_agree
 from posttrain import pocket
 mode, folder = sys.argv[1:]
 mean = lambda rows: sum(r["reward"] for r in rows) / len(rows)
@@ -134,7 +153,7 @@ def run(**settings):
     rows = [r for r in trainer.state.log_history if "reward" in r]
     gaps = [r["sampling/sampling_logp_difference/max"] for r in rows if "sampling/sampling_logp_difference/max" in r]
     print("RESULT", before, after, mean(rows[:5]), mean(rows[-5:]), max(gaps, default=-1), flush=True)
-    if settings: print("RLOO", *rloo_agrees(folder, settings), flush=True)
+    if settings: print("OTHERS", *others_agree(folder, settings), flush=True)
 if mode == "own": run()
 elif mode == "colocate": run(use_vllm=True)
 else:
@@ -146,8 +165,8 @@ else:
 
 def test_vllm_earns_the_same_reward(tmp_path):
     """Colocated and server, the real vLLM: after 40 steps of GRPO the reward is that of our own sampler within noise,
-    and RLOO, REINFORCE++ and PPO keep their engine at the weights of now. (A batch
-    half as large and a better start than in the demo: vLLM on a CPU takes some milliseconds for each completion.)"""
+    and the other methods that sample keep their engine at the weights of now. (A batch half as large and a better start
+    than in the demo: vLLM on a CPU takes some milliseconds for each completion.)"""
     reached = {}
     for mode in ("own", "colocate", "server"):
         out = subprocess.run([sys.executable, "-W", "ignore", "-c", VLLM, mode, str(tmp_path)], capture_output=True,
@@ -160,9 +179,10 @@ def test_vllm_earns_the_same_reward(tmp_path):
         assert after > before + 0.08 and last > first + 0.02
         assert gap == -1 if mode == "own" else 0 <= gap < 1e-3, gap
         if mode == "own": continue
-        rloo = [line.split()[1:] for line in out.stdout.splitlines() if line.startswith("RLOO")]
-        assert rloo, out.stdout[-2000:] + out.stderr[-3000:]
-        numbers = list(map(float, rloo[0]))
+        others = [line.split()[1:] for line in out.stdout.splitlines() if line.startswith("OTHERS")]
+        assert others, out.stdout[-2000:] + out.stderr[-3000:]
+        numbers = list(map(float, others[0]))
+        assert len(numbers) == 2 * 6
         for gap, moved in zip(numbers[0::2], numbers[1::2]): assert gap < 1e-3 < moved
     # four standard errors of a difference of two means of ten steps each, of at least 64 completions
     noise = 4 * (2 * 0.25 / (10 * 64)) ** 0.5
