@@ -17,8 +17,8 @@ from transformers import AutoModelForSequenceClassification
 from .weights import dense_weights
 from ..training.config import option
 from ..training.heads import PolicyAndValue, attach_head, read, scoring, unwrapped
-from ..training.loading import load_model
-from ..training.references import disable_dropout
+from ..training.loading import load_model, made_up_weights
+from ..training.references import disable_dropout, refuse_the_policy, share_weights, vocabulary_size
 from ..training.states import head_module, is_classifier
 
 # %% ../../nbs/rollout/09_critic.ipynb #f858b4ce
@@ -48,10 +48,8 @@ def copied_critic(
         raise TypeError(f"transformers has no classifier on a {type(unwrapped(policy)).__name__}: pass value_model, or "
                         "set critic='head'") from e
     body = {name: weight for name, weight in dense_weights(policy) if name in value.state_dict()}
-    absent = value.load_state_dict(body, strict=False).missing_keys
-    layer = head_module(value)
-    own = {id(weight) for weight in layer.parameters()}
-    if lost := [name for name, weight in value.named_parameters() if name in absent and id(weight) not in own]:
+    _, lost = made_up_weights(value, value.load_state_dict(body, strict=False).missing_keys)
+    if lost:
         raise TypeError(f"the body of {type(value).__name__} is not the policy's, it also has {lost[0]}: pass "
                         "value_model, or set critic='head'")
     return saying_nothing(value)
@@ -78,15 +76,14 @@ def check_critic(
         raise ValueError(f"value_model is a {kind}{labels}: expected a classifier with one label, as "
                          "AutoModelForSequenceClassification.from_pretrained(path, num_labels=1) makes it, or a reward "
                          "model")
-    known, needed = (unwrapped(m).get_input_embeddings().weight.shape[0] for m in (value, policy))
+    known, needed = vocabulary_size(value), vocabulary_size(policy)
     if known < needed:
         raise ValueError(f"value_model knows {known} tokens, and the policy writes {needed}: a critic reads the "
                          "policy's own ids. Take one with the policy's tokenizer, or set critic='head'")
-    own = {id(p) for p in value.parameters()}
-    if own & {id(p) for p in policy.parameters()}:
+    if share_weights(value, policy):
         raise ValueError("value_model shares weights with the model: pass a copy (copy.deepcopy), or set "
                          "critic='head', which is a layer on the policy's own body")
-    if any(own & {id(p) for p in judge.parameters()} for judge in judges):
+    if any(share_weights(value, judge) for judge in judges):
         raise ValueError("value_model shares weights with a reward model, which would be trained along and judge "
                          "otherwise from step to step: pass a copy (copy.deepcopy)")
 
@@ -119,9 +116,8 @@ class WithCritic:
                             "model=trainer.model.policy and value_model=trainer.model.value, or the saved folders")
         if value_model is not None and not isinstance(value_model, (str, os.PathLike, nn.Module)):
             raise TypeError(f"value_model must be a model, a path or None, got {type(value_model).__name__}")
-        if value_model is not None and value_model is model and isinstance(model, nn.Module):
-            raise ValueError("model and value_model are the same object: pass a classifier with one label, or leave "
-                             "value_model out")
+        refuse_the_policy(model, value_model, "value_model",
+                          "pass a classifier with one label, or leave value_model out")
         if value_model is not None and args.critic == "head":
             raise ValueError("critic='head' is a layer on the policy's own body, and value_model is a model of its "
                              "own: leave one of them out")
@@ -153,12 +149,11 @@ class WithCritic:
     def _loaded_critic(self, path: str) -> nn.Module:
         value, info = load_model(path, self.args, AutoModelForSequenceClassification, num_labels=1,
                                  output_loading_info=True)
-        own = {id(weight) for weight in head_module(value).parameters()}
-        made_up = {name: id(weight) for name, weight in value.named_parameters() if name in info["missing_keys"]}
-        if lost := [name for name, weight in made_up.items() if weight not in own]:
+        new_layer, lost = made_up_weights(value, info["missing_keys"])
+        if lost:
             raise ValueError(f"value_model={path!r} has no weights for {', '.join(lost[:3])}, which would be random "
                              "numbers: name a checkpoint that is whole")
-        return saying_nothing(value) if made_up else value  # of a language model the layer is new
+        return saying_nothing(value) if new_layer else value  # of a language model the layer is new
 
     # ------------------------------------------------ values
     def annotate(self, batches):
