@@ -24,6 +24,8 @@ from posttrain.online.rloo_trainer import RLOOConfig, RLOOTrainer
 from posttrain.pocket.tasks import judge
 from posttrain.reward.herding import RewardEnsemble
 from posttrain.reward.overoptimisation import (
+    DRAWS,
+    RECIPES,
     SIZES,
     bon_curve,
     judged_pairs,
@@ -34,11 +36,8 @@ from posttrain.reward.overoptimisation import (
 
 HERE = Path(__file__).resolve().parent
 RECORD, NOTEBOOK = HERE / "overoptimisation.json", HERE.parent / "nbs/explore/20_goodhart.ipynb"
-DRAWS, BETAS = (1, 2, 3), (0.0, 0.2)
+BETAS = (0.0, 0.2)
 STEPS = {200: 60, 2000: 120}  # pairs -> steps of training a reward model
-# name -> pairs, members, and how they are combined
-PROXIES = {"one, 200 pairs": (200, 1, "mean"), "one, 2,000 pairs": (2000, 1, "mean"),
-           "mean of three, 200 pairs": (200, 3, "mean"), "minimum of three, 200 pairs": (200, 3, "minimum")}
 NS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 MEASURED = ("d", "gold", "reward")
 ASKED, SAMPLES, SHOWN = 4, 1024, 2  # prompts of best-of-n, answers to each, answers that the record shows
@@ -83,7 +82,7 @@ def runs_of(draw: int, policy, tokenizer, measured: tuple) -> list[dict]:
         data = {n: judged_pairs(doubled, written, n) for n in STEPS}
         members = {n: [train_proxy(data[n], size, tokenizer, 10 * draw + k, STEPS[n]) for k in range(many)]
                    for n, many in ((200, 3), (2000, 1))}
-        for name, (n, many, how) in PROXIES.items():
+        for name, (n, many, how) in RECIPES.items():
             proxy = RewardEnsemble(members[n][:many], how).calibrate(doubled[:800], written[:800])
             about, rewards = {"draw": draw, "size": size, "proxy": name}, scores(proxy, asked, answers)
             found.append(about | {"by": "best-of-n", "said": chosen(rewards, answers)} | bon_curve(rewards, gold, NS))

@@ -156,6 +156,18 @@ def test_copies_and_pickles(cls, tmp_path):
     assert all(type(other) is cls and other.seed == 3 and other.gradient_checkpointing for other in copies)
 
 
+@pytest.mark.parametrize("cls", CONFIGS)
+def test_a_config_is_made_again_from_its_dict(cls, tmp_path):
+    "transformers writes <STOP_TOKEN> for each field whose name ends in _token."
+    own = {"stop_token": "eos", "pad_token": "<|pad|>", "eos_token": "<|end|>"}
+    own = {name: value for name, value in own.items() if name in cls.__dataclass_fields__}
+    args = cls(str(tmp_path), use_cpu=True, **own)
+    again = cls(**args.to_dict())
+    assert again.to_dict() == args.to_dict() and all(getattr(again, name) == value for name, value in own.items())
+    secret = cls(str(tmp_path), use_cpu=True, hub_token="hf_abc")
+    assert secret.to_dict()["hub_token"] == "<HUB_TOKEN>" and "hf_abc" not in secret.to_json_string()
+
+
 def test_defaults_are_within_their_ranges(tmp_path):
     """What a field is by itself passes its own check, and every range of the table is of a field that there is."""
     for cls in CONFIGS:

@@ -13,6 +13,8 @@ from posttrain import (
     DPOTrainer,
     GRPOConfig,
     GRPOTrainer,
+    PPOConfig,
+    PPOTrainer,
     RLOOConfig,
     RLOOTrainer,
     SFTConfig,
@@ -132,6 +134,23 @@ def test_a_model_without_experts_says_so(config):
         SFTTrainer(pocket.model(), SFTConfig(**config(router_aux_loss_coef=.1)), **arguments)
     off = SFTTrainer(pocket.model(), SFTConfig(**config(router_aux_loss_coef=0.0)), **arguments)
     assert not off.aux_loss_enabled
+
+
+@pytest.mark.parametrize("asks", [True, False])
+@pytest.mark.parametrize("trainer_class, config_class", [(GRPOTrainer, GRPOConfig), (PPOTrainer, PPOConfig)])
+def test_a_mixture_that_says_what_its_routers_do_can_sample(trainer_class, config_class, asks, config):
+    "In `generate` Mixtral compares the router logits of the newest token with a mask of all tokens."
+    policy = model("Mixtral")
+    policy.config.output_router_logits = asks
+    own = dict(ONLINE) if trainer_class is GRPOTrainer else dict(max_completion_length=12)
+    args = config(**own, max_steps=1, per_device_train_batch_size=4, num_iterations=2)
+    args.pop("train_sampling_strategy", None)
+    trainer = trainer_class(policy, parity, config_class(**args), rows("prompt_only"), rows("prompt_only", 4),
+                            processing_class=pocket.tokenizer())
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] is not None and policy.config.output_router_logits is asks
+    ids = trainer.generation.completion_ids
+    assert len(ids) >= 4 and trainer.state.log_history[0]["aux_loss"] > 1
 
 
 @pytest.fixture(scope="module")

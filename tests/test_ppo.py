@@ -15,6 +15,7 @@ from posttrain import PPOConfig, PPOTrainer, pocket
 from posttrain.foundations.layouts import make_batch
 from posttrain.foundations.masks import length_mask
 from posttrain.online.ppo import ppo_advantages, ppo_loss, token_rewards, value_loss
+from posttrain.rollout.critic import load_critic
 from posttrain.training.heads import PolicyAndValue, completion_logps
 from stamps import short_hash
 from test_dpo_parity import moved
@@ -284,6 +285,30 @@ def test_what_is_saved_is_a_language_model_with_a_critic_beside_it(config, tmp_p
     assert trainer.model.generate(torch.tensor([[5, 6]]), max_new_tokens=1).shape == (1, 3)
     other = make(config, value=str(tmp_path / "out" / "critic"))
     assert all(torch.equal(a, b) for a, b in zip(other.model.value.parameters(), critic.parameters()))
+
+
+def in_an_adapter(model):
+    from peft import LoraConfig, get_peft_model
+    return get_peft_model(model, LoraConfig(target_modules=["q_proj"], r=4, task_type="SEQ_CLS"), "critic")
+
+
+@pytest.mark.parametrize("critic", [*CRITICS, "adapter"])
+def test_a_saved_critic_says_the_same(critic, config, tmp_path):
+    from transformers import AutoModelForCausalLM
+    options = dict(value=in_an_adapter(value_model())) if critic == "adapter" else of(critic)
+    trainer = train(config, critic_learning_rate=.5, output_dir=str(tmp_path), **options)
+    trainer.save_model(str(tmp_path / "out"))
+    both = load_critic(tmp_path / "out", AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    batch = make_batch([[5, 6]], [[7, 8, 9], [7, 8]], [0, 0])
+    before, after = (completion_logps(model.eval(), batch) for model in (trainer.model, both))
+    for name in ("logps", "values"):
+        assert torch.allclose(before[name], after[name], atol=1e-6) and before[name].std() > 0, name
+    if critic != "adapter": return
+    other = make(config, value=str(tmp_path / "out" / "critic"))  # another run goes on with it
+    assert torch.equal(completion_logps(other.model.eval(), batch)["values"], after["values"])
+    learns = [name for name, p in other.model.value.named_parameters() if p.requires_grad]
+    assert learns == [name for name, p in trainer.model.value.named_parameters() if p.requires_grad]
+    with pytest.raises(FileNotFoundError, match="where a trainer with a critic has"): load_critic(tmp_path, both.policy)
 
 
 def test_the_best_model_comes_with_its_critic(config, tmp_path):

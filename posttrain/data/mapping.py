@@ -66,6 +66,15 @@ class Preparation:
     keep: tuple[str, ...] = ()           # other columns to pass on where they exist
     rows_made: int = 1                   # rows that `read` makes of each: first of all rows the first, and so on
     adds: dict = field(default_factory=dict)  # columns of `keep` that `read` adds, with their types
+    limits: str | None = None  # the settings that cut rows, in words; None: max_length and truncation_mode
+    # (a batch of one row that was read) -> in words, the limits that would leave it something, or None if none would
+    advise: Callable | None = None
+
+    @property
+    def cut_by(self) -> str:
+        "The settings that cut rows, in words; '' where nothing does."
+        if self.limits is not None: return self.limits
+        return f"max_length={self.max_length}, truncation_mode={self.truncation_mode!r}" if self.max_length else ""
 
     def split_rows(self, batch: dict, indices=None, place: str = ""):
         """Tokenised rows as (prompt, parts). The prompt is empty where it is not a column of its own.
@@ -222,21 +231,23 @@ def _lengths(batch, column: str) -> dict[str, list[int]]:
     return {column: [len(prompt) + max(map(len, sides)) for prompt, *sides in zip(prompts, *parts)]}
 
 
+def _within(preparation: Preparation) -> str:
+    "The limits as a part of a sentence."
+    return preparation.cut_by and f" within {preparation.cut_by},"
+
+
 def _say_dropped_from_stream(left: set[int], indices, preparation: Preparation) -> None:
     "Say once which row of a stream was the first to be dropped; `left` are the numbers in the batch that stay."
     dropped = next((index for number, index in enumerate(indices) if number not in left), None)
     if dropped is not None:
-        warn_once("dropped", f"{preparation.who}: row {dropped} of the stream has no token left to train on with "
-                             f"max_length={preparation.max_length} and is dropped. "
-                             "Said once; other rows may go the same way.")
+        warn_once("dropped", f"{preparation.who}: row {dropped} of the stream has no token to train on"
+                             f"{_within(preparation)} and is dropped. Said once; other rows may go the same way.")
 
 
 def _say_dropped(dropped: int, rows: int, preparation: Preparation, name: str) -> None:
-    max_length, mode = preparation.max_length, preparation.truncation_mode
-    limit = f" within max_length={max_length}, truncation_mode={mode!r}," if max_length else ""
     logging.getLogger("posttrain").warning(
-        f"{preparation.who}: {dropped} of {rows} rows of the {name} dataset have no token to train on{limit} and "
-        "were dropped.")
+        f"{preparation.who}: {dropped} of {rows} rows of the {name} dataset have no token to train on"
+        f"{_within(preparation)} and were dropped.")
 
 
 def _nothing_left(dataset, seen: str, preparation: Preparation, name: str) -> ValueError:
@@ -248,14 +259,16 @@ def _nothing_left(dataset, seen: str, preparation: Preparation, name: str) -> Va
 def _why_nothing_is_left(row: dict, preparation: Preparation, seen: str) -> str:
     "The first row, before it is cut, tells why."
     batch = preparation.read(batch_of_one(row), indices=[0], who=preparation.who)
+    if preparation.advise and (advice := preparation.advise(batch)):
+        return f"{seen} lose theirs to {preparation.cut_by}. {advice}"
     prompt, parts = next(iter(preparation.split_rows(batch)))
     start = preparation.first_target(prompt, parts)
     if start is None:
         return (f"{seen} lack one. In the first row there is none to begin with: its text or completion is "
                 "empty, or no message has the role 'assistant'.")
     length = len(prompt) + max(map(len, parts))
-    mode = preparation.truncation_mode
-    other = ", or truncation_mode='keep_end', which cuts the prompt instead" if mode == "keep_start" else ""
-    return (f"{seen} lose theirs to max_length={preparation.max_length} with truncation_mode={mode!r}. "
+    can_keep_end = preparation.limits is None and preparation.truncation_mode == "keep_start"
+    other = ", or truncation_mode='keep_end', which cuts the prompt instead" if can_keep_end else ""
+    return (f"{seen} lose theirs to {preparation.cut_by}. "
             f"The first row has {length} tokens and is trained on from number {start + 1} on. "
             f"Set max_length={length} or more{other}.")

@@ -34,9 +34,9 @@ def episode(
     later = place == PLACES[1]
     mask = torch.ones(32, AFTER, dtype=torch.long)
     mask[:, TOKENS:] = int(later)
-    logratio = torch.zeros(32, AFTER, dtype=torch.float64)
-    logratio[:, :5] = torch.where(GOOD > 0, 0.5 / 0.3, 0.5 / 0.7).log()
-    return token_rewards(SCORES, logratio if place == PLACES[2] else None, mask, beta=BETA), mask
+    kl = torch.zeros(32, AFTER, dtype=torch.float64)
+    kl[:, :5] = torch.where(GOOD > 0, 0.5 / 0.3, 0.5 / 0.7).log()
+    return token_rewards(SCORES, kl if place == PLACES[2] else None, mask, beta=BETA), mask
 
 
 def exact_values(

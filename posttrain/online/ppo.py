@@ -10,33 +10,30 @@ import torch
 from torch import Tensor
 
 from ..foundations.advantages import at_last_token, gae, whiten
-from ..foundations.divergences import estimate_kl
 from ..foundations.masks import Totals, average, masked_mean, masked_var
 from ..foundations.policy_gradient import policy_gradient_loss
 
 # %% ../../nbs/online/13_ppo.ipynb #e6b3ccf7
 def token_rewards(
-    scores: Tensor,            # (B,) of whole completions
-    logratio: Tensor | None,   # (B, T) old_logps - ref_logps of the sampled tokens; None: no reference
-    mask: Tensor,              # (B, T) of 0/1
+    scores: Tensor,      # (B,) of whole completions
+    kl: Tensor | None,   # (B, T) of each token, as from `estimate_kl`; k1 is old_logps - ref_logps. None: no reference
+    mask: Tensor,        # (B, T) of 0/1
     *,
-    beta: float = 0.05,        # price of a nat of KL; TRL's `kl_coef`
-    kl_estimator: str = "k1",  # a key of `KL_ESTIMATORS`: "k1" or "k3"; TRL's
+    beta: float = 0.05,  # price of a nat of KL; TRL's `kl_coef`
 ) -> Tensor:  # (B, T), 0 where the mask is 0
     """
     What each action earns: the KL to the reference costs something at every token, and the score of the whole
     completion comes at its last counted token, which is the EOS where there is one.
 
-    Raises ValueError unless there is one score per completion, and for an unknown estimator.
+    Raises ValueError unless there is one score per completion.
     """
     if scores.shape != mask.shape[:1]:
         raise ValueError(f"scores of shape {tuple(scores.shape)} for a mask of shape {tuple(mask.shape)}: expected one "
                          "score per completion, (B,)")
     if not mask.shape[1]: return scores.new_zeros(mask.shape)  # nobody has written a token
     rewards = at_last_token(scores.detach(), mask)  # step 15
-    if logratio is None: return rewards
     # padding may hold anything
-    return rewards - beta * estimate_kl(logratio.detach().masked_fill(mask == 0, 0), kl_estimator)
+    return rewards if kl is None else rewards - beta * kl.detach().masked_fill(mask == 0, 0)
 
 
 def ppo_advantages(

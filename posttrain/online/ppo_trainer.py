@@ -107,12 +107,14 @@ class PPOTrainer(WithCritic, ShowsClip, OnlineTrainer):
             generation, masks=overlong_filter(generation.all_masks(), scored))
 
     def credit(self, generation, batches):
-        mask, old_logps, values = (self.gathered(generation, batches, name) for name in ("mask", "old_logps", "values"))
+        mask, values = generation.batch()["mask"], self.gathered(generation, batches, "values")
         scores = self.total_rewards(generation).nan_to_num() * mask.any(1)  # where nothing counts nothing is scored
         columns = {"scores": scores, "values": values}
-        logratio = None if self.reference is None else old_logps - self.gathered(generation, batches, "ref_logps")
-        if logratio is not None: columns["kl"] = estimate_kl(logratio, self.args.kl_estimator).masked_fill(mask == 0, 0)
-        rewards = token_rewards(scores, logratio, mask, beta=self.kl.coef, kl_estimator=self.args.kl_estimator)
+        if self.reference is not None:
+            old_logps, ref_logps = (self.gathered(generation, batches, name) for name in ("old_logps", "ref_logps"))
+            kl = estimate_kl(old_logps - ref_logps, self.args.kl_estimator)
+            columns["kl"] = kl.masked_fill(mask == 0, 0)
+        rewards = token_rewards(scores, columns.get("kl"), mask, beta=self.kl.coef)
         advantages, returns = ppo_advantages(rewards, values, mask, **self.args.options_of(ppo_advantages))
         return {**columns, "token_rewards": rewards, "advantages": advantages, "returns": returns}
 
@@ -120,7 +122,7 @@ class PPOTrainer(WithCritic, ShowsClip, OnlineTrainer):
         "Also notes how good the critic was, and steers the price of KL."
         batches = super().make_batches(prompts)
         generation, columns = self.generation, self.generation.columns
-        mask = self.gathered(generation, batches, "mask")
+        mask = generation.batch()["mask"]
         explained = explained_variance(columns["values"], columns["returns"], mask)
         known = {"episode": Greatest(prompts.state.sampled), "val/num_eos_tokens": float(sum(generation.finished))}
         if explained == explained: known["val/explained_variance"] = explained  # NaN where all returns are equal

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from transformers import AutoModelForTokenClassification
 
 from ..data.collate import collate_steps
-from ..data.prepare import check_steps, prepare_steps
+from ..data.prepare import prepare_steps
+from ..data.reading_steps import check_steps
 from ..training.card import Method
 from ..training.config import PostConfig, option
 from ..training.heads import read

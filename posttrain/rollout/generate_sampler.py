@@ -5,6 +5,7 @@ __all__ = ['GenerateSampler']
 
 # %% ../../nbs/rollout/01b_generate_sampler.ipynb #3418f761
 import hashlib
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,19 @@ class _StopStrings:
 def _seed_of(seeds: list) -> int:
     "One seed for a whole call, made of those of its completions."
     return int.from_bytes(hashlib.blake2b(repr(list(seeds)).encode(), digest_size=7).digest(), "big")
+
+
+@contextmanager
+def _silent_routers(lm: nn.Module):
+    """A mixture of experts is not asked how its routers spread the tokens (trap 4).
+
+    It would compare the router logits of the newest tokens with a mask of all tokens, and fail."""
+    config = lm.config.get_text_config()
+    own = getattr(config, "output_router_logits", False)
+    if own: config.output_router_logits = False
+    try: yield
+    finally:
+        if own: config.output_router_logits = own
 
 
 def _left_padded(prompts: list, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -101,7 +115,8 @@ class GenerateSampler(Engine):
         # without this, the model's own settings fill in what is left open (trap 2)
         own, lm.generation_config = lm.generation_config, config
         try:
-            with scoring(lm), torch.random.fork_rng([ids.device] if ids.device.type == "cuda" else []):
+            devices = [ids.device] if ids.device.type == "cuda" else []
+            with scoring(lm), _silent_routers(lm), torch.random.fork_rng(devices):
                 torch.manual_seed(_seed_of(seeds))
                 return lm.generate(input_ids=ids, attention_mask=mask, generation_config=config,
                                    stopping_criteria=StoppingCriteriaList(stops.criteria()))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..training.fields import closest_file, is_path
 from ..training.heads import scoring
-from ..training.loading import _from_pretrained
+from ..training.loading import _from_pretrained, made_up_weights
 
 # %% ../../nbs/rollout/03e_reward_models.ipynb #aa931224
 @runtime_checkable
@@ -104,7 +104,8 @@ class ModelReward:
         from transformers import AutoModelForSequenceClassification
         model, info = _from_pretrained(AutoModelForSequenceClassification, self.source, num_labels=1,
                                        output_loading_info=True, **self.model_init_kwargs)
-        if made_up := sorted(set(info["missing_keys"]) & dict(model.named_parameters()).keys()):
+        layer, others = made_up_weights(model, info["missing_keys"])
+        if made_up := sorted(layer + others):
             raise ValueError(f"{self.source} is no reward model: it has no weights for {', '.join(made_up[:3])}, which "
                              "would be random numbers; train one, or name another checkpoint")
         return model if self.device is None else model.to(self.device)

@@ -55,6 +55,7 @@ RENAMED = {  # what a field was called in older releases of transformers and TRL
     "train_dataset": "Give it to the trainer, not to its config.",
     "eval_dataset": "Give it to the trainer, not to its config.",
 }
+_TOKENS_OF_TEXT = ("eos_token", "pad_token", "stop_token")  # of our configs, and no secrets
 # transformers 5.23 renamed these fields, and warns where it is given the old name
 _CHECKPOINTING = {"gradient_checkpointing": "activation_checkpointing",
                   "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs"}
@@ -178,6 +179,12 @@ class PostConfig(TrainingArguments):
             raise TypeError(f"args is a {type(args).__name__}; expected a {cls.__name__}"
                             + f", which has no {', '.join(lost)}" * bool(lost))
         return cls(**{f.name: getattr(args, f.name) for f in fields(args) if f.init and f.name in known})
+
+    def to_dict(self) -> dict:
+        "As transformers', which hides every field whose name ends in `_token`; here only secrets that are set."
+        found = super().to_dict()
+        hidden = {name: getattr(self, name) for name in found if name.endswith("_token")}
+        return found | {name: value for name, value in hidden.items() if value is None or name in _TOKENS_OF_TEXT}
 
     def options_of(
         self,

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['BASE_CHANGING', 'ModelReference', 'AdapterReference', 'PrecomputedReference', 'freeze', 'disable_dropout',
            'has_dropout', 'prepare_frozen', 'frozen', 'freeze_adapter', 'copy_adapter', 'refuse_the_policy',
-           'make_reference']
+           'share_weights', 'vocabulary_size', 'make_reference']
 
 # %% ../../nbs/training/06_references.ipynb #56a145aa
 import copy
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from .config import PostConfig
-from .heads import attach_head, completion_logps, scoring
+from .heads import attach_head, completion_logps, scoring, unwrapped
 from .loading import load_model, must_learn
 
 # %% ../../nbs/training/06_references.ipynb #c12f305d
@@ -219,13 +219,29 @@ BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "eva")
 
 
 def refuse_the_policy(
-    policy,     # the model to train, or where it lies
-    ref_model,  # what is to be its reference
+    policy,  # the model to train, or where it lies
+    other,   # what is to stand beside it: its reference, or its critic
+    name: str = "ref_model",  # what this one is called
+    advice: str = "a reference that is trained along is none. Leave ref_model out, and a copy is made",
 ) -> None:
     "Raise ValueError if both are the same model. Two copies of what lies at one path are not."
-    if isinstance(ref_model, nn.Module) and ref_model is policy:
-        raise ValueError("model and ref_model are the same object: a reference that is trained along is none. Leave "
-                         "ref_model out, and a copy is made")
+    if isinstance(other, nn.Module) and other is policy:
+        raise ValueError(f"model and {name} are the same object: {advice}")
+
+
+def share_weights(
+    one: nn.Module,    # any
+    other: nn.Module,  # any
+) -> bool:
+    "Is a weight of one a weight of the other, too? Then both change where one of them is trained."
+    return not {id(p) for p in one.parameters()}.isdisjoint(id(p) for p in other.parameters())
+
+
+def vocabulary_size(
+    model: nn.Module,  # of transformers, plain or in PEFT
+) -> int:
+    "How many token ids it reads."
+    return unwrapped(model).get_input_embeddings().weight.shape[0]
 
 
 def make_reference(
@@ -246,10 +262,10 @@ def make_reference(
 
 def _check_apart(policy: nn.Module, ref_model: nn.Module) -> None:
     "Raise ValueError for two models that share weights, or read other ids."
-    if {id(p) for p in policy.parameters()} & {id(p) for p in ref_model.parameters()}:
+    if share_weights(policy, ref_model):
         raise ValueError("ref_model shares weights with the model, and would be trained along: pass a copy "
                          "(copy.deepcopy), or leave ref_model out")
-    ours, theirs = (m.get_input_embeddings().weight.shape[0] for m in (policy, ref_model))
+    ours, theirs = vocabulary_size(policy), vocabulary_size(ref_model)
     if ours != theirs:
         raise ValueError(f"the policy's vocabulary has {ours} tokens, the reference's {theirs}: both must read the "
                          "same ids")
