@@ -4,7 +4,7 @@
 
 Steps are whole ones: both sample two answers to each prompt with their own loop, score them by the same function and
 learn from them; same model, reference, prompts and optimizer, float32, in one process. The gradients are compared on
-given answers before a time is believed. The mixture writes one answer to each prompt, from the same two models, in both.
+given answers before a time is believed. The mixture writes one answer to each prompt, from two given models.
 TRL 1.13's wheel is downloaded, and asked in a process of its own, without a key-value cache: with one its two models
 write into the same cache, and the answers are not those of the mixture."""
 import copy
@@ -64,8 +64,10 @@ class Given:
 
 def trainer(name, library, folder, **more):
     """A trainer that samples itself; with `learning_rate` 1, as gradients are compared, one that is given answers."""
-    if library == "TRL": from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
-    else: from posttrain import OnlineDPOConfig, OnlineDPOTrainer
+    if library == "TRL":
+        from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+    else:
+        from posttrain import OnlineDPOConfig, OnlineDPOTrainer
     (make, prompt, completion), tokenizer = MODELS[name], pocket.tokenizer()
     policy = make()
     quiet = dict(use_cpu=True, bf16=False, gradient_checkpointing=False, max_steps=STEPS, logging_steps=1,
