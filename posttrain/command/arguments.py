@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['Checked', 'ScriptArguments', 'DatasetConfig', 'DatasetMixtureConfig', 'ModelConfig', 'get_peft_config',
-           'get_quantization_config', 'RewardArguments', 'JudgeArguments', 'reward_function']
+           'get_quantization_config', 'RewardArguments', 'JudgeArguments', 'judge_at', 'reward_function']
 
 # %% ../../nbs/command/01_arguments.ipynb #b594a42a
 import os
@@ -183,12 +183,36 @@ class JudgeArguments(RewardArguments):
         "Keywords for the trainer. Raises ValueError for a name that leads nowhere, for none, or for several."
         given = [name for name in ("judge", "judge_model") if getattr(self, name)]
         rewarded = bool(self.reward_funcs or self.reward_model_name_or_path)
-        if len(given) + rewarded > 1:
-            raise ValueError("rewards, --judge and --judge_model are given together: choose one of them")
-        if self.judge: return {"judge": reward_function(self.judge, "--judge")}
+        if len(given) + rewarded != 1:
+            how = "given together: choose one of them" if given or rewarded else "all left out: give one of them"
+            raise ValueError(f"rewards (--reward_funcs, --reward_model_name_or_path), --judge and --judge_model are {how}")
+        if self.judge_base_url != JudgeArguments.judge_base_url and not self.judge_model:
+            raise ValueError(f"--judge_base_url {self.judge_base_url} says where a model is: name it with "
+                             "--judge_model")
+        if self.judge: return {"judge": judge_at(self.judge)}
         if not self.judge_model: return super().options()
         from posttrain.rollout.llm_judge import LLMJudge
         return {"judge": LLMJudge(self.judge_model, self.judge_base_url)}
+
+
+def judge_at(
+    name: str,  # module.function, or module.object with a method `judge`
+):  # the judge
+    "The judge that an import path leads to. Raises ValueError where there is none."
+    module_name, _, judge_name = _dotted(name, "--judge").rpartition(".")
+    if not module_name:
+        raise ValueError(f"--judge {name}: expected module.function, where the module is a file in this folder or an "
+                         "installed package")
+    module = _imported(name, module_name, "--judge")
+    judge = getattr(module, judge_name, None)
+    if isinstance(judge, type):
+        raise ValueError(f"--judge {name} is a class: name an object of it, made in that file")
+    if not callable(judge) and not callable(getattr(judge, "judge", None)):
+        there = sorted(n for n, value in vars(module).items() if not n.startswith("_") and not isinstance(value, type)
+                       and (callable(value) or hasattr(value, "judge")))
+        raise ValueError(f"--judge {name}: {module.__name__} has no judge {judge_name!r}; it has "
+                         f"{', '.join(there) or 'none'}.{closest(judge_name, there)}")
+    return judge
 
 
 def reward_function(

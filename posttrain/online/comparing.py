@@ -4,10 +4,11 @@
 __all__ = ['LOSSES', 'ipo_of_sums', 'of_epoch', 'by_turns', 'by_reference', 'ends_of_both', 'ComparingConfig', 'ComparingTrainer']
 
 # %% ../../nbs/online/15b_comparing.ipynb #b75737a4
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import torch
+from datasets import IterableDataset
 from torch import Tensor
 
 from ..foundations.masks import Totals
@@ -18,7 +19,6 @@ from posttrain.online.online_dpo import (
     identical_pairs,
     preference_of_scores,
     preferred,
-    win_rate,
     with_eos_penalty,
 )
 from ..rollout.config import OnlineConfig
@@ -30,6 +30,7 @@ from ..rollout.trainer import OnlineTrainer
 from ..rollout.verdicts import Verdicts
 from ..training.config import UNCHECKED, ReferenceFields, option
 from ..training.fields import check_fields
+from ..training.metrics import Mean
 
 # %% ../../nbs/online/15b_comparing.ipynb #20678119
 def ipo_of_sums(
@@ -58,9 +59,13 @@ def by_turns(
     second: Generation,  # P others of the same prompts
     **extra: tuple,      # column -> its value for the first ones and for the second ones
 ) -> Generation:  # 2P completions, two neighbours for each prompt
-    "Two generations as one of pairs."
-    n = len(first)
-    pairs = Generation.join([first, second]).pick([k for i in range(n) for k in (i, n + i)])
+    "Two generations as one of pairs. A column that only one of them has is None for the other."
+    sides, n = (first, second), len(first)
+    names = dict.fromkeys(name for side in sides for name in side.extra)
+    masked = any(side.masks is not None for side in sides)
+    sides = [replace(side, masks=side.all_masks() if masked else None,
+                     extra={name: side.extra.get(name, [None] * n) for name in names}) for side in sides]
+    pairs = Generation.join(sides).pick([k for i in range(n) for k in (i, n + i)])
     return replace(pairs, num_generations=2, extra=pairs.extra | {k: [*v] * n for k, v in extra.items()})
 
 
@@ -101,7 +106,7 @@ class ComparingConfig(ReferenceFields, OnlineConfig):
     # who is better
     missing_eos_penalty: float | None = option(
         None, "Taken from the score of an answer that was cut and did not end by itself; of a judge, from the log-odds "
-        "of its verdict.", low=0)
+        "of its verdict, so that one who says 0 or 1 stays certain.", low=0)
     judge_both_orders: bool = option(
         True, "Ask a judge about each pair in both orders, so that a liking for the first place cancels.")
     judge_timeout: float | None = option(
@@ -118,9 +123,16 @@ class ComparingConfig(ReferenceFields, OnlineConfig):
         check_fields(self, UNCHECKED)  # before a value goes by another name
         take_name(self, "max_new_tokens", "max_completion_length")
         super().__post_init__()
+        if empty := [name for name in self.per_epoch() if not getattr(self, name) and getattr(self, name) != 0]:
+            raise ValueError(f"{empty[0]}=[] holds no value: expected a number, or one for each epoch")
         if self.num_generations_eval not in (None, 2):
             raise ValueError(f"num_generations_eval={self.num_generations_eval}: two answers are compared, in an "
                              "evaluation too. Leave it None")
+
+    def per_epoch(self) -> list[str]:
+        "The fields that are given as lists, with a value for each epoch."
+        return [f.name for f in fields(self) if f.name in ("beta", "alpha", "mixture_coef")
+                and isinstance(getattr(self, f.name), (list, tuple))]
 
     @property
     def completions_at_once(self) -> int: return self.num_generations * self.per_device_train_batch_size
@@ -145,6 +157,13 @@ class ComparingTrainer(OnlineTrainer):
             both = "both are given" if self.has_judge else "neither is given"
             raise TypeError(f"{type(self).__name__} needs reward_funcs or a judge, {both}: reward_funcs score each "
                             "answer; a judge, a function (prompt, first, second), says which of two is better")
+        if self.has_judge and args.reward_weights is not None:
+            raise ValueError(f"reward_weights={args.reward_weights} weigh reward functions, and a judge says "
+                             "probabilities: leave them out")
+        several = [name for name in args.per_epoch() if len(getattr(args, name)) > 1]
+        if several and isinstance(train_dataset, IterableDataset):
+            raise ValueError(f"{several[0]}={getattr(args, several[0])} has a value for each epoch, and a stream has "
+                             "no epochs: give one number")
         if self.has_judge:
             reward_funcs = Verdicts(judge, both_orders=args.judge_both_orders, timeout=args.judge_timeout)
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class,
@@ -152,6 +171,15 @@ class ComparingTrainer(OnlineTrainer):
                          rollout_func=rollout_func, ref_model=ref_model)
 
     def needs_reference(self): return True
+
+    def after_building(self):
+        super().after_building()
+        # made now, before the model is wrapped for several processes
+        if self.reference_writes(): _ = self.reference_engine
+
+    def reference_writes(self) -> bool:
+        "Will the reference be asked for answers?"
+        return self.args.eval_win_rate and self.eval_dataset is not None
 
     @property
     def beta(self) -> float:
@@ -225,12 +253,13 @@ class ComparingTrainer(OnlineTrainer):
         "Also how often the first answer beats the reference's."
         metrics = self.metrics_of(generation)
         if not self.args.eval_win_rate: return metrics
-        rate, _ = win_rate(self.against_reference(generation))
-        return metrics | ({"win_rate": rate} if rate == rate else {})
+        wins = self.against_reference(generation)
+        return metrics | {"win_rate": Mean.of(wins.nan_to_num(), ~wins.isnan())}
 
     def against_reference(self, generation: Generation) -> Tensor:
         "The probability that the first answer of each pair is better than one of the reference, (P,); NaN: unknown."
-        own = replace(generation.pick(range(0, len(generation), 2)), extra={}, rewards=None, num_generations=1)
+        own = replace(generation.pick(range(0, len(generation), 2)), rewards=None, num_generations=1)
+        own.extra = {name: values for name, values in own.extra.items() if name not in ("preference", "written_by")}
         # the same answers of the reference in each evaluation, however rows are cut into batches
         seeds = [completion_seeds(self.args.seed, hash(tuple(ids)) % 2**32, 1)[0] for ids in own.prompt_ids]
         theirs = self.sampled_by(self.reference_engine, own.rows, seeds, 1)

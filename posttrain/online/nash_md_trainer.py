@@ -4,6 +4,7 @@
 __all__ = ['NashMDConfig', 'NashMDTrainer']
 
 # %% ../../nbs/online/20_nash_md_trainer.ipynb #95ff2ecc
+import warnings
 from dataclasses import dataclass, replace
 
 import torch
@@ -49,12 +50,14 @@ class NashMDTrainer(ComparingTrainer):
             {**{name: getattr(self.args, name) for name in names}, **self.sampling_values()})
 
     @property
-    def mixture_coef(self) -> float:
-        "Of this epoch."
-        return of_epoch(self.args.mixture_coef, self.state.epoch)
+    def mixture_coef(self) -> float: return of_epoch(self.args.mixture_coef, self.state.epoch)
 
     def after_building(self):
         super().after_building()
+        if self.args.reused:
+            warnings.warn("answers of a generation are learned from in several optimizer steps: the loss is that of "
+                          "fresh answers and has no ratio of policies. Set num_iterations=1 and steps_per_generation="
+                          "gradient_accumulation_steps", stacklevel=2)
         try: self.mixture = MixtureEngine(self.model, self.reference, self.processing_class)
         except TypeError as error:
             raise TypeError(f"{type(self).__name__} samples from a mixture of two models with posttrain's own sampler, "

@@ -6,6 +6,8 @@ __all__ = ['XPOConfig', 'XPOTrainer']
 # %% ../../nbs/online/18_xpo_trainer.ipynb #23d31bcf
 from dataclasses import dataclass, replace
 
+import torch
+
 from ..foundations.layouts import make_batch
 from .comparing import by_reference, by_turns, ends_of_both, of_epoch
 from .online_dpo_trainer import OnlineDPOConfig, OnlineDPOTrainer
@@ -43,20 +45,19 @@ class XPOTrainer(OnlineDPOTrainer):
             values={"alpha": self.args.alpha, "bonus_over": self.args.bonus_over, **card.values})
 
     @property
-    def alpha(self) -> float:
-        "Of this epoch."
-        return of_epoch(self.args.alpha, self.state.epoch)
+    def alpha(self) -> float: return of_epoch(self.args.alpha, self.state.epoch)
 
     def after_building(self):
         super().after_building()
         self.reference_samples = ReferenceSamples(seed=self.args.seed)  # filled where the bonus is over all rounds
 
-    # ------------------------------------------------ from prompts to batches
     def sample(self, rows, seeds, num_generations=None):
         "The policy's answer to each prompt, and the reference's."
         own = self.sampled_by(self.engine, rows[0::2], seeds[0::2], 1)
         theirs = self.sampled_by(self.reference_engine, rows[1::2], seeds[1::2], 1)
         return by_turns(own, theirs, written_by=("policy", "reference"))
+
+    def reference_writes(self): return True
 
     def against_reference(self, generation): return self.preferences(generation)  # it was asked already
 
@@ -71,13 +72,16 @@ class XPOTrainer(OnlineDPOTrainer):
         return {**super().credit(generation, batches), "by_reference": by_reference(generation)}
 
     def make_batches(self, prompts):
-        "Also draws as many answers of the reference from all rounds as there are pairs, where the bonus is over these."
+        "With an answer of the reference from all rounds for each pair, where the bonus is over these."
         batches = super().make_batches(prompts)
         if self.args.bonus_over == "batch": return batches
         generation, samples = self.generation, self.reference_samples
-        theirs = generation.pick(by_reference(generation).nonzero()[:, 0].tolist())
+        counts = torch.tensor([any(mask) for mask in generation.all_masks()])
+        theirs = generation.pick((by_reference(generation) & counts).nonzero()[:, 0].tolist())
         samples.add(theirs.prompt_ids, theirs.completion_ids)
-        prompt_ids, answer_ids = samples.draw(len(theirs))  # the same on all processes, each of which takes its part
+        if not samples.answers: return batches  # all were cut, and are left out
+        # the same on all processes, each of which takes its part
+        prompt_ids, answer_ids = samples.draw(len(generation) // 2)
         parts = [slice(part.start // 2, part.stop // 2) for part in self.local_parts(len(generation))]
         return [{**batch, "replayed": self._prepare_inputs(make_batch(prompt_ids[part], answer_ids[part]))}
                 for batch, part in zip(batches, parts)]
@@ -92,12 +96,11 @@ class XPOTrainer(OnlineDPOTrainer):
     def objective(self, losses, out, batch, totals):
         theirs, n = batch.get("replayed_logps"), totals.sequences
         if theirs is None: theirs = xpo_bonus(out["logps"], batch["mask"])[batch["by_reference"]]
-        loss, parts = xpo_loss(
-            losses, theirs, alpha=self.alpha, has_preference=batch["decided"][0::2], pairs=n, answers=n)
+        decided = batch["decided"][0::2]
+        loss, parts = xpo_loss(losses, theirs, alpha=self.alpha, has_preference=decided, pairs=n, answers=n)
         logged = {f"loss/{name}": Mean(parts[name] * n, len(losses)) for name in ("dpo", "xpo")}
         return loss, {**logged, "alpha": self.alpha}
 
-    # ------------------------------------------------ stopping and going on
     def run_state(self):
         state = super().run_state()
         return state and {**state, "reference_samples": self.reference_samples.state_dict()}

@@ -7,6 +7,8 @@ __all__ = ['INSTRUCTION', 'QUESTION', 'letter_probability', 'LLMJudge']
 import asyncio
 import math
 import os
+import re
+import warnings
 from dataclasses import dataclass, field
 
 from .text_rewards import shown
@@ -39,11 +41,17 @@ def letter_probability(
     odds = {"A": 0.0, "B": 0.0}
     for token, logp in likeliest or ():
         if (letter := token.strip().upper()) in odds: odds[letter] += math.exp(logp)
-    said = text.strip().lstrip("*(\"'").upper()
-    said = said[:1] if not said[1:2].isalpha() else ""
+    found = _LETTER.match(text)
+    said = found[1].upper() if found else ""
     if said == "C": return 0.5
-    if sum(odds.values()) > 0: return odds["A"] / sum(odds.values())
+    total = sum(odds.values())
+    # where it has written something else, a letter that it hardly thought of is no verdict
+    if total >= 0.5 or said and total > 0: return odds["A"] / total
     return {"A": 1.0, "B": 0.0}.get(said)
+
+
+# A, (B), "The better answer is B", Answer: B; not a word that begins with one of them, and not A/B
+_LETTER = re.compile(r"\W*(?:(?:the )?(?:better )?answer(?: is)?\W+)?([ABC])(?![\w/])", re.IGNORECASE)
 
 # %% ../../nbs/rollout/03k_llm_judge.ipynb #1110f2ef
 @dataclass
@@ -54,7 +62,7 @@ class LLMJudge:
 
     model: str                # as the server calls it
     base_url: str = "https://api.openai.com/v1"  # with a vLLM server on this machine: http://127.0.0.1:8000/v1
-    # None: the environment variable OPENAI_API_KEY, if there is one
+    # None: the environment variable OPENAI_API_KEY, if there is one; "": none is sent
     api_key: str | None = field(default=None, repr=False)
     instruction: str = INSTRUCTION  # the system message
     question: str = QUESTION        # the user's message, with {prompt}, {first} and {second}
@@ -69,6 +77,17 @@ class LLMJudge:
             if name not in self.question: raise ValueError(f"question must hold {name}, got {shown(self.question)}")
         if not str(self.base_url).startswith(("http://", "https://")):
             raise ValueError(f"base_url={self.base_url!r}: expected a URL such as http://127.0.0.1:8000/v1")
+        for name in ("attempts", "max_concurrency"):
+            if getattr(self, name) < 1: raise ValueError(f"{name}={getattr(self, name)!r}: expected at least 1")
+        self._warned = False
+
+    def _key(self) -> str:
+        "Raises ValueError for a key that no request can carry; it is not shown."
+        key = (os.environ.get("OPENAI_API_KEY", "") if self.api_key is None else self.api_key).strip()
+        if not key.isascii() or any(c.isspace() for c in key):
+            raise ValueError("api_key (or OPENAI_API_KEY) holds a space, a line break or a letter that is not ASCII: "
+                             "copy it again")
+        return key
 
     async def judge(
         self,
@@ -77,16 +96,23 @@ class LLMJudge:
     ) -> list[float | None]:  # the probability that the first is better; None: the model did not say
         "Ask about all pairs, some at a time."
         import httpx
-        key = self.api_key or os.environ.get("OPENAI_API_KEY")
+        key = self._key()
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         places = asyncio.Semaphore(self.max_concurrency)
         async with httpx.AsyncClient(headers=headers, timeout=self.timeout) as client:
             async def one(prompt, pair):
                 async with places: return await self._asked(client, prompt, *pair)
             tasks = [asyncio.ensure_future(one(*question)) for question in zip(prompts, completions, strict=True)]
-            try: return await asyncio.gather(*tasks)
+            try: verdicts = await asyncio.gather(*tasks)
             finally:
                 for task in tasks: task.cancel()  # after an error nobody waits for the others
+        silent = sum(verdict is None for verdict in verdicts)
+        if 2 * silent > len(verdicts) and not self._warned:
+            self._warned = True
+            warnings.warn(f"{self.model} named neither answer for {silent} of {len(verdicts)} pairs, which then teach "
+                          "nothing. It may think first or not follow the instruction: look at what it writes, and "
+                          "change instruction or extra_body. Said once", stacklevel=2)
+        return verdicts
 
     def body(self, prompt: str, first: str, second: str) -> dict:
         "What the server is sent about one pair."
@@ -100,6 +126,7 @@ class LLMJudge:
     async def _asked(self, client, prompt, first, second) -> float | None:
         import httpx
         for attempt in range(1, self.attempts + 1):
+            pause = min(2 ** attempt / 2, 10)
             try: answer = await client.post(f"{self.base_url.rstrip('/')}/chat/completions",
                                             json=self.body(prompt, first, second))
             except httpx.HTTPError as error:
@@ -107,8 +134,11 @@ class LLMJudge:
             else:
                 if answer.status_code == 200: return self._read(answer)
                 trouble = f"status {answer.status_code}: {answer.text[:300]}"
+                wait = answer.headers.get("retry-after", "")
+                if wait.isdigit(): pause = min(int(wait), 60)
                 if answer.status_code < 500 and answer.status_code != 429: break  # it will say the same again
-            if attempt < self.attempts: await asyncio.sleep(min(2 ** attempt / 2, 10))
+            if attempt < self.attempts: await asyncio.sleep(pause)
+        if key := self._key(): trouble = trouble.replace(key, "***")  # some servers repeat what they were sent
         raise RuntimeError(f"the server at {self.base_url} did not judge the prompt {shown(prompt)} ({trouble}; "
                            f"{attempt} attempt{'s' * (attempt > 1)}). Check base_url, model={self.model!r} and the key")
 
@@ -125,5 +155,4 @@ class LLMJudge:
 
 def _pieces(text: str, names) -> list[str]:
     "A text cut at the names, which are kept."
-    import re
     return re.split(f"({'|'.join(map(re.escape, names))})", text)

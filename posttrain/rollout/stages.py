@@ -266,11 +266,11 @@ def as_seen_by_rewards(
 
 
 def weighted(
-    metrics: dict[str, float],  # means over n prompts or completions
+    metrics: dict[str, float | Mean],  # means over n prompts or completions, or over what a `Mean` says itself
     n: int,
 ) -> dict[str, Mean]:
     "Means that can be averaged with others over other numbers of things."
-    return {name: Mean(value * n, n) for name, value in metrics.items()}
+    return {name: value if isinstance(value, Mean) else Mean(value * n, n) for name, value in metrics.items()}
 
 
 def with_columns(

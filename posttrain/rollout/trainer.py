@@ -22,6 +22,7 @@ from .score import Rewards
 from .stages import Stages, weighted
 from .stream import Prompts, RolloutStream, Rounds, completion_seeds
 from ..training.heads import unwrapped, use_float32_head
+from ..training.metrics import Mean
 from ..training.references import disable_dropout, has_dropout
 from ..training.trainer import PostTrainer
 from ..training.with_reference import WithReference
@@ -190,8 +191,8 @@ class OnlineTrainer(Stages, ReadsPrompts, WithReference, PostTrainer):
         _, (batch,) = self.learnable(generation, lambda n: [range(n)])
         return batch if own else {**batch, "repeated": True}
 
-    def evaluation_metrics(self, generation: Generation) -> dict[str, float]:
-        "What is logged of the completions of an evaluation."
+    def evaluation_metrics(self, generation: Generation) -> dict[str, float | Mean]:
+        "What is logged of the completions of an evaluation: means over its prompts, or over what a `Mean` says."
         return self.metrics_of(generation)
 
     def _get_eval_sampler(self, eval_dataset):

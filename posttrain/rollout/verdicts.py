@@ -8,8 +8,9 @@ import asyncio
 import inspect
 import math
 import numbers
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 
 from .background import run
 from .judges import agreed
@@ -30,8 +31,9 @@ def probability(
     """What a judge said as a probability. Booleans say whether the first is better; NaN is None.
 
     Raises ValueError for what is no probability."""
+    if hasattr(answer, "item") and getattr(answer, "ndim", 1) == 0: answer = answer.item()
     if answer is None: return None
-    if not isinstance(answer, numbers.Real) and not (hasattr(answer, "item") and getattr(answer, "ndim", 1) == 0):
+    if not isinstance(answer, numbers.Real):
         raise ValueError("expected the probability that the first answer is better, from 0 to 1, or None")
     value = float(answer)
     if math.isnan(value): return None
@@ -43,9 +45,12 @@ def probability_of_index(
     answer,  # of a pairwise judge of TRL's kind
 ) -> float | None:  # that the first is better; None: the judge cannot tell
     """The number of the better answer as a probability: 0 is the first, 1 the second, -1 none. Other numbers are
-    probabilities already. Raises ValueError for anything else."""
+    probabilities already. Raises ValueError for anything else, and for True and False, which could mean both."""
     if hasattr(answer, "item") and getattr(answer, "ndim", 1) == 0: answer = answer.item()
-    if isinstance(answer, bool) or not isinstance(answer, numbers.Integral): return probability(answer)
+    if isinstance(answer, bool):
+        raise ValueError("expected the number of the better answer, 0 (the first) or 1 (the second); True could mean "
+                         "that the first is better, or the second")
+    if not isinstance(answer, numbers.Integral): return probability(answer)
     if answer not in (0, 1, -1):
         raise ValueError("expected 0 (the first is better), 1 (the second) or -1 (cannot tell), or a probability")
     return {0: 1.0, 1: 0.0, -1: None}[int(answer)]
@@ -124,26 +129,38 @@ class Verdicts:
     # ------------------------------------------------ waiting, and errors
     def _awaited(self, questions: list[Callable], about: list[str]) -> list:
         "The answers to all questions; those that can be awaited wait together."
-        answers = [self._attempt(question, what) for question, what in zip(questions, about)]
-        if not any(map(inspect.isawaitable, answers)): return answers
+        now = [about[0]]  # what is being asked
+        def ask_all():
+            answers = []
+            for question, what in zip(questions, about):
+                now[0] = what
+                answers.append(self._attempt(question, what))
+            if not any(map(inspect.isawaitable, answers)): return answers
+            waiting = asyncio.wait_for(self._all_of(answers, about), self.timeout)
+            try: return run(waiting)
+            except TimeoutError as error: raise self._too_late(now[0]) from error
+        return self._in_time(ask_all, now)
+
+    async def _all_of(self, answers: list, about: list[str]) -> list:
         async def one(answer, what):
-            try: return await answer
+            try: return await answer if inspect.isawaitable(answer) else answer
             except Exception as error: raise self._raised(error, what) from error
-        async def all_of_them():
-            return await asyncio.gather(*[one(a, what) if inspect.isawaitable(a) else _there(a)
-                                          for a, what in zip(answers, about)])
-        try: return run(asyncio.wait_for(all_of_them(), self.timeout))
-        except TimeoutError as error: raise self._too_late(about[0]) from error
+        return await asyncio.gather(*map(one, answers, about))
 
     def _attempt(self, question: Callable, what: str):
-        "Ask. A judge that does not return in time is left alone in its thread."
-        try:
-            if self.timeout is None: return question()
-            threads = ThreadPoolExecutor(1)
-            try: return threads.submit(question).result(self.timeout)
-            finally: threads.shutdown(wait=False)
-        except TimeoutError as error: raise self._too_late(what) from error
+        try: return question()
         except Exception as error: raise self._raised(error, what) from error
+
+    def _in_time(self, work: Callable, now: list[str]):
+        "Do it; a judge that does not return in time is left alone in a thread, which does not keep the process alive."
+        if self.timeout is None: return work()
+        done = Future()
+        def in_thread():
+            try: done.set_result(work())
+            except BaseException as error: done.set_exception(error)
+        threading.Thread(target=in_thread, name="posttrain-judge", daemon=True).start()
+        try: return done.result(self.timeout)
+        except TimeoutError as error: raise self._too_late(now[0]) from error
 
     def _raised(self, error: Exception, what: str) -> RuntimeError:
         return RuntimeError(f"judge {self.__name__!r} raised {type(error).__name__}: {error}\n  asked about {what}")
@@ -161,9 +178,6 @@ class Verdicts:
     def _pair(self, prompts, completions, pair) -> str:
         i, j = pair
         return f"prompt {shown(prompts[i])}, first {shown(completions[i])}, second {shown(completions[j])}"
-
-
-async def _there(answer): return answer
 
 
 def _parameters(function: Callable) -> set[str]:
