@@ -175,10 +175,11 @@ def cells_with_an_adapter():
 
 @pytest.mark.parametrize("code", list(cells_with_an_adapter()))
 def test_an_adapter_gets_ten_times_the_default_learning_rate(code):
-    """The defaults are for training all weights, and LoRA hardly learns with them. BCO's default is half of the
-    others', and CPO's authors train an adapter with 1e-4."""
+    """The defaults are for training all weights, and LoRA hardly learns with them. The defaults of BCO and of trainers
+    that compare are half of the others', and CPO's authors train an adapter with 1e-4."""
     rates = {float(rate) for rate in re.findall(r"(?<!critic_)learning_rate[= ]([\d.e-]+)", code)}
-    of_their_own = {"SFT": 2e-4, "BCOConfig": 5e-6, 'CPOConfig("cpo"': 1e-4}
+    of_their_own = {"SFT": 2e-4, "BCOConfig": 5e-6, 'CPOConfig("cpo"': 1e-4,
+                    "OnlineDPOConfig": 5e-6, "XPOConfig": 5e-6, "NashMDConfig": 5e-6}
     expected = next((rate for words, rate in of_their_own.items() if words in code), 1e-5)
     assert rates == {expected}, f"{rates or 'the default'} for LoRA"
 
