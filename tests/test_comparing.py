@@ -320,6 +320,25 @@ def test_ones_own_rollouts_and_messages(name, config):
     assert first["loss"] == second["loss"]
 
 
+@THREE
+def test_what_a_tool_wrote_is_not_learned_and_columns_reach_the_judge(name, config):
+    "A rollout_func's env_mask and its own columns, also where the other answer is an opponent's, which has none."
+    keep, told = Batches(), []
+    def own(prompts, trainer):
+        ids = trainer.encode([{"prompt": p} for p in prompts])
+        answers = [[5, 6 + i % 2, trainer.processing_class.eos_token_id] for i in range(len(prompts))]
+        return {"prompt_ids": ids, "completion_ids": answers, "logprobs": None, "env_mask": [[1, 0, 1]] * len(prompts),
+                "used": [i for i in range(len(prompts))]}
+    def judge(prompt, first, second, used):
+        told.append(used)
+        return float(first > second)
+    train(config, name, judge=judge, rollout_func=own, callbacks=[keep])
+    batch = keep.seen[0][0]
+    by_policy = [i for i, ids in enumerate(batch["completion_ids"].tolist()) if ids[:1] == [5]]
+    assert len(by_policy) >= 8 and all(batch["mask"][i, :3].tolist() == [1, 0, 1] for i in by_policy)
+    assert set(told) >= set(range(8))
+
+
 # ---------------------------------------------------------------- evaluation and logs
 @THREE
 def test_evaluation_says_who_wins_against_the_reference(name, config):
@@ -329,6 +348,14 @@ def test_evaluation_says_who_wins_against_the_reference(name, config):
     assert math.isfinite(first["eval_loss"]) and first["eval_loss"] == second["eval_loss"]
     silent = make(config, name, eval_win_rate=False)
     assert ("eval_win_rate" in silent.evaluate()) == (name == "never")
+
+
+def test_the_win_rate_is_over_the_pairs_that_were_judged(config):
+    "However rows are cut into batches, although the judge cannot tell for some of them."
+    def unsure(prompt, first, second): return None if len(prompt) % 2 else float(first > second)
+    def rate(size): return make(config, judge=unsure, per_device_eval_batch_size=size).evaluate()["eval_win_rate"]
+    rates = [rate(size) for size in (1, 3, 8)]
+    assert max(rates) - min(rates) < 1e-6 and 0 < rates[0] < 1
 
 
 def test_a_better_policy_wins(config):
@@ -388,6 +415,8 @@ WRONG = [
     ("online dpo", dict(missing_eos_penalty=-1), ValueError, "missing_eos_penalty"),
     ("online dpo", dict(judge_timeout=0), ValueError, "judge_timeout"),
     ("online dpo", dict(reward_model_path="x"), ValueError, "reward_funcs"),
+    ("online dpo", dict(beta=[]), ValueError, "holds no value"),
+    ("nash-md", dict(mixture_coef=[]), ValueError, "holds no value"),
     ("xpo", dict(alpha=-1), ValueError, "alpha"), ("xpo", dict(bonus_over="all"), ValueError, "'rounds'"),
     ("nash-md", dict(mixture_coef=1.5), ValueError, "mixture_coef"),
     ("nash-md", dict(mixture_coef=[.5, 2]), ValueError, "mixture"),
@@ -404,6 +433,14 @@ def test_someone_must_say_who_is_better(config):
         with pytest.raises(TypeError, match="judge"): make(config, **given)
     with pytest.raises(TypeError, match="both are given"):
         OnlineDPOTrainer(start(), noisy, OnlineDPOConfig(**config()), rows(), judge=lambda p, a, b: 1)
+
+
+def test_settings_that_would_do_nothing_or_harm_are_refused(config):
+    with pytest.raises(ValueError, match="reward_weights=.* leave them out"):
+        make(config, judge=lambda prompt, first, second: 1.0, reward_weights=[.5])
+    with pytest.raises(ValueError, match="a stream has no epochs"):
+        make(config, beta=[.5, .1], dataset=rows().to_iterable_dataset(), max_steps=2)
+    with pytest.warns(UserWarning, match="no ratio of policies"): make(config, "nash-md", num_iterations=2)
 
 
 class Fails:
