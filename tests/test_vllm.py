@@ -292,6 +292,33 @@ def test_tensor_parallel_needs_a_server(start, monkeypatch):
         VLLMColocated(*start, tensor_parallel_size=2)
 
 
+# ---------------------------------------------------------------- a judge behind a server
+@needs_vllm
+def test_an_llm_judge_asks_vllm(server, served, start):
+    """The verdict on two pairs is that of the model's own log-probs of A and B, asked in both orders. A bias makes both
+    letters likely, so that the server's first five tokens hold them; it cancels between the two."""
+    import httpx
+
+    from posttrain import LLMJudge
+    from posttrain.rollout.verdicts import Verdicts
+    model, tokenizer = start
+    server.sync(model)  # whatever the test before left there
+    name = httpx.get(f"{served.url}/v1/models").json()["data"][0]["id"]
+    a, b = (tokenizer(letter)["input_ids"][0] for letter in "AB")
+    judge = LLMJudge(name, f"{served.url}/v1", instruction="say A or B", question="{prompt} A {first} B {second}",
+                     extra_body={"logit_bias": {str(a): 20, str(b): 20}, "max_tokens": 1})
+    def by_hand(first, second):
+        messages = judge.body("1+1=", first, second)["messages"]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        with torch.no_grad(): logits = model(torch.tensor([ids])).logits[0, -1]
+        return (logits[a] - logits[b]).sigmoid().item()
+    answers = ["2", "3", "11", "one"]
+    verdicts = Verdicts(judge)(["1+1="] * 4, answers)
+    for i in (0, 2):
+        expected = (by_hand(*answers[i:i + 2]) + 1 - by_hand(answers[i + 1], answers[i])) / 2
+        assert abs(verdicts[i] - expected) < 1e-3 and verdicts[i + 1] == 1 - verdicts[i]
+
+
 # ---------------------------------------------------------------- servers that fail
 class Bad:
     "A server that answers as told: path -> object, text, a status, or 'hang'."
