@@ -395,6 +395,20 @@ def test_completions_can_be_looked_at(name, config, tmp_path):
     assert {"prompt", "completion", "preference"} <= set(table)
 
 
+@THREE
+def test_dashboard_and_microscope_show_them(name, config, tmp_path):
+    "Both read what every trainer tells; the microscope has the reference's log-probs and the scores of each answer."
+    from posttrain.explore.dashboard import Dashboard, read_rows
+    from posttrain.explore.microscope import FILE, Microscope, microscope
+    train(config, name, max_steps=3, callbacks=[Microscope(1), Dashboard()])
+    looks = read_rows(tmp_path / FILE)
+    answers = [answer for look in looks for prompt in look["prompts"] for answer in prompt["completions"]]
+    assert len(looks) == 3 and all(answer["scores"] and len(answer["ref_logps"]) == len(answer["logps"])
+                                   for answer in answers)
+    assert {"log-prob", "KL", "entropy"} <= set(microscope(tmp_path / FILE).controls["what"].values)
+    assert (tmp_path / "dashboard.html").exists()
+
+
 def test_beta_alpha_and_mixture_of_each_epoch(config):
     assert [of_epoch([1, 2, 3], epoch) for epoch in (None, 0, .9, 1.0, 7.5)] == [1, 1, 1, 2, 3]
     assert of_epoch(.5, 3) == .5
