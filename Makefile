@@ -46,6 +46,7 @@ bench: $(VENV)/.ready-dev ## posttrain against TRL, side by side in one run
 	$(BIN)/python benchmarks/sampling.py
 	$(BIN)/python benchmarks/grpo.py
 	$(BIN)/python benchmarks/ppo.py
+	$(BIN)/python benchmarks/comparing.py
 
 clean:
 	rm -rf build dist *.egg-info out

@@ -10,19 +10,21 @@ from importlib import import_module
 import harness  # sets the environment before transformers is imported
 import datasets
 from datasets import Dataset
-from dpo import MODELS, PAIRS, REPEATS, STEPS
+from dpo import MODELS, REPEATS, STEPS
 from dpo import rows as pairs_of
 
 from posttrain import pocket
 
 datasets.disable_progress_bars()
 
-KINDS = ("equal lengths", "skewed lengths")
+KINDS = {  # name -> lengths as in dpo.py, pairs a step: the more there are, the longer is the longest of them
+    "equal lengths, 4 pairs": ("equal lengths", 4), "skewed lengths, 4 pairs": ("skewed lengths", 4),
+    "equal lengths, 16 pairs": ("equal lengths", 16), "skewed lengths, 16 pairs": ("skewed lengths", 16)}
 
 
-def rows(library, kind, vocab, prompt, completion):
+def rows(library, lengths, pairs, vocab, prompt, completion):
     "Token ids, in each library's columns: TRL's hold the prompt with each answer."
-    made = pairs_of(kind, vocab, prompt, completion)
+    made = pairs_of(lengths, vocab, prompt, completion, n=pairs * STEPS)
     if library == "posttrain": return made
     return Dataset.from_list([{side: row["prompt_ids"] + row[side] for side in ("chosen_ids", "rejected_ids")}
                               for row in made])
@@ -40,11 +42,11 @@ def classifier(lm):
 def trainer(name, kind, library, folder, **more):
     home = import_module("posttrain" if library == "posttrain" else "trl")
     make, prompt, completion = MODELS[name]
-    model = classifier(make())
+    model, (lengths, pairs) = classifier(make()), KINDS[kind]
     quiet = dict(max_length=prompt + completion, use_cpu=True, bf16=False, gradient_checkpointing=False,
                  max_steps=STEPS, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
-                 learning_rate=1e-4, per_device_train_batch_size=PAIRS, train_sampling_strategy="sequential", seed=0)
-    data = rows(library, kind, model.config.vocab_size, prompt, completion)
+                 learning_rate=1e-4, per_device_train_batch_size=pairs, train_sampling_strategy="sequential", seed=0)
+    data = rows(library, lengths, pairs, model.config.vocab_size, prompt, completion)
     return harness.silence(home.RewardTrainer(
         model=model, args=home.RewardConfig(folder, **{**quiet, **more}), train_dataset=data,
         processing_class=pocket.tokenizer()))
