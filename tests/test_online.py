@@ -23,8 +23,8 @@ from posttrain import (
     XPOTrainer,
     pocket,
 )
-from posttrain.online.comparing import ComparingTrainer
 from posttrain.cli import demo_config
+from posttrain.online.comparing import ComparingTrainer
 from posttrain.rollout.rewards import exact_match_reward, total
 from posttrain.training.heads import completion_logps
 from posttrain.training.progress import Progress
@@ -115,8 +115,9 @@ def others_agree(folder, settings):
     answer, methods = [], [(RLOOTrainer, RLOOConfig, dict(advantage_estimator="rloo")),
                            (RLOOTrainer, RLOOConfig, dict(advantage_estimator="reinforce_plus_plus")),
                            (PPOTrainer, PPOConfig, dict(num_ppo_epochs=1, temperature=1.0))]
-    methods += [(kind, config, dict(num_generations=2, temperature=1.0, per_device_train_batch_size=16)) for kind, config
-                in ((OnlineDPOTrainer, OnlineDPOConfig), (XPOTrainer, XPOConfig), (NashMDTrainer, NashMDConfig))]
+    pairs = dict(num_generations=2, temperature=1.0, per_device_train_batch_size=16)
+    methods += [(OnlineDPOTrainer, OnlineDPOConfig, pairs), (XPOTrainer, XPOConfig, pairs),
+                (NashMDTrainer, NashMDConfig, pairs)]
     for kind, config, own in methods:
         args = config(folder, **{**dict(
             max_steps=3, per_device_train_batch_size=32, num_generations=4, max_completion_length=12,

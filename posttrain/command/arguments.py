@@ -185,7 +185,8 @@ class JudgeArguments(RewardArguments):
         rewarded = bool(self.reward_funcs or self.reward_model_name_or_path)
         if len(given) + rewarded != 1:
             how = "given together: choose one of them" if given or rewarded else "all left out: give one of them"
-            raise ValueError(f"rewards (--reward_funcs, --reward_model_name_or_path), --judge and --judge_model are {how}")
+            raise ValueError("rewards (--reward_funcs, --reward_model_name_or_path), --judge and --judge_model are "
+                             f"{how}")
         if self.judge_base_url != JudgeArguments.judge_base_url and not self.judge_model:
             raise ValueError(f"--judge_base_url {self.judge_base_url} says where a model is: name it with "
                              "--judge_model")
