@@ -10,10 +10,8 @@ write into the same cache, and the answers are not those of the mixture."""
 import copy
 import json
 import sys
-import tempfile
 import time
 from functools import partial
-from pathlib import Path
 
 import harness  # sets the environment before transformers is imported
 import datasets
@@ -111,19 +109,6 @@ def bench_memory(names):
 
 
 # ---------------------------------------------------------------- the mixture's answers, in a process with TRL 1.13
-def old_trl():
-    """TRL 1.13 from its wheel, in the place of the TRL that is installed."""
-    sys.path.append(str(Path(__file__).resolve().parent.parent / "tests" / "oracles"))
-    from removed import fetch
-    folder = tempfile.mkdtemp()
-    fetch(WHEEL, (), Path(folder))
-    sys.path.insert(0, folder)
-    import trl
-    import trl.experimental.nash_md.nash_md_trainer as module
-    assert WHEEL.endswith(trl.__version__)
-    return module
-
-
 def mixtures(name, rounds):
     """Seconds of both for one answer to each prompt, of the full length."""
     from transformers import GenerationConfig
@@ -138,7 +123,8 @@ def mixtures(name, rounds):
     # with a cache TRL's two models write into one: only without it are the answers those of the mixture
     how = GenerationConfig(max_new_tokens=completion, min_new_tokens=completion, do_sample=True, top_k=0,
                            use_cache=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    theirs = old_trl().GeometricMixtureWrapper(policy, other, how, mixture_coef=.25, device=torch.device("cpu"))
+    module = harness.old_trl(WHEEL, "trl.experimental.nash_md.nash_md_trainer")
+    theirs = module.GeometricMixtureWrapper(policy, other, how, mixture_coef=.25, device=torch.device("cpu"))
     ours = MixtureEngine(policy, make_reference(policy, other), None, .25)
     ours.eos = []
     policy.generation_config.eos_token_id = None

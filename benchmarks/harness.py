@@ -156,6 +156,21 @@ def command_line(doc: str, models: str, memory_of, bench_steps, bench_memory) ->
     if "memory" in args.only: bench_memory([name for name in names if not name.startswith("pocket")])
 
 
+def old_trl(wheel: str, module: str):
+    """A module of a release of TRL, from its wheel, in the place of the TRL that is installed: "trl==1.12.0"."""
+    import importlib
+    import tempfile
+    from pathlib import Path
+    sys.path.append(str(Path(__file__).resolve().parent.parent / "tests" / "oracles"))
+    from removed import fetch
+    folder = tempfile.mkdtemp()
+    fetch(wheel, (), Path(folder))
+    sys.path.insert(0, folder)
+    import trl
+    assert wheel.endswith(trl.__version__)
+    return importlib.import_module(module)
+
+
 def silence(trainer):
     """No table, no bar."""
     for c in list(trainer.callback_handler.callbacks):

@@ -12,7 +12,6 @@ import sys
 import tempfile
 import warnings
 from functools import cache, partial
-from pathlib import Path
 
 import harness  # sets the environment before transformers is imported
 import datasets
@@ -20,7 +19,6 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "tests" / "oracles"))
 from posttrain import PPOConfig, PPOTrainer, pocket
 
 datasets.disable_progress_bars()
@@ -36,15 +34,7 @@ MODELS = {  # name -> how to make it, tokens of a prompt, tokens of a completion
 
 @cache
 def old_trl():
-    """The module of TRL 1.12's trainer, from its wheel, in the place of the TRL that is installed."""
-    from removed import fetch
-    folder = tempfile.mkdtemp()
-    fetch(WHEEL, (), Path(folder))
-    sys.path.insert(0, folder)
-    import trl
-    import trl.experimental.ppo.ppo_trainer as module
-    assert WHEEL.endswith(trl.__version__)
-    return module
+    return harness.old_trl(WHEEL, "trl.experimental.ppo.ppo_trainer")
 
 
 def prompts(length, n):
