@@ -132,6 +132,8 @@ def by_ids(completion_ids, **columns):
 class Given:
     "An engine that gives the first or the second answers."
 
+    name = "reference"
+
     def __init__(self, which, ended): self.which, self.ended = which, ended
 
     def sync(self, model): pass
@@ -156,7 +158,7 @@ def ours(method, options, ended, folder, **more):
     if method == "OnlineDPO": trainer.engine = Given(None, ended)
     else: trainer.engine, other = Given(0, ended), Given(1, ended)
     if method == "XPO": trainer.__dict__["reference_engine"] = other
-    if method == "NashMD": trainer.mixture = other
+    if method == "NashMD": trainer.opponent = other
     return trained(trainer)
 
 

@@ -14,7 +14,7 @@ from posttrain.online.online_dpo import (
     online_dpo_loss,
     preference_of_scores,
     preferred,
-    win_rate,
+    win_rate_and_error,
     with_eos_penalty,
 )
 from posttrain.online.xpo import ReferenceSamples, xpo_bonus, xpo_loss
@@ -118,10 +118,10 @@ def test_refusals():
 
 
 def test_win_rate():
-    assert win_rate(torch.tensor([0.5, 0.5]))[0] == 0.5 and win_rate(torch.tensor([0.5, 0.5]))[1] == 0
-    rate, error = win_rate(torch.tensor([NAN, 1.0, NAN]))
+    assert win_rate_and_error(torch.tensor([0.5, 0.5])) == (0.5, 0)
+    rate, error = win_rate_and_error(torch.tensor([NAN, 1.0, NAN]))
     assert rate == 1 and math.isnan(error)
-    assert all(map(math.isnan, win_rate(torch.tensor([NAN]))))
+    assert all(map(math.isnan, win_rate_and_error(torch.tensor([NAN]))))
 
 
 # ---------------------------------------------------------------- XPO

@@ -176,8 +176,8 @@ class JudgeArguments(RewardArguments):
         None, "In place of rewards: the import path of a judge (prompt, first, second), such as my_judges.longer.")
     judge_model: str | None = option(
         None, "In place of rewards: a language model that judges, as its server calls it (`LLMJudge`).")
-    judge_base_url: str = option(
-        "https://api.openai.com/v1", "Where that server is. Its key is read from OPENAI_API_KEY.")
+    judge_base_url: str | None = option(
+        None, "Where that server is; None: OpenAI's. Its key is read from OPENAI_API_KEY.")
 
     def options(self):
         "Keywords for the trainer. Raises ValueError for a name that leads nowhere, for none, or for several."
@@ -187,13 +187,14 @@ class JudgeArguments(RewardArguments):
             how = "given together: choose one of them" if given or rewarded else "all left out: give one of them"
             raise ValueError("rewards (--reward_funcs, --reward_model_name_or_path), --judge and --judge_model are "
                              f"{how}")
-        if self.judge_base_url != JudgeArguments.judge_base_url and not self.judge_model:
+        if self.judge_base_url and not self.judge_model:
             raise ValueError(f"--judge_base_url {self.judge_base_url} says where a model is: name it with "
                              "--judge_model")
         if self.judge: return {"judge": judge_at(self.judge)}
         if not self.judge_model: return super().options()
         from posttrain.rollout.llm_judge import LLMJudge
-        return {"judge": LLMJudge(self.judge_model, self.judge_base_url)}
+        where = {"base_url": self.judge_base_url} if self.judge_base_url else {}
+        return {"judge": LLMJudge(self.judge_model, **where)}
 
 
 def judge_at(

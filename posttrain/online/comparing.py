@@ -4,8 +4,9 @@
 __all__ = ['LOSSES', 'ipo_of_sums', 'of_epoch', 'by_turns', 'by_reference', 'ends_of_both', 'ComparingConfig', 'ComparingTrainer']
 
 # %% ../../nbs/online/15b_comparing.ipynb #b75737a4
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from datasets import IterableDataset
@@ -25,12 +26,14 @@ from ..rollout.config import OnlineConfig
 from ..rollout.episodes import take_name
 from ..rollout.generation import Generation
 from ..rollout.opponents import ReferenceEngine
+from ..rollout.rewards import with_missing_eos
+from ..rollout.sampling import Engine
 from ..rollout.stream import completion_seeds
 from ..rollout.trainer import OnlineTrainer
 from ..rollout.verdicts import Verdicts
 from ..training.config import UNCHECKED, ReferenceFields, option
 from ..training.fields import check_fields
-from ..training.metrics import Mean
+from ..training.metrics import Mean, without_nan
 
 # %% ../../nbs/online/15b_comparing.ipynb #20678119
 def ipo_of_sums(
@@ -93,6 +96,8 @@ class ComparingConfig(ReferenceFields, OnlineConfig):
 
     `per_device_train_batch_size` counts prompts; each has two answers."""
 
+    may_be_lists: ClassVar = ("beta",)  # fields that may have a value for each epoch
+
     learning_rate: float = option(5e-7, "Initial learning rate of AdamW.", low=0)
     num_generations: int = option(2, "Answers to a prompt: two are compared.", low=2, high=2)
     max_completion_length: int = option(64, "Tokens after which a completion is cut.", low=1)
@@ -131,8 +136,7 @@ class ComparingConfig(ReferenceFields, OnlineConfig):
 
     def per_epoch(self) -> list[str]:
         "The fields that are given as lists, with a value for each epoch."
-        return [f.name for f in fields(self) if f.name in ("beta", "alpha", "mixture_coef")
-                and isinstance(getattr(self, f.name), (list, tuple))]
+        return [name for name in self.may_be_lists if isinstance(getattr(self, name), (list, tuple))]
 
     @property
     def completions_at_once(self) -> int: return self.num_generations * self.per_device_train_batch_size
@@ -143,9 +147,10 @@ class ComparingTrainer(OnlineTrainer):
 
     `reward_funcs`: as for all online trainers; the better answer is that with the higher reward. Or `judge`: a function
     (prompt, first, second) or an object with a method `judge` (`rollout.verdicts`). The other parameters, the datasets
-    and what is raised are those of `OnlineTrainer`. A method says `loss`, and `sample` if it has another opponent."""
+    and what is raised are those of `OnlineTrainer`. A method says `loss`, and its `opponent`."""
 
     groups_stay_whole = True
+    opponent: Engine | None = None  # who writes the second answer; None: the policy itself
     shown = ("missing_eos_penalty", "judge_both_orders")
 
     def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None,
@@ -211,9 +216,8 @@ class ComparingTrainer(OnlineTrainer):
         return with_eos_penalty(preference, torch.tensor(generation.finished), self.args.missing_eos_penalty)
 
     def total_rewards(self, generation):
-        rewards = super().total_rewards(generation)
-        if self.has_judge or self.args.missing_eos_penalty is None: return rewards
-        return rewards - self.args.missing_eos_penalty * ~torch.tensor(generation.finished)
+        penalty = None if self.has_judge else self.args.missing_eos_penalty
+        return with_missing_eos(super().total_rewards(generation), generation.finished, penalty)
 
     def keep(self, generation):
         "Dynamic sampling: a pair without a preference teaches nothing."
@@ -225,10 +229,17 @@ class ComparingTrainer(OnlineTrainer):
 
     def decided(self, generation: Generation) -> Tensor:
         "(P,) which pairs have a preference between two answers that count."
-        counts = torch.tensor([any(mask) for mask in generation.all_masks()])
+        counts = generation.counts()
         return preferred(self.preferences(generation))[1] & counts[0::2] & counts[1::2]
 
     # ------------------------------------------------ from prompts to batches
+    def sample(self, rows, seeds, num_generations=None):
+        "The policy's answer to each prompt, and its opponent's."
+        if self.opponent is None: return super().sample(rows, seeds, num_generations)
+        own = self.sampled_by(self.engine, rows[0::2], seeds[0::2], 1)
+        theirs = self.sampled_by(self.opponent, rows[1::2], seeds[1::2], 1)
+        return by_turns(own, theirs, written_by=("policy", self.opponent.name))
+
     def annotate(self, batches):
         "The reference's log-probs. What the sampler thought of its tokens is not asked: no ratio of policies is taken."
         return [self.with_ref_logps({k: v for k, v in batch.items() if k != "sampled_logps"}) for batch in batches]
@@ -242,7 +253,7 @@ class ComparingTrainer(OnlineTrainer):
             scores = self.total_rewards(generation)
             known |= {"objective/scores": scores.nanmean().item(),
                       "objective/scores_margin": (scores[0::2] - scores[1::2]).abs().nanmean().item()}
-        return super().metrics_of(generation) | {name: value for name, value in known.items() if value == value}
+        return super().metrics_of(generation) | without_nan(known)
 
     def totals_of(self, batch):
         "Pairs, also those without a preference: a step is a mean over the prompts it has asked."

@@ -6,22 +6,25 @@ __all__ = ['NashMDConfig', 'NashMDTrainer']
 # %% ../../nbs/online/20_nash_md_trainer.ipynb #95ff2ecc
 import warnings
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
 from ..foundations.masks import Totals
-from .comparing import ComparingConfig, ComparingTrainer, by_turns, ends_of_both, of_epoch
+from .comparing import ComparingConfig, ComparingTrainer, ends_of_both, of_epoch
 from .nash_md import KL_FORMS, nash_md_loss
 from ..rollout.opponents import MixtureEngine
 from ..training.card import Method
 from ..training.config import option
 from ..training.heads import completion_logps
-from ..training.metrics import Mean
+from ..training.metrics import Mean, without_nan
 
 
 @dataclass
 class NashMDConfig(ComparingConfig):
     "Nash-MD's fields beside those of `ComparingConfig` and `TrainingArguments`. Names and defaults are TRL 1.13's."
+
+    may_be_lists: ClassVar = ("beta", "mixture_coef")
 
     mixture_coef: float | list[float] = option(
         0.5, "The reference's share in the opponent's logits; 0: self-play. A list: one for each epoch.", low=0, high=1)
@@ -58,31 +61,25 @@ class NashMDTrainer(ComparingTrainer):
             warnings.warn("answers of a generation are learned from in several optimizer steps: the loss is that of "
                           "fresh answers and has no ratio of policies. Set num_iterations=1 and steps_per_generation="
                           "gradient_accumulation_steps", stacklevel=2)
-        try: self.mixture = MixtureEngine(self.model, self.reference, self.processing_class)
+        try: self.opponent = MixtureEngine(self.model, self.reference, self.processing_class)
         except TypeError as error:
             raise TypeError(f"{type(self).__name__} samples from a mixture of two models with posttrain's own sampler, "
                             f"which cannot serve this one: {error}") from error
 
     def sync_engines(self):
         super().sync_engines()
-        self.mixture.coef = self.mixture_coef
-        self.mixture.sync(self.model)
-        if self.args.sync_ref_model: self.mixture.sync_reference()
+        self.opponent.coef = self.mixture_coef
+        self.opponent.sync(self.model)
+        if self.args.sync_ref_model: self.opponent.sync_reference()
 
     # ------------------------------------------------ from prompts to batches
-    def sample(self, rows, seeds, num_generations=None):
-        "The policy's answer to each prompt, and the mixture's."
-        own = self.sampled_by(self.engine, rows[0::2], seeds[0::2], 1)
-        theirs = self.sampled_by(self.mixture, rows[1::2], seeds[1::2], 1)
-        return by_turns(own, theirs, written_by=("policy", "mixture"))
-
     def metrics_of(self, generation):
         metrics = super().metrics_of(generation) | ends_of_both(generation)
         known = {"rewards/probabilities": self.preferences(generation).nanmean().item()}
         if not self.has_judge:
             means = self.total_rewards(generation).view(-1, 2).nanmean(0).tolist()
             known |= dict(zip(("rewards/chosen", "rewards/rejected"), means))
-        return metrics | {name: value for name, value in known.items() if value == value}
+        return metrics | without_nan(known)
 
     def select(self, generation):
         "Only the policy's own answers learn."

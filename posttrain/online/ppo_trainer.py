@@ -12,11 +12,12 @@ from ..rollout.config import OnlineConfig
 from ..rollout.critic import CriticFields, WithCritic
 from ..rollout.episodes import EpisodeFields, trl_metrics
 from ..rollout.generation import overlong_filter
+from ..rollout.rewards import with_missing_eos
 from ..rollout.trainer import OnlineTrainer
 from ..training.card import NORMALISERS, Method
 from ..training.config import ClipFields, ReferenceFields, ShowsClip, option
 from ..training.heads import completion_logps
-from ..training.metrics import Greatest, Mean, policy_metrics
+from ..training.metrics import Greatest, Mean, policy_metrics, without_nan
 
 
 @dataclass
@@ -95,9 +96,8 @@ class PPOTrainer(WithCritic, ShowsClip, OnlineTrainer):
 
     # ------------------------------------------------ what rewards mean
     def total_rewards(self, generation):
-        rewards = super().total_rewards(generation)
-        if self.args.missing_eos_penalty is None: return rewards
-        return rewards - self.args.missing_eos_penalty * ~rewards.new_tensor(generation.finished).bool()
+        penalty = self.args.missing_eos_penalty
+        return with_missing_eos(super().total_rewards(generation), generation.finished, penalty)
 
     def select(self, generation):
         "A completion that could not be scored teaches nothing."
@@ -124,8 +124,8 @@ class PPOTrainer(WithCritic, ShowsClip, OnlineTrainer):
         generation, columns = self.generation, self.generation.columns
         mask = generation.batch()["mask"]
         explained = explained_variance(columns["values"], columns["returns"], mask)
-        known = {"episode": Greatest(prompts.state.sampled), "val/num_eos_tokens": float(sum(generation.finished))}
-        if explained == explained: known["val/explained_variance"] = explained  # NaN where all returns are equal
+        known = {"episode": Greatest(prompts.state.sampled), "val/num_eos_tokens": float(sum(generation.finished)),
+                 **without_nan({"val/explained_variance": explained})}  # NaN where all returns are equal
         if "kl" in columns:
             known["kl_coef"] = self.kl.coef
             if mask.any(): self.kl.update(columns["kl"].sum(1)[mask.any(1)].mean().item())

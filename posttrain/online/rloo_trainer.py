@@ -79,7 +79,7 @@ class RLOOTrainer(ShowsClip, OnlineTrainer):
         return rewards if limits is None else rewards.clamp(*limits)
 
     def credit(self, generation, batches):
-        mask, old_logps = (self.gathered(generation, batches, name) for name in ("mask", "old_logps"))
+        mask, old_logps = generation.batch()["mask"], self.gathered(generation, batches, "old_logps")
         logratio = None if self.reference is None else old_logps - self.gathered(generation, batches, "ref_logps")
         estimate, G = ESTIMATORS[self.args.advantage_estimator].advantages, generation.num_generations
         options = self.args.options_of(estimate)

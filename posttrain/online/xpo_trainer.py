@@ -5,21 +5,22 @@ __all__ = ['XPOConfig', 'XPOTrainer']
 
 # %% ../../nbs/online/18_xpo_trainer.ipynb #23d31bcf
 from dataclasses import dataclass, replace
-
-import torch
+from typing import ClassVar
 
 from ..foundations.layouts import make_batch
-from .comparing import by_reference, by_turns, ends_of_both, of_epoch
+from .comparing import by_reference, ends_of_both, of_epoch
 from .online_dpo_trainer import OnlineDPOConfig, OnlineDPOTrainer
 from .xpo import ReferenceSamples, xpo_bonus, xpo_loss
 from ..training.config import option
 from ..training.heads import completion_logps
-from ..training.metrics import Mean
+from ..training.metrics import Mean, without_nan
 
 
 @dataclass
 class XPOConfig(OnlineDPOConfig):
     "XPO's fields beside those of `OnlineDPOConfig`. Names and defaults are TRL 1.13's."
+
+    may_be_lists: ClassVar = ("beta", "alpha")
 
     alpha: float | list[float] = option(
         1e-5, "Weight of the bonus, per nat of the reference answers' log-prob. A list: one for each epoch.", low=0)
@@ -51,11 +52,8 @@ class XPOTrainer(OnlineDPOTrainer):
         super().after_building()
         self.reference_samples = ReferenceSamples(seed=self.args.seed)  # filled where the bonus is over all rounds
 
-    def sample(self, rows, seeds, num_generations=None):
-        "The policy's answer to each prompt, and the reference's."
-        own = self.sampled_by(self.engine, rows[0::2], seeds[0::2], 1)
-        theirs = self.sampled_by(self.reference_engine, rows[1::2], seeds[1::2], 1)
-        return by_turns(own, theirs, written_by=("policy", "reference"))
+    @property
+    def opponent(self): return self.reference_engine
 
     def reference_writes(self): return True
 
@@ -66,7 +64,7 @@ class XPOTrainer(OnlineDPOTrainer):
         if self.has_judge: return metrics
         own, theirs = self.total_rewards(generation).view(-1, 2).unbind(1)
         known = {"objective/model_scores": own, "objective/ref_scores": theirs, "objective/scores_margin": own - theirs}
-        return metrics | {name: m for name, x in known.items() if (m := x.nanmean().item()) == m}
+        return metrics | without_nan({name: values.nanmean().item() for name, values in known.items()})
 
     def credit(self, generation, batches):
         return {**super().credit(generation, batches), "by_reference": by_reference(generation)}
@@ -76,8 +74,7 @@ class XPOTrainer(OnlineDPOTrainer):
         batches = super().make_batches(prompts)
         if self.args.bonus_over == "batch": return batches
         generation, samples = self.generation, self.reference_samples
-        counts = torch.tensor([any(mask) for mask in generation.all_masks()])
-        theirs = generation.pick((by_reference(generation) & counts).nonzero()[:, 0].tolist())
+        theirs = generation.pick((by_reference(generation) & generation.counts()).nonzero()[:, 0].tolist())
         samples.add(theirs.prompt_ids, theirs.completion_ids)
         if not samples.answers: return batches  # all were cut, and are left out
         # the same on all processes, each of which takes its part

@@ -47,6 +47,10 @@ class Generation:
         "Which tokens count, spelled out."
         return [[1] * len(ids) for ids in self.completion_ids] if self.masks is None else self.masks
 
+    def counts(self) -> Tensor:  # (B,) bool
+        "Which completions have a token that counts."
+        return torch.tensor([any(mask) for mask in self.all_masks()], dtype=torch.bool)
+
     def pick(
         self,
         which: list[int],  # numbers of completions

@@ -14,6 +14,8 @@ from .sampling import Engine
 class ReferenceEngine(Engine):
     "Samples from a reference, as it is now: a model beside the policy, or the policy without its adapter."
 
+    name = "reference"
+
     def __init__(
         self,
         reference,         # as from `training.references.make_reference`
@@ -45,6 +47,8 @@ class MixtureEngine(Sampler):
     """Samples from the geometric mixture of a policy and its reference.
 
     Raises TypeError for a model that our own sampler cannot serve, ValueError for a coefficient outside [0, 1]."""
+
+    name = "mixture"
 
     def __init__(
         self,

@@ -147,12 +147,16 @@ def _heads(config) -> tuple[int, int, int]:
 _BLOCK = 256  # columns of the output matrix that lie together (step 3)
 
 
-def _blocked(W: Tensor) -> Tensor:
-    "(H, V) -> (blocks, H, columns), the last block filled up with zeros (step 3)."
-    blocks = -(-W.shape[1] // _BLOCK)
-    if blocks == 1: return W[None]
-    filled = F.pad(W, (0, blocks * _BLOCK - W.shape[1]))
-    return filled.view(len(W), blocks, _BLOCK).transpose(0, 1).contiguous()
+def _blocked(W: Tensor, n: Tensor) -> Tensor:
+    "The output layer (V, H) times the norm's weights (H,) -> (blocks, H, columns), the rest filled up with zeros."
+    V, H = W.shape
+    if V <= _BLOCK: return (W * n).T[None]
+    whole, rest = divmod(V, _BLOCK)
+    blocks = W.new_empty(whole + bool(rest), H, _BLOCK)
+    # one pass over what is by far the largest matrix: it is copied before each generation
+    torch.mul(W[:V - rest].view(whole, _BLOCK, H).mT, n[:, None], out=blocks[:whole])
+    if rest: blocks[whole] = F.pad((W[V - rest:] * n).T, (0, _BLOCK - rest))
+    return blocks
 
 
 class _Packer:
@@ -184,6 +188,13 @@ class _Packer:
         n, m = self.need(f"{norm}.weight"), self.take(f"{norm}.bias")
         if m is not None: b = m @ W + (0 if b is None else b)
         return n[:, None] * W, b
+
+    def head(self, norm: str) -> tuple[Tensor, Tensor | None]:
+        "The output layer in blocks (step 3), with the weights of the norm before it (step 1); and its bias."
+        W, b = self.need("lm_head.weight"), self.take("lm_head.bias")
+        n, m = self.need(f"{norm}.weight"), self.take(f"{norm}.bias")
+        if m is not None: b = W @ m + (0 if b is None else b)
+        return _blocked(W, n), b
 
     def bias(self, names: list, parts: list) -> Tensor | None:
         "Biases side by side, zeros for a layer that has none; None if no layer has one."
@@ -236,10 +247,10 @@ def pack(
     positions = packer.need(f"{family.positions}.weight") if family.positions else None
     packer.weights.setdefault("lm_head.weight", embed)  # tied
     layers = [packer.layer(i) for i in range(config.num_hidden_layers)]
-    head, head_bias = packer.affine(["lm_head"], family.norm)
+    head, head_bias = packer.head(family.norm)
     packer.refuse_leftovers()
     act = ACT2FN[getattr(config, "hidden_act", None) or config.activation_function]
     embed = packer.ready(embed)
-    return Packed(embed, packer.ready(positions), layers, qk_norm, packer.ready(_blocked(head)),
+    return Packed(embed, packer.ready(positions), layers, qk_norm, head.to(packer.dtype).contiguous(),
                   packer.ready(head_bias), _norm(config, embed), act, _angles(lm, embed), packer.heads,
                   config.max_position_embeddings)

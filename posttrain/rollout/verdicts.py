@@ -25,13 +25,18 @@ def transcript(
     return "\n\n".join(f"{m.get('role', 'user').capitalize()}: {text_of([m])}" for m in prompt)
 
 
+def _plain(answer):
+    "A scalar of numpy or torch as Python's own."
+    return answer.item() if hasattr(answer, "item") and getattr(answer, "ndim", 1) == 0 else answer
+
+
 def probability(
     answer,  # of a judge about two answers
 ) -> float | None:  # that the first is better; None: the judge cannot tell
     """What a judge said as a probability. Booleans say whether the first is better; NaN is None.
 
     Raises ValueError for what is no probability."""
-    if hasattr(answer, "item") and getattr(answer, "ndim", 1) == 0: answer = answer.item()
+    answer = _plain(answer)
     if answer is None: return None
     if not isinstance(answer, numbers.Real):
         raise ValueError("expected the probability that the first answer is better, from 0 to 1, or None")
@@ -46,7 +51,7 @@ def probability_of_index(
 ) -> float | None:  # that the first is better; None: the judge cannot tell
     """The number of the better answer as a probability: 0 is the first, 1 the second, -1 none. Other numbers are
     probabilities already. Raises ValueError for anything else, and for True and False, which could mean both."""
-    if hasattr(answer, "item") and getattr(answer, "ndim", 1) == 0: answer = answer.item()
+    answer = _plain(answer)
     if isinstance(answer, bool):
         raise ValueError("expected the number of the better answer, 0 (the first) or 1 (the second); True could mean "
                          "that the first is better, or the second")
