@@ -1479,6 +1479,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                 'posttrain/foundations/linear_divergence.py'),
                                                          'posttrain.foundations.linear_divergence._TwoHeads.__init__': ( 'foundations/linear_divergence.html#_twoheads.__init__',
                                                                                                                          'posttrain/foundations/linear_divergence.py'),
+                                                         'posttrain.foundations.linear_divergence._TwoHeads._numbers': ( 'foundations/linear_divergence.html#_twoheads._numbers',
+                                                                                                                         'posttrain/foundations/linear_divergence.py'),
                                                          'posttrain.foundations.linear_divergence._TwoHeads.numbers': ( 'foundations/linear_divergence.html#_twoheads.numbers',
                                                                                                                         'posttrain/foundations/linear_divergence.py'),
                                                          'posttrain.foundations.linear_divergence._TwoHeads.to_inputs': ( 'foundations/linear_divergence.html#_twoheads.to_inputs',

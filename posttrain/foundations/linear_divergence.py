@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['CLOSED_FORMS', 'STATS', 'linear_divergence', 'linear_divergence_loss']
 
-# %% ../../nbs/foundations/04b_linear_divergence.ipynb #a5ca6045
+# %% ../../nbs/foundations/04b_linear_divergence.ipynb #0b0058ad
 from collections.abc import Callable
 from functools import partial
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from .divergences import forward_kl, generalized_jsd, reverse_kl
 from .logps import _ChunkedHead, _compute_dtype, _options
 
-# %% ../../nbs/foundations/04b_linear_divergence.ipynb #83539713
+# %% ../../nbs/foundations/04b_linear_divergence.ipynb #bad20554
 def _reverse(q, log_q, log_p, room, slope):
     logratio = log_q.sub_(log_p)
     value = torch.linalg.vecdot(q, logratio)
@@ -40,7 +40,7 @@ def _jsd(q, log_q, log_p, room, slope, beta=0.5):
 
 CLOSED_FORMS: dict[Callable, Callable] = {forward_kl: _forward, reverse_kl: _reverse, generalized_jsd: _jsd}
 
-# %% ../../nbs/foundations/04b_linear_divergence.ipynb #61d8ec41
+# %% ../../nbs/foundations/04b_linear_divergence.ipynb #d4d67615
 def _log_probs(z: Tensor) -> Tensor:
     "Step 5, in the memory of the logits."
     return torch.log_softmax(z, -1, out=z).clamp_(min=torch.finfo(z.dtype).min)
@@ -78,7 +78,7 @@ def _rule_of(how: Callable) -> Callable:
     how(torch.zeros(1, 2), torch.zeros(1, 2))  # it checks its own settings
     return _by_closed_form(CLOSED_FORMS[plain], settings)
 
-# %% ../../nbs/foundations/04b_linear_divergence.ipynb #91fd99af
+# %% ../../nbs/foundations/04b_linear_divergence.ipynb #f8fc901a
 class _TwoHeads:
     "A student's head and its teacher's over the same chunks of tokens."
 
@@ -89,6 +89,11 @@ class _TwoHeads:
 
     def numbers(self, rows: slice, targets: Tensor | None, want: tuple, slope: bool):
         "Steps 1 to 5: the numbers per token; with `slope` also dD/dz with its factor, q, and the capped logits."
+        # The dtypes are settled. Autocast would still round the sums of `vecdot` to half precision.
+        with torch.autocast(self.head.hidden.device.type, enabled=False):
+            return self._numbers(rows, targets, want, slope)
+
+    def _numbers(self, rows, targets, want, slope):
         def room(name): return self.head.buffer(name, rows)
         capped = self.head.logits(rows)
         z = self.head.tempered(capped, rows)
@@ -173,7 +178,7 @@ class _LinearDivergenceLoss(torch.autograd.Function):
         ready = {k: x if as_is else x * g for k, x in zip(ctx.names, ctx.saved_tensors)}
         return (*(ready.get(k) for k in ("hidden", "weight", "bias")), *[None] * 8)
 
-# %% ../../nbs/foundations/04b_linear_divergence.ipynb #5f64c06b
+# %% ../../nbs/foundations/04b_linear_divergence.ipynb #141a6262
 STATS = ("logps", "entropy")  # what may be asked for of the student, beside the divergence
 
 
@@ -184,8 +189,9 @@ def _prepared(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_head
     if "logps" in want and targets is None: raise ValueError("want='logps' needs `targets`, the tokens that came next")
     if len(weight) != len(teacher_weight):
         raise ValueError(f"the student's output layer has {len(weight)} tokens and the teacher's "
-                         f"{len(teacher_weight)}: a divergence compares them token by token. Use two models with one tokenizer; if only the "
-                         "padding of the vocabulary differs, give both the same size with `resize_token_embeddings`")
+                         f"{len(teacher_weight)}: a divergence compares them token by token. Use two models with one "
+                         "tokenizer; if only the padding of the vocabulary differs, give both the same size with "
+                         "`resize_token_embeddings`")
     if len(hidden) != len(teacher_hidden):
         raise ValueError(f"{len(hidden)} states of the student and {len(teacher_hidden)} of the teacher: both models "
                          "must be read at the same tokens")
@@ -227,7 +233,7 @@ def linear_divergence(
     out = _LinearDivergence.apply(*student, teacher, targets, scalars, teacher_scalars, how, tuple(want))
     return dict(zip(("divergence", *want), out))
 
-# %% ../../nbs/foundations/04b_linear_divergence.ipynb #65ae29e1
+# %% ../../nbs/foundations/04b_linear_divergence.ipynb #1a4348ed
 def linear_divergence_loss(
     hidden: Tensor,          # (N, H), as in `linear_divergence`
     weight: Tensor,          # (V, H)
