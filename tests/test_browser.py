@@ -18,6 +18,7 @@ from posttrain.explore import (
     beta,
     clip,
     dashboard,
+    densities,
     gae,
     goodhart,
     gradients,

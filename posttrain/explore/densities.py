@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['PLACES', 'TEACHER', 'bell', 'loss_of', 'slope_at', 'descent', 'draw_densities', 'densities_explorer']
 
-# %% ../../nbs/explore/25_densities.ipynb #8bb34503
+# %% ../../nbs/explore/25_densities.ipynb #49ad5d5a
 import math
 from functools import cache, partial
 
@@ -15,7 +15,7 @@ from .core import Control, Explorer
 from .field import draw_levels
 from ..foundations.divergences import forward_kl, generalized_jsd, reverse_kl
 
-# %% ../../nbs/explore/25_densities.ipynb #eac1837d
+# %% ../../nbs/explore/25_densities.ipynb #285d38cb
 PLACES = torch.arange(30, dtype=torch.float64)
 
 
@@ -72,7 +72,7 @@ def descent(
         at, step = at + step * move, min(2 * step, 0.1)
     return torch.stack(found)
 
-# %% ../../nbs/explore/25_densities.ipynb #53678b27
+# %% ../../nbs/explore/25_densities.ipynb #eba03fe0
 _LOOKS = {"teacher": svg.pen(0), "student": svg.pen(1), "where it ends": svg.pen(2)}
 
 
@@ -138,8 +138,8 @@ def draw_densities(
     numbers = ", ".join(f"{name} {value.item():.3f}" for name, value in values.items())
     told = (f"A student of centre {centre:g} and width {width:g}: {numbers} nats. The gradient of the loss is "
             f"{abs(slope[0]):.3f} nats per token, {'to the right' if slope[0] < 0 else 'to the left'}, and "
-            f"{abs(slope[1]):.3f} per factor e of width, towards {'more' if slope[1] < 0 else 'less'} of it. Downhill the student ends at centre {end[0]:.1f}, "
-            f"width {end[1]:.1f}.")
+            f"{abs(slope[1]):.3f} per factor e of width, towards {'more' if slope[1] < 0 else 'less'} of it. "
+            f"Downhill the student ends at centre {end[0]:.1f}, width {end[1]:.1f}.")
     bars = svg.bar_plot(list(values), {"nats": list(values.values())}, title="Divergences of this student",
                         ylabel="nats", height=190)
     return svg.beside(svg.stack(_densities(centre, width, end, told), bars),
