@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['PLACES', 'TEACHER', 'bell', 'loss_of', 'slope_at', 'descent', 'draw_densities', 'densities_explorer']
 
-# %% ../../nbs/explore/25_densities.ipynb #49ad5d5a
+# %% ../../nbs/explore/25_densities.ipynb #2ae529ed
 import math
 from functools import cache, partial
 
@@ -15,7 +15,7 @@ from .core import Control, Explorer
 from .field import draw_levels
 from ..foundations.divergences import forward_kl, generalized_jsd, reverse_kl
 
-# %% ../../nbs/explore/25_densities.ipynb #285d38cb
+# %% ../../nbs/explore/25_densities.ipynb #75695331
 PLACES = torch.arange(30, dtype=torch.float64)
 
 
@@ -72,7 +72,7 @@ def descent(
         at, step = at + step * move, min(2 * step, 0.1)
     return torch.stack(found)
 
-# %% ../../nbs/explore/25_densities.ipynb #eba03fe0
+# %% ../../nbs/explore/25_densities.ipynb #b9fc1baa
 _LOOKS = {"teacher": svg.pen(0), "student": svg.pen(1), "where it ends": svg.pen(2)}
 
 
