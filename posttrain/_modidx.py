@@ -618,6 +618,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'posttrain/data/weights.py'),
                                         'posttrain.data.weights.weight_mask': ( 'data/weights.html#weight_mask',
                                                                                 'posttrain/data/weights.py')},
+            'posttrain.distillation.gkd': { 'posttrain.distillation.gkd.gkd_loss': ( 'distillation/gkd.html#gkd_loss',
+                                                                                     'posttrain/distillation/gkd.py')},
             'posttrain.explore.axes': { 'posttrain.explore.axes.Axes': ('explore/axes.html#axes', 'posttrain/explore/axes.py'),
                                         'posttrain.explore.axes.Axes.__init__': ( 'explore/axes.html#axes.__init__',
                                                                                   'posttrain/explore/axes.py'),
