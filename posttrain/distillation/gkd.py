@@ -3,14 +3,14 @@
 # %% auto #0
 __all__ = ['gkd_loss']
 
-# %% ../../nbs/distillation/01_gkd.ipynb #65bda524
+# %% ../../nbs/distillation/01_gkd.ipynb #59b58c06
 import torch
 from torch import Tensor
 
 from ..foundations.divergences import generalized_jsd
 from ..foundations.masks import Totals, average, masked_mean
 
-# %% ../../nbs/distillation/01_gkd.ipynb #1babb836
+# %% ../../nbs/distillation/01_gkd.ipynb #cd195f6f
 def gkd_loss(
     logits: Tensor,          # (B, T, V) of the student, with gradient
     teacher_logits: Tensor,  # (B, T, V) of the teacher, on the same prefixes
