@@ -3,14 +3,14 @@
 # %% auto #0
 __all__ = ['gkd_loss']
 
-# %% ../../nbs/distillation/01_gkd.ipynb #59b58c06
+# %% ../../nbs/distillation/01_gkd.ipynb #6956980e
 import torch
 from torch import Tensor
 
 from ..foundations.divergences import generalized_jsd
 from ..foundations.masks import Totals, average, masked_mean
 
-# %% ../../nbs/distillation/01_gkd.ipynb #cd195f6f
+# %% ../../nbs/distillation/01_gkd.ipynb #8832a872
 def gkd_loss(
     logits: Tensor,          # (B, T, V) of the student, with gradient
     teacher_logits: Tensor,  # (B, T, V) of the teacher, on the same prefixes
