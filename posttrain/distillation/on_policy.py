@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['RESTS', 'top_k_divergence']
 
-# %% ../../nbs/distillation/05_on_policy.ipynb #da5e5e29
+# %% ../../nbs/distillation/05_on_policy.ipynb #5171bd34
 from collections.abc import Callable
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..foundations.divergences import reverse_kl
 
-# %% ../../nbs/distillation/05_on_policy.ipynb #4f2ad0be
+# %% ../../nbs/distillation/05_on_policy.ipynb #62be0202
 def _renormalised(log_p: Tensor, top: Tensor) -> Tensor:
     "Step 3: the k alone. A softmax over them makes them sum to 1."
     return log_p.gather(-1, top)
