@@ -3,14 +3,13 @@
 # %% auto #0
 __all__ = ['gkd_loss']
 
-# %% ../../nbs/distillation/01_gkd.ipynb #6956980e
-import torch
+# %% ../../nbs/distillation/01_gkd.ipynb #30ea9ed6
 from torch import Tensor
 
 from ..foundations.divergences import generalized_jsd
 from ..foundations.masks import Totals, average, masked_mean
 
-# %% ../../nbs/distillation/01_gkd.ipynb #8832a872
+# %% ../../nbs/distillation/01_gkd.ipynb #97e80d3b
 def gkd_loss(
     logits: Tensor,          # (B, T, V) of the student, with gradient
     teacher_logits: Tensor,  # (B, T, V) of the teacher, on the same prefixes
