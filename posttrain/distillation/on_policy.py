@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['RESTS', 'top_k_divergence']
 
-# %% ../../nbs/distillation/05_on_policy.ipynb #5171bd34
+# %% ../../nbs/distillation/05_on_policy.ipynb #9cb193d9
 from collections.abc import Callable
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..foundations.divergences import reverse_kl
 
-# %% ../../nbs/distillation/05_on_policy.ipynb #62be0202
+# %% ../../nbs/distillation/05_on_policy.ipynb #c1d42230
 def _renormalised(log_p: Tensor, top: Tensor) -> Tensor:
     "Step 3: the k alone. A softmax over them makes them sum to 1."
     return log_p.gather(-1, top)
