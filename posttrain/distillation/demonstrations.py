@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['as_prompts', 'DemonstrationFields', 'prepare_demonstrations', 'coin', 'ReadsDemonstrations', 'AsksTeacherOtherwise']
 
-# %% ../../nbs/distillation/02a_demonstrations.ipynb #eb9a0bea
+# %% ../../nbs/distillation/02a_demonstrations.ipynb #82f419d3
 import logging
 import random
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from ..rollout.sampling import eos_ids
 from ..training.config import LengthFields, option
 from ..training.teacher import WithTeacher
 
-# %% ../../nbs/distillation/02a_demonstrations.ipynb #8c547e6e
+# %% ../../nbs/distillation/02a_demonstrations.ipynb #b1174856
 def _last_turn(row: dict, number: int, place: str) -> dict:
     "The chat of a row as a prompt and its answer."
     chat = read_rows({"messages": [row["messages"]]}, ("messages",), [number], place)["messages"][0]
@@ -52,7 +52,7 @@ def as_prompts(
     others = [column for column in ("prompt", "completion") if column in there]
     return dataset.map(partial(_last_turn, place=place), with_indices=True, remove_columns=["messages", *others])
 
-# %% ../../nbs/distillation/02a_demonstrations.ipynb #3cf4909c
+# %% ../../nbs/distillation/02a_demonstrations.ipynb #fc9de8c4
 @dataclass
 class DemonstrationFields(LengthFields):
     "How demonstrations are read, and TRL's fields of supervised fine-tuning, from which its GKDConfig is made."
@@ -129,7 +129,7 @@ def _lengths(prepared) -> list[int]:
     columns = [prepared.data.column(name) for name in ("prompt_ids", "completion_ids")]
     return pc.add(*map(pc.list_value_length, columns)).to_pylist()
 
-# %% ../../nbs/distillation/02a_demonstrations.ipynb #0aac2d53
+# %% ../../nbs/distillation/02a_demonstrations.ipynb #ae6dcc7b
 def coin(
     seed: int,   # of the run
     drawn: int,  # prompts drawn before
@@ -138,7 +138,7 @@ def coin(
     "A coin that depends on nothing else."
     return random.Random(f"coin {seed} {drawn}").random() < p
 
-# %% ../../nbs/distillation/02a_demonstrations.ipynb #40a9ea63
+# %% ../../nbs/distillation/02a_demonstrations.ipynb #2c56ec88
 class ReadsDemonstrations:
     """For online trainers that also learn from answers of others: name it before `OnlineTrainer` among the bases.
 
@@ -216,7 +216,7 @@ class ReadsDemonstrations:
         self.source = "dataset" if rows is not None and "completion_ids" in column_names(rows) else "student"
         return super().evaluation_loop(dataloader, *args, **kwargs)
 
-# %% ../../nbs/distillation/02a_demonstrations.ipynb #27527de5
+# %% ../../nbs/distillation/02a_demonstrations.ipynb #e7f98f10
 class AsksTeacherOtherwise(WithTeacher):
     "For online trainers with a teacher, whose datasets may have a column `teacher_prompt`. It has `Stages` behind it."
 
