@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['GKDConfig']
 
-# %% ../../nbs/distillation/02c_config.ipynb #e0a98902
+# %% ../../nbs/distillation/02c_config.ipynb #3726cab6
 import warnings
 from dataclasses import dataclass
 
