@@ -3,11 +3,10 @@
 # %% auto #0
 __all__ = ['DistillationConfig', 'DistillationTrainer']
 
-# %% ../../nbs/distillation/06_distillation_trainer.ipynb #2e047b91
+# %% ../../nbs/distillation/06_distillation_trainer.ipynb #17c1306d
 from dataclasses import dataclass
 
-from .config import GKDConfig
-from .gkd_trainer import GKDTrainer
+from .gkd_trainer import GKDConfig, GKDTrainer
 from ..training.config import option
 
 
