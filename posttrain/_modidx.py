@@ -2773,6 +2773,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'posttrain/rollout/judges.py')},
             'posttrain.rollout.kept_states': { 'posttrain.rollout.kept_states.KeepsTeacherStates': ( 'rollout/kept_states.html#keepsteacherstates',
                                                                                                      'posttrain/rollout/kept_states.py'),
+                                               'posttrain.rollout.kept_states.KeepsTeacherStates._add_model_columns': ( 'rollout/kept_states.html#keepsteacherstates._add_model_columns',
+                                                                                                                        'posttrain/rollout/kept_states.py'),
                                                'posttrain.rollout.kept_states.KeepsTeacherStates._fill': ( 'rollout/kept_states.html#keepsteacherstates._fill',
                                                                                                            'posttrain/rollout/kept_states.py'),
                                                'posttrain.rollout.kept_states.KeepsTeacherStates._is_first_here': ( 'rollout/kept_states.html#keepsteacherstates._is_first_here',

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['open_states', 'KeptFields', 'KeepsTeacherStates']
 
-# %% ../../nbs/rollout/11b_kept_states.ipynb #306fbf43
+# %% ../../nbs/rollout/11b_kept_states.ipynb #a95e1b77
 import os
 import shutil
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from ..training.config import option
 from ..training.heads import unwrapped
 from ..training.states import States
 
-# %% ../../nbs/rollout/11b_kept_states.ipynb #40002a09
+# %% ../../nbs/rollout/11b_kept_states.ipynb #ceef24ac
 def open_states(
     path: str,    # of the file
     tokens: int,  # rows
@@ -35,7 +35,7 @@ def open_states(
                       "precompute_teacher=False")
     return np.memmap(path, np.float32, "w+" if new else "r+", shape=(max(tokens, 1), width))
 
-# %% ../../nbs/rollout/11b_kept_states.ipynb #c3904b6a
+# %% ../../nbs/rollout/11b_kept_states.ipynb #556d572f
 @dataclass
 class KeptFields:
     "For configs with `DemonstrationFields`."
@@ -50,7 +50,7 @@ class KeptFields:
                              f"lmbda={self.lmbda:g} and seq_kd={self.seq_kd} new ones are written: set lmbda=0 and "
                              "seq_kd=False, or leave precompute_teacher False")
 
-# %% ../../nbs/rollout/11b_kept_states.ipynb #ebc38171
+# %% ../../nbs/rollout/11b_kept_states.ipynb #d7a10403
 class KeepsTeacherStates(AsksTeacherOtherwise):
     """For trainers with a teacher and `demonstrated` answers: name it before these among the bases.
 
@@ -66,6 +66,10 @@ class KeepsTeacherStates(AsksTeacherOtherwise):
         dataset = super().with_model(dataset, name)
         asked = self.args.precompute_teacher and isinstance(dataset, Dataset)
         return self._with_states(dataset, name) if asked and "completion_ids" in dataset.column_names else dataset
+
+    def _add_model_columns(self):
+        super()._add_model_columns()
+        if self.stream is not None: self.stream.prompts.dataset = self.train_dataset  # it was made before
 
     def _with_states(self, dataset, name: str):
         "The dataset with the place of each row's states."
