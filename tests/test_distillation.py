@@ -2,6 +2,7 @@
 from, teachers of all kinds, evaluation, bad input, learning."""
 import copy
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import tiny
 from posttrain import pocket
 from posttrain.distillation.distillation_trainer import DistillationConfig, DistillationTrainer
 from posttrain.distillation.gkd_trainer import GKDConfig, GKDTrainer
+from posttrain.distillation.on_policy import top_k_divergence
 from posttrain.foundations.divergences import generalized_jsd
 from posttrain.rollout.demonstrations import coin
 from posttrain.rollout.sampler import Sampler
@@ -114,6 +116,17 @@ def test_the_step_divides_by_the_tokens_that_it_learns_from(config):
     generation = trainer.generation
     written, given = generation.token_count(), sum(len(row["completion"]) + 1 for row in generation.rows)
     assert abs(total / written - logs(trainer)[0]["loss"]) < 1e-5 and written != given
+
+
+@pytest.mark.parametrize("estimator, rest", [("top_k", "renormalised"), ("top_k_tail", "bucket")])
+def test_part_of_the_vocabulary(estimator, rest, config):
+    trainer, before, other = make(config, "gkd, data", estimator=estimator, estimator_k=5, beta=1), student(), teacher()
+    trainer.train()
+    total, generation = 0, trainer.generation
+    for prompt, answer in zip(generation.prompt_ids, generation.completion_ids):
+        mine, theirs = (m(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1:-1] for m in (before, other))
+        total += top_k_divergence(mine, theirs, 5, partial(generalized_jsd, beta=1), rest=rest).sum().item()
+    assert abs(total / generation.token_count() - logs(trainer)[0]["loss"]) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["gkd", "distillation"])
@@ -466,8 +479,9 @@ WRONG = [(dict(lmbda=1.5), ValueError, "lmbda=1.5 .* at least 0 and at most 1"),
          (dict(assistant_only_loss=True), ValueError, "the last turn"), (dict(loss_type="dft"), ValueError, "'nll'"),
          (dict(teacher_model_init_kwargs="{"), ValueError, "is no JSON"),
          (dict(teacher_model_init_kwargs="[1]"), TypeError, "teacher_model_init_kwargs"),
-         (dict(teacher_model_init_kwargs={"dtype": "float99"}), ValueError, "teacher_model_init_kwargs: dtype='flo"),
-         (dict(estimator="top"), ValueError, "estimator='top' .*'top_k'"), (dict(estimator_k=0), ValueError, "estimator_k=0"),
+         (dict(teacher_model_init_kwargs={"dtype": "float99"}), ValueError, "teacher_model_init_kwargs: dtype=.flo"),
+         (dict(estimator="top"), ValueError, "estimator='top' .*'top_k'"),
+         (dict(estimator_k=0), ValueError, "estimator_k=0"),
          (dict(teacher="x"), TypeError, "no field 'teacher'. Did you mean"),
          (dict(lambda_=.5), TypeError, "no field 'lambda_'. Did you mean 'lmbda'")]
 
@@ -519,7 +533,8 @@ DATA = [([{"prompt": "a"}], {}, ValueError, "lmbda=1 or seq_kd=True prompts are 
         ([{"messages": CHAT}, {"messages": CHAT[:2]}], {}, ValueError, "row 1: the last message is written by 'user'"),
         ([{"messages": CHAT[2:3]}], {}, ValueError, "row 0: there is no message before"),
         ([{"messages": []}], {}, (TypeError, ValueError), "messages"),
-        ([{"prompt": "a", "completion": "b" * 30}], dict(max_length=8), ValueError, "no row of the train dataset has a token left")]
+        ([{"prompt": "a", "completion": "b" * 30}], dict(max_length=8), ValueError,
+         "no row of the train dataset has a token left")]
 
 
 @pytest.mark.parametrize("bad, options, kind, words", DATA, ids=lambda x: x if isinstance(x, str) else "")

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['ESTIMATORS', 'GKDConfig', 'GKDTrainer']
 
-# %% ../../nbs/distillation/02_gkd_trainer.ipynb #6cda864b
+# %% ../../nbs/distillation/02_gkd_trainer.ipynb #4ef0f0cd
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,7 +21,6 @@ from ..training.heads import read
 from ..training.metrics import Mean
 from ..training.states import divergence_loss
 from ..training.teacher import TeacherFields
-
 
 #: estimator -> what the k likeliest tokens of the teacher are compared with, see `on_policy.RESTS`; None: all tokens
 ESTIMATORS = {"full": None, "top_k": "renormalised", "top_k_tail": "bucket"}
