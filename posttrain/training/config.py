@@ -133,16 +133,17 @@ class PostConfig(TrainingArguments):
         for name in (new, old):
             if hasattr(self, name): setattr(self, name, given[0] if given else default)
 
-    def _read_dtype(self):
+    def _read_dtype(self, name: str = "model_init_kwargs"):
         "The precision of a model's weights, also by the name that it had in transformers 4."
-        options = self.model_init_kwargs
+        options = getattr(self, name)
         if not options: return
         if "torch_dtype" in options:
-            self.model_init_kwargs = options = {"dtype": options["torch_dtype"], **options}
+            options = {"dtype": options["torch_dtype"], **options}
             del options["torch_dtype"]
+            setattr(self, name, options)
         dtype = options.get("dtype")
         if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise ValueError(f"model_init_kwargs: dtype={dtype!r} is none of torch's; expected 'auto', 'float32', "
+            raise ValueError(f"{name}: dtype={dtype!r} is none of torch's; expected 'auto', 'float32', "
                              "'bfloat16' or 'float16'")
 
     def _refuse_what_is_not_here(self):
