@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['Reader', 'HeadSpec', 'head_module', 'is_classifier', 'output_layer', 'States', 'logps', 'token_loss', 'scores',
-           'keep_states', 'divergence']
+           'keep_states', 'divergence', 'divergence_loss']
 
 # %% ../../nbs/training/02_states.ipynb #2366ed0c
 import inspect
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..foundations.divergences import reverse_kl
 from ..foundations.layouts import Layout
+from ..foundations.linear_divergence import linear_divergence, linear_divergence_loss
 from ..foundations.logps import linear_logps, linear_token_loss
 from .attention import ATTENTION
 
@@ -147,6 +147,21 @@ class States:
         "What stands beside the counted tokens."
         return values.flatten()[self.layout.places]
 
+    def at(self, layout: Layout) -> "States":
+        """The same for the tokens of another layout of the same batch, or of a part of it, in its order.
+
+        Raises ValueError if some of them are not among these."""
+        mine, asked = self.layout, layout.places
+        if mine.shape == layout.shape and torch.equal(mine.places, asked): return self
+        row_of = asked.new_full((mine.shape[0] * mine.shape[1],), -1)
+        row_of[mine.places] = torch.arange(len(mine.places), device=asked.device)
+        rows = row_of[asked] if mine.shape == layout.shape else asked.new_tensor([-1])
+        if (rows < 0).any():
+            raise ValueError(f"these states were read at {len(mine.places)} tokens of a batch of shape {mine.shape}, "
+                             f"and are asked for {len(asked)} tokens of one of shape {layout.shape}: read both models "
+                             "on one batch with one mask")
+        return States(self.hidden[rows], self.weight, self.bias, self.spec, layout)
+
     def logits(self, hidden: Tensor) -> Tensor:  # (n, H) -> (n, V), float32 or better
         "The head applied to some states: a chunk, never all of them."
         logits, softcap = F.linear(hidden.to(self.weight.dtype), self.weight, self.bias), self.spec.softcap
@@ -211,18 +226,43 @@ def keep_states(
 
 
 def divergence(
-    teacher: States,  # of the other model at the same tokens, as from `keep_states`
+    teacher: States,  # of the other model at the same tokens of the same batch, as from `keep_states`
     how: Callable[[Tensor, Tensor], Tensor] = reverse_kl,  # (n, V) logits of this model and of the other -> (n,)
     *,
     temperature: float = 1.0,  # divides both models' logits
-    chunk_mib: float = 32,     # MiB of one model's logits at a time, as in foundations.logps
-) -> Reader:  # "divergence" (N,), nats
-    "A reader: how far two next-token distributions are apart at each counted token, with this model's gradient."
+    want: tuple = (),          # of this model: any of foundations.linear_divergence.STATS; "logps" has a gradient
+    chunk_mib: float | None = None,  # MiB of one model's logits at a time, as in foundations.logps
+) -> Reader:  # "divergence" (N,), nats, and each wanted statistic (N,)
+    """A reader: how far two next-token distributions are apart at each counted token, with this model's gradient.
+
+    `how` is one of `linear_divergence.CLOSED_FORMS`, perhaps in a `functools.partial`, or any other function. The
+    reader raises ValueError if the teacher was not read at the same tokens."""
     def reader(states: States) -> dict[str, Tensor]:
-        def of_rows(hidden, other):
-            return how(states.logits(hidden) / temperature, teacher.logits(other) / temperature)
-        rows = max(int(chunk_mib * 2**20 / (4 * len(states.weight))), 1)
-        pieces = zip(states.hidden.split(rows), teacher.hidden.split(rows), strict=True)
-        # the backward pass makes a chunk's logits again instead of keeping them
-        return {"divergence": torch.cat([checkpoint(of_rows, *piece, use_reentrant=False) for piece in pieces])}
+        other = teacher.at(states.layout)
+        return linear_divergence(states.hidden, states.weight, other.hidden, other.weight, how, targets=states.targets,
+                                 temperature=temperature, teacher_head=other.head, want=tuple(want),
+                                 chunk_mib=chunk_mib, **states.head)
+    reader.joins = True
     return reader
+
+
+def divergence_loss(
+    teacher: States,  # as in `divergence`
+    how: Callable[[Tensor, Tensor], Tensor],  # as in `divergence`
+    token_weights: Tensor,     # (B, T): what each token weighs, e.g. masks.token_weights(...)
+    *,
+    temperature: float = 1.0,  # divides both models' logits
+    want: tuple = (),          # as in `divergence`
+    chunk_mib: float | None = None,  # as in `divergence`
+) -> Reader:  # "loss" (), and "divergence" with the wanted statistics (N,), detached
+    "A reader: sum of `token_weights * divergence`, in one pass over the vocabulary. Raises as `divergence`."
+    def reader(states: States) -> dict[str, Tensor]:
+        other = teacher.at(states.layout)
+        total, stats = linear_divergence_loss(
+            states.hidden, states.weight, other.hidden, other.weight, states.pick(token_weights), how,
+            targets=states.targets, temperature=temperature, teacher_head=other.head, want=tuple(want),
+            chunk_mib=chunk_mib, **states.head)
+        return {"loss": total, **stats}
+    reader.joins = True
+    return reader
+
