@@ -16,7 +16,8 @@ from .mixture import Mixture
 class ArithmeticMixture(Mixture):
     """A `Decoder` of two: the next token has the probability (1 - coef) q + coef p of a student and a teacher.
 
-    Raises ValueError for a coefficient outside [0, 1], and if the models have different vocabularies."""
+    A teacher that knows more ids than the student is asked about the student's alone. Raises ValueError for a
+    coefficient outside [0, 1], and for a teacher that knows fewer."""
 
     def __init__(
         self,
@@ -27,6 +28,8 @@ class ArithmeticMixture(Mixture):
     ):
         super().__init__(student, teacher, coef)
         self.temperature = temperature or 1.0
+
+    def _mixed(self, z: Tensor, other: Tensor) -> Tensor: return super()._mixed(z, other[:, :z.shape[1]])
 
     def _mix(self, z: Tensor, other: Tensor) -> Tensor:
         # one model alone answers its own logits, to the bit
