@@ -60,6 +60,7 @@ SHORT_TRAINERS = {
     "offline/14_kto_trainer", "offline/15_bco_trainer", "offline/16_cpo_trainer", "offline/17_orpo_trainer",
     "online/14_ppo_trainer", "online/15b_comparing", "online/16_online_dpo_trainer", "online/18_xpo_trainer",
     "online/20_nash_md_trainer", "reward/03_reward_trainer", "reward/05_prm_trainer",
+    "distillation/02_gkd_trainer", "distillation/06_distillation_trainer",
 }
 
 
