@@ -58,6 +58,9 @@ def train(
     judging = rewards[0].options() if rewards else {}
     check_needs(args, model, judging.get("reward_funcs", ()))
     check_model(model.model_name_or_path, model.model_revision, args.trust_remote_code)
+    if hasattr(args, "teacher_model_name_or_path"):
+        check_model(args.teacher_model_name_or_path, args.teacher_model_revision or "main", args.trust_remote_code,
+                    flag="--teacher_model_name_or_path")
     if rewards and rewards[0].reward_model_name_or_path:
         check_model(rewards[0].reward_model_name_or_path, flag="--reward_model_name_or_path")
     train_dataset, eval_dataset = load_data(

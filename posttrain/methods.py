@@ -26,9 +26,12 @@ class Method(NamedTuple):
     lesson: str      # its notebook in nbs/
     when: str        # what it is for, in one sentence
     makes: str = "policy"  # what is trained: a "policy" that writes answers, or a "reward" that judges them
+    teacher: bool = False  # is a larger model asked what it would have written?
 
     @property
-    def writes(self) -> bool: return self.data == "prompt_only"  # the model writes the answers that it learns from
+    def writes(self) -> bool:
+        "Does the model write answers that it learns from?"
+        return self.data == "prompt_only" or self.teacher
 
     @property
     def command(self) -> str:
@@ -66,6 +69,10 @@ METHODS = (
            "As for online DPO, and the start model hardly ever writes a good answer."),
     Method("Nash-MD", "NashMDTrainer", {}, "prompt_only", True, True, "online/19_nash_md",
            "You have prompts and a judge whose preferences may run in circles."),
+    Method("GKD", "GKDTrainer", {}, "prompt_completion", False, False, "distillation/01_gkd",
+           "You have demonstrations, and a larger model with the same tokenizer.", teacher=True),
+    Method("On-policy distillation", "DistillationTrainer", {}, "prompt_only", False, False, "distillation/01_gkd",
+           "You have prompts, and a larger model with the same tokenizer.", teacher=True),
     Method("Reward modelling", "RewardTrainer", {}, "preference", False, False, "reward/01_bradley_terry",
            "You have pairs, and want a model that scores any answer.", "reward"),
     Method("Process supervision", "PRMTrainer", {}, "stepwise_supervision", False, False, "reward/04_process",
@@ -78,10 +85,11 @@ def methods_for(
     reference: bool | None = None,  # True: with a reference model, False: without; None: any
     reward: bool | None = None,     # True: with something that scores answers; None: any
     makes: str = "policy",          # what shall be trained, as in `Method.makes`
+    teacher: bool | None = None,    # True: with a larger model to learn from, False: without; None: any
 ) -> list[Method]:
     "The methods that fit. Raises ValueError for an unknown type of data."
     if data is not None and data not in (known := sorted({method.data for method in METHODS})):
         raise ValueError(f"data={data!r}: expected one of {', '.join(map(repr, known))}")
-    asked = {"data": data, "reference": reference, "reward": reward, "makes": makes}
+    asked = {"data": data, "reference": reference, "reward": reward, "makes": makes, "teacher": teacher}
     return [method for method in METHODS
             if all(value is None or getattr(method, name) == value for name, value in asked.items())]

@@ -57,6 +57,7 @@ SFT = "sft --model_name_or_path model --dataset_name rows.jsonl --output_dir out
 NO_DATA = SFT.replace(" --dataset_name rows.jsonl", "")
 NO_MODEL = SFT.replace(" --model_name_or_path model", "")
 GRPO = SFT.replace("sft", "grpo").replace("rows", "questions") + " --num_generations 4"
+GKD = SFT.replace("sft", "gkd")
 WRONG = [
     ("stf", "no command 'stf'. Did you mean 'sft'?"), ("teach", "no command 'teach'"), ("--sft", "no command '--sft'"),
     ("demo --steps 0", "steps=0 of DemoArguments must be at least 1"), ("demo --steps many", "steps .* got 'many'"),
@@ -132,6 +133,10 @@ WRONG = [
     (f"{GRPO} --reward_funcs words.brevity --reward_weights 1 2", "2 reward weights for 1 reward"),
     (f"{GRPO} --reward_funcs words.brevity --num_generations 3", "num_generations=3"),
     (f"{GRPO} --reward_model_name_or_path ./none", "--reward_model_name_or_path ./none: there is no such folder"),
+    (GKD, "--teacher_model_name_or_path is needed"), (f"{GKD} --lmbda 2", "lmbda=2"),
+    (f"{GKD} --teacher_model_name_or_path ./none", "--teacher_model_name_or_path ./none: there is no such folder"),
+    (f"{GKD} --teacher_model_name_or_path model --teacher_model_init_kwargs {{'a':1}}", "is no JSON"),
+    (f"{GKD.replace('rows', 'questions')} --teacher_model_name_or_path model", "'completion' is missing"),
 ]
 
 
@@ -214,7 +219,8 @@ def test_help_begins_with_the_methods_own_flags(method, folder, capsys):
     assert titles[0] == f"{method.upper()}, its own" and titles[-1] == "training, as transformers does it"
     config = getattr(cli.posttrain, cli.TRAINERS[method][0])
     assert "one of linear, cosine" in " ".join(out.split())
-    assert ("--loss_type" in out) == ("loss_type" in config.__dataclass_fields__)
+    losses = config.__dataclass_fields__.get("loss_type")  # GKD's is TRL's alone, and does nothing
+    assert ("--loss_type" in out) == (losses is not None and not losses.metadata["help"].startswith("Accepted"))
     assert "Not supported" not in out
     assert max(map(len, out.splitlines())) <= 120
 
@@ -243,6 +249,15 @@ def test_a_config_file_with_flags_on_top(folder, capsys):
     assert len(trainer.train_dataset) == 12 and len(trainer.eval_dataset) == 4
     assert str(trainer.model.dtype) == "torch.bfloat16" and (folder / "out-yaml/model.safetensors").exists()
     assert args.eval_strategy.value == "epoch"
+
+
+@pytest.mark.parametrize("method", ["gkd", "distillation"])
+def test_a_teacher_by_its_path(method, folder):
+    flags = f"--teacher_model_name_or_path model --teacher_model_init_kwargs {{\"dtype\":\"bfloat16\"}} --max_steps 1"
+    command = SFT.replace("sft", method).replace("--output_dir out", f"--output_dir out-{method}")
+    with contextlib.chdir(folder): trainer = cli.train(method, f"{command} {flags} --max_new_tokens 4".split()[1:])
+    assert str(trainer.teacher_model.dtype) == "torch.bfloat16" and trainer.args.max_completion_length == 4
+    assert (folder / f"out-{method}/model.safetensors").exists()
 
 
 def test_python_m_posttrain_on_a_console_without_unicode(folder):

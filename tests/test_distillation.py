@@ -538,3 +538,24 @@ def test_parameters_that_do_nothing_here_are_refused(config):
 def test_seq_kd_that_is_never_reached_is_told(tmp_path):
     with pytest.warns(UserWarning, match="changes nothing with lmbda=1"):
         GKDConfig(str(tmp_path), use_cpu=True, lmbda=1, seq_kd=True)
+
+
+# ---------------------------------------------------------------- learning
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_small_student_learns_from_its_own_answers(seed, tmp_path):
+    "From random weights, with less than a quarter of the teacher's, to at least nine tenths of its accuracy."
+    (master, tokenizer), model = pocket.start("reverse", steps=400), student(seed + 10, num_hidden_layers=2,
+                                                                               intermediate_size=96)
+    test = pocket.dataset("reverse", "prompt_only", n=300, seed=2, split="test")
+    sizes = [sum(p.numel() for p in m.parameters()) for m in (model, master)]
+    args = DistillationConfig(str(tmp_path), max_steps=600, per_device_train_batch_size=64, max_completion_length=12,
+                              beta=.5, learning_rate=3e-3, lr_scheduler_type="constant_with_warmup", warmup_steps=20,
+                              logging_steps=50, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True,
+                              seed=seed)
+    trainer = DistillationTrainer(model, master, args, pocket.dataset("reverse", "prompt_only", n=8000, seed=1),
+                                  processing_class=tokenizer)
+    before, best = (pocket.accuracy(m, tokenizer, test) for m in (model, master))
+    trainer.train()
+    after, seconds = pocket.accuracy(trainer.model, tokenizer, test), trainer.state.log_history[-1]["train_runtime"]
+    print(f"seed {seed}: {before:.2f} -> {after:.2f}, the teacher {best:.2f}, {seconds:.0f} s")
+    assert before == 0 and best > .95 and sizes[0] <= sizes[1] / 4 and after >= .9 * best and seconds < 60

@@ -49,9 +49,11 @@ def model_of(method):
 
 def data_of(method):
     if method in UNPAIRED: return posttrain.unpair_preference_dataset(rows(8)).shuffle(seed=0)
+    if method in DISTILS: return pocket.dataset("reverse", "prompt_completion", n=16, seed=3)
     return pocket.dataset("add", "stepwise_supervision", n=16, seed=3) if method == "PRM" else rows(16)
 
 SAMPLES = ("PPO", "OnlineDPO", "XPO", "NashMD")
+DISTILS = ("GKD", "Distillation")
 
 def lengths(completions, **columns): return [len(text) / 4 for text in completions]
 
@@ -64,6 +66,7 @@ def trainer(out, method, adapter=False, **options):
     given = {"peft_config": config} if adapter else (
         {"ref_model": copy.deepcopy(reference)} if method in (*UNPAIRED, *SAMPLES, "DPO") else {})
     if method in SAMPLES: given["reward_funcs"] = lengths
+    if method in DISTILS: given["teacher_model"] = copy.deepcopy(reference)
     return getattr(posttrain, method + "Trainer")(model_of(method), args=args, train_dataset=data_of(method),
                                                   processing_class=pocket.tokenizer(), **given)
 
@@ -81,8 +84,8 @@ for name, job in json.load(open(sys.argv[1])).items():
     again = trainer(out, **job)
     again.train(resume_from_checkpoint=out + "/checkpoint-2")
     run.save_model(out + "/saved")
-    parts = {model: {type(p).__name__ for p in getattr(run, model).parameters()} for model in ("model", "ref_model")
-             if getattr(run, model, None) is not None}
+    models = [name for name in ("model", "ref_model", "teacher_model") if getattr(run, name, None) is not None]
+    parts = {model: {type(p).__name__ for p in getattr(run, model).parameters()} for model in models}
     torch.save(whole(run.model), out + f"/weights-{run.args.process_index}.pt")
     found[name] = dict(log=losses(run), goes_on=torch.equal(whole(run.model), whole(again.model)),
                        shards={model: "DTensor" in kinds for model, kinds in parts.items()})
@@ -101,6 +104,10 @@ JOBS = {**{method: dict(method=method) for method in ("DPO", "KTO", "BCO", "CPO"
             ("OnlineDPO", {}), ("XPO", dict(alpha=.05, bonus_over="rounds")), ("NashMD", {}))},
         **{f"{method} adapter": dict(method=method, adapter=True, max_completion_length=6, **more)
            for method, more in (("XPO", dict(alpha=.05)), ("NashMD", {}))},
+        "GKD": dict(method="GKD", max_completion_length=6), "GKD of the teacher": dict(
+            method="GKD", lmbda=0, seq_kd=True, max_completion_length=6),
+        "GKD kept": dict(method="GKD", lmbda=0, precompute_teacher=True),
+        "Distillation adapter": dict(method="Distillation", adapter=True, max_completion_length=6, learning_rate=.1),
         # beside the adapter the layer of the labels learns, as a copy of PEFT's
         **{f"{method} adapter": dict(method=method, adapter=True, learning_rate=.01) for method in ("Reward", "PRM")}}
 

@@ -292,6 +292,47 @@ def test_tensor_parallel_needs_a_server(start, monkeypatch):
         VLLMColocated(*start, tensor_parallel_size=2)
 
 
+# ---------------------------------------------------------------- a student that learns from a teacher
+DISTILS = """
+import sys, torch
+from contextlib import nullcontext
+from posttrain import pocket
+from posttrain.distillation.gkd_trainer import GKDConfig, GKDTrainer
+from posttrain.rollout.vllm_serve import serve
+from posttrain.training.heads import completion_logps
+mode, folder = sys.argv[1:]
+path = pocket.start_path("reverse", steps=130)
+with serve(path, dtype="float32", max_model_len=64) if mode == "server" else nullcontext() as server:
+    where = dict(vllm_server_base_url=server.url) if server else dict(vllm_max_model_length=64)
+    args = GKDConfig(folder, max_steps=4, per_device_train_batch_size=16, max_completion_length=12, learning_rate=1e-3,
+                     warmup_steps=0, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
+                     use_cpu=True, use_vllm=True, vllm_mode=mode, **where)
+    rows = pocket.dataset("reverse", "prompt_completion", n=64)
+    trainer = GKDTrainer(pocket.start("reverse", steps=130)[0], pocket.start("reverse")[0], args, train_dataset=rows,
+                         processing_class=pocket.tokenizer())
+    trainer.train()
+    log = [row for row in trainer.state.log_history if "loss" in row]
+    assert {row["on_policy"] for row in log} == {0, 1} and all(row["loss"] > 0 for row in log)
+    trainer.source = "student"
+    trainer.sync_engines()
+    generation = trainer.sample([rows[0]] * 8, list(range(8)))
+    batch = generation.batch()
+    print("GAP", ((completion_logps(trainer.model, batch, temperature=.9)["logps"].detach() - batch["sampled_logps"])
+                  * batch["mask"]).abs().max().item())
+    trainer.engine.close()
+"""
+
+
+@needs_vllm
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+def test_a_student_writes_with_the_weights_of_now(mode, tmp_path):
+    "GKD, whose generations come from the student or from the dataset by turns."
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", DISTILS, mode, str(tmp_path)], capture_output=True,
+                          text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    gaps = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("GAP")]
+    assert gaps and float(gaps[0]) < 1e-3, done.stdout[-2000:] + done.stderr[-3000:]
+
+
 # ---------------------------------------------------------------- a judge behind a server
 @needs_vllm
 def test_an_llm_judge_asks_vllm(server, served, start):
