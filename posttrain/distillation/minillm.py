@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['distillation_rewards', 'minillm_returns', 'importance_weights_of_mixture', 'minillm_loss']
 
-# %% ../../nbs/distillation/03_minillm.ipynb #e48c8f0e
+# %% ../../nbs/distillation/03_minillm.ipynb #3324a06a
 import math
 
 import torch
@@ -84,8 +84,8 @@ def minillm_loss(
     The returns must leave out the token's own reward where a `divergence` is given, and contain it where none is
     (`single_step_decomposition` of `minillm_returns`).
 
-    Stats: those of `policy_gradient_loss`, and `reverse_kl`, the mean divergence in nats per token. Raises ValueError as
-    that does.
+    Stats: those of `policy_gradient_loss`, and `reverse_kl`, the mean divergence in nats per token. Raises ValueError
+    as that does.
     """
     over = dict(totals=totals, max_length=max_length)
     loss, stats = policy_gradient_loss(logps, old_logps, returns, mask, average=average, epsilon=epsilon,

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['MiniLLMConfig', 'MiniLLMTrainer']
 
-# %% ../../nbs/distillation/04_minillm_trainer.ipynb #53d5bfce
+# %% ../../nbs/distillation/04_minillm_trainer.ipynb #43babb32
 from dataclasses import dataclass
 
 from posttrain.distillation.minillm import (
@@ -12,84 +12,65 @@ from posttrain.distillation.minillm import (
     minillm_loss,
     minillm_returns,
 )
-from .pretraining import PretrainFields, WithPretraining
 from ..foundations.advantages import SCALES, group_advantages
 from ..foundations.masks import AVERAGES
 from ..rollout.config import OnlineConfig
-from ..rollout.opponents import TeacherMixtureEngine
+from ..rollout.pretraining import PretrainFields, WithPretraining
+from ..rollout.teacher_mixture import SamplesWithTeacher, TeacherMixtureFields
 from ..rollout.trainer import OnlineTrainer
 from ..training.card import NORMALISERS, Method
 from ..training.config import ClipFields, ShowsClip, option
 from ..training.heads import read
 from ..training.metrics import Mean, policy_metrics
-from ..training.references import ModelReference
-from ..training.states import divergence, logps
-from ..training.teacher import TeacherFields, WithTeacher
+from ..training.states import divergence
 
 
 @dataclass
-class MiniLLMConfig(PretrainFields, TeacherFields, ClipFields, OnlineConfig):
-    "MiniLLM's fields beside those of teacher, text, clip and `OnlineConfig`. Names are TRL 1.14's, defaults the paper's."
+class MiniLLMConfig(PretrainFields, TeacherMixtureFields, ClipFields, OnlineConfig):
+    "MiniLLM's fields beside those of its bases. Names are TRL 1.14's where it has them, defaults are the paper's."
 
     num_generations: int = option(1, "Completions per prompt.", low=1)
     disable_dropout: bool = option(True, "Switch the student's dropout off.")
-    teacher_mixed_alpha: float = option(
-        0.2, "The teacher's share in the sampler's next-token probabilities, below 1; 0: the student writes alone.",
-        low=0, high=1)
     rkl_advantage: bool = option(True, "Reward tokens with log p - log q of the teacher and the student.")
     single_step_decomposition: bool = option(
-        True, "Take a token's own reward out of its return, and the exact reverse KL of its distribution in its place.")
+        True, "Take a token's own reward out of its return, and the exact reverse KL of its distribution instead.")
     gamma: float = option(1.0, "Discount per token; 0 leaves the exact term alone.", low=0, high=1)
     length_normalization: bool = option(True, "Divide a return by the number of tokens whose rewards it sums.")
     kd_temperature: float | None = option(
         None, "Temperature at which the models are compared: that of sampling; another one is refused.", above=0)
     average: str = option("token", "What the loss is a mean over; 'sum': the paper's equation.", choices=AVERAGES)
     scale_rewards: str = option(
-        "group", "With reward_funcs: divide their advantages by the standard deviation of 'group' or 'batch', or 'none'.",
-        choices=SCALES)
+        "group", "With reward_funcs: divide advantages by the deviation of 'group' or 'batch', or 'none'.", choices=SCALES)
     beta: float = option(0.0, "GRPO's.", refused="the KL to the teacher is the loss, and there is no other reference")
     dynamic_sampling: bool = option(False, "DAPO's.", refused="answers of equal rewards learn from the teacher, too")
 
     def __post_init__(self):
         super().__post_init__()
-        alpha = self.teacher_mixed_alpha
-        if alpha == 1:
-            raise ValueError("teacher_mixed_alpha=1 lets the teacher write everything, and what the student finds "
-                             "impossible has no weight: take a share below 1, or SFT on the teacher's answers")
         if self.kd_temperature not in (None, self.temperature):
             raise ValueError(f"kd_temperature={self.kd_temperature:g} with temperature={self.temperature:g}: the loss "
-                             "compares the distributions that are sampled from. Set both to one value, or leave "
-                             "kd_temperature out")
-        alone = {"use_vllm": False, "repetition_penalty": 1.0} | ({} if self.use_vllm else {"sampler": self.sampler})
-        if self.sampler == "transformers": alone["sampler"] = "own"
-        if alpha and (other := [name for name, value in alone.items() if getattr(self, name) != value]):
-            raise ValueError(f"{other[0]}={getattr(self, other[0])!r} with teacher_mixed_alpha={alpha:g}: only our own "
-                             "sampler mixes two models, and a mixture has no logits to penalise. Leave it out, or set "
-                             "teacher_mixed_alpha=0")
+                             "compares what is sampled from. Set both to one value, or leave kd_temperature out")
 
-# %% ../../nbs/distillation/04_minillm_trainer.ipynb #2e25a9cf
-class MiniLLMTrainer(WithPretraining, WithTeacher, ShowsClip, OnlineTrainer):
+# %% ../../nbs/distillation/04_minillm_trainer.ipynb #559f8a1b
+class MiniLLMTrainer(WithPretraining, SamplesWithTeacher, ShowsClip, OnlineTrainer):
     """
     MiniLLM (https://arxiv.org/abs/2306.08543): reverse KL to a teacher on answers of both. Call it as TRL 1.14's.
 
-    `teacher_model`: a causal LM, plain or in PEFT, or its path. `pretrain_dataset`: text that is not to be forgotten, as
-    SFT takes it. The other parameters and what is raised are those of `OnlineTrainer`, and TypeError for models that our
-    own sampler cannot mix.
+    `teacher_model`: a causal LM, plain or in PEFT, or its path. `pretrain_dataset`: text that is not to be forgotten,
+    as SFT takes it. The other parameters and what is raised are those of `OnlineTrainer` and `SamplesWithTeacher`.
     """
 
-    config_class, needs_rewards, needs_old_logps = MiniLLMConfig, False, True
+    config_class, needs_rewards = MiniLLMConfig, False
     shown = ("teacher_mixed_alpha", "rkl_advantage", "single_step_decomposition", "gamma", "length_normalization")
 
     def __init__(self, model, teacher_model=None, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None,
                  processing_class=None, reward_processing_classes=None, callbacks=None, optimizers=(None, None),
                  peft_config=None, rollout_func=None, *, pretrain_dataset=None, quantization_config=None):
         args = self.config_class.adopt(args)
-        if reward_funcs is None and not (args.rkl_advantage or args.single_step_decomposition):
+        if not (reward_funcs or args.rkl_advantage or args.single_step_decomposition):
             raise ValueError("rkl_advantage=False with single_step_decomposition=False learns nothing from the "
                              "teacher: set one of them, or pass reward_funcs")
         self.note_teacher(model, teacher_model, args)
         self.note_pretraining(pretrain_dataset, args)
-        self.alpha = 0.0 if rollout_func else args.teacher_mixed_alpha  # of the answers that are written now
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class,
                          reward_processing_classes, callbacks, optimizers, quantization_config, peft_config,
                          rollout_func=rollout_func)
@@ -99,22 +80,8 @@ class MiniLLMTrainer(WithPretraining, WithTeacher, ShowsClip, OnlineTrainer):
     @property
     def averages_over(self): return "tokens" if self.args.average == "token" else "sequences"
 
-    def after_building(self):
-        self.add_teacher()
-        super().after_building()
-        # the log-probs of a mixture's samples are not the student's
-        self.sampler_is_exact = self.sampler_is_exact and not self.alpha
-
-    def make_engine(self):
-        if not self.alpha: return super().make_engine()
-        try: return TeacherMixtureEngine(self.model, ModelReference(self.teacher_model), self.processing_class)
-        except TypeError as error:
-            raise TypeError(f"{type(self).__name__} samples from a mixture with posttrain's own sampler, which cannot "
-                            f"serve these models ({error}): set teacher_mixed_alpha=0") from error
-
     def method(self):
-        names = ("teacher_mixed_alpha", "gamma", "length_normalization", "single_step_decomposition", "rkl_advantage",
-                 "epsilon", "epsilon_high", "average", "pretrain_coef")
+        names = (*self.shown, "epsilon", "epsilon_high", "average", "pretrain_coef")
         return Method(
             "MiniLLM", "MiniLLM: Knowledge Distillation of Large Language Models", "2306.08543",
             r"L = \operatorname{average}_t\big[\mathrm{KL}(q(\cdot \mid y_{<t}) \,\|\, p(\cdot \mid y_{<t})) - "
@@ -124,54 +91,26 @@ class MiniLLMTrainer(WithPretraining, WithTeacher, ShowsClip, OnlineTrainer):
             NORMALISERS[self.args.average],
             values={**{name: getattr(self.args, name) for name in names}, **self.sampling_values()})
 
-    # ------------------------------------------------ from prompts to batches
-    def sample(self, rows, seeds, num_generations=None):
-        if isinstance(self.engine, TeacherMixtureEngine): self.engine.coef = self.alpha
-        return super().sample(rows, seeds, num_generations)
-
-    def evaluation_loop(self, *args, **kwargs):
-        "The student writes alone while it is evaluated."
-        alpha, self.alpha = self.alpha, 0.0
-        try: return super().evaluation_loop(*args, **kwargs)
-        finally: self.alpha = alpha
-
-    def annotate(self, batches): return [self.with_teacher_logps(self.with_old_logps(batch)) for batch in batches]
-
-    def with_teacher_logps(self, batch: dict) -> dict:
-        "With the teacher's states at the counted tokens, and with its log-probs of these tokens."
-        states = self.teacher_states(batch)
-        wide = states.in_float32() if states.spec.in_float32 else states
-        found = logps(temperature=self.args.temperature)(wide)["logps"]
-        return {**batch, "teacher": states, "teacher_logps": states.layout.scatter(found)}
-
     def credit(self, generation, batches):
-        names = ("mask", "old_logps", "teacher_logps")
-        mask, old_logps, teacher_logps = (self.gathered(generation, batches, name) for name in names)
+        def known(name): return self.gathered(generation, batches, name)
+        args, mask, old_logps, teacher_logps = self.args, *map(known, ("mask", "old_logps", "teacher_logps"))
         rewards = distillation_rewards(teacher_logps, old_logps, mask)
-        returns = minillm_returns(rewards, mask, **self.args.options_of(minillm_returns)) * self.args.rkl_advantage
+        returns = minillm_returns(rewards, mask, **args.options_of(minillm_returns)) * args.rkl_advantage
         if self.rewards:
-            G = generation.num_generations
-            advantages = group_advantages(self.total_rewards(generation), G, scale=self.args.scale_rewards)
-            returns = returns + advantages[:, None] * mask
+            own, G = self.total_rewards(generation), generation.num_generations
+            returns = returns + group_advantages(own, G, scale=args.scale_rewards)[:, None] * mask
         return {"returns": returns, "weights": importance_weights_of_mixture(old_logps, teacher_logps, self.alpha)}
 
-    # ------------------------------------------------ one step
     def loss(self, model, batch, totals):
-        args, mask, states = self.args, batch["mask"], batch.get("teacher")
-        if states is None: states = self.teacher_states(batch)  # after a stop
-        out = read(model, batch, divergence(states, temperature=args.temperature, want=("logps", "entropy")))
-        exact = out["divergence"] if args.single_step_decomposition else None
+        args, mask, weights = self.args, batch["mask"], batch["weights"]
+        want = dict(temperature=args.temperature, want=("logps", "entropy"))
+        out = read(model, batch, divergence(self.states_of(batch), **want))
         loss, seen = minillm_loss(
-            out["logps"], batch["old_logps"], batch["returns"], mask, exact, weights=batch["weights"], totals=totals,
+            out["logps"], batch["old_logps"], batch["returns"], mask,
+            out["divergence"] if args.single_step_decomposition else None, weights=weights, totals=totals,
             max_length=args.max_completion_length, **args.options_of(minillm_loss))
         of_text, stats = self.pretrain_loss(model, batch)
-        seen.pop("reverse_kl", None)
-        self.show_tokens(batch, **{name: out[name] for name in ("logps", "entropy", "divergence")})
-        known = {"reverse_kl": out["divergence"], "entropy": out["entropy"], "importance_weight/mean": batch["weights"]}
-        return loss + of_text, stats | policy_metrics(seen, mask) | {
-            name: Mean.of(values, mask) for name, values in known.items()}
-
-    def run_state(self):
-        state = super().run_state()
-        for batch in state["stream"]["batches"] if state else []: batch.pop("teacher", None)  # asked again
-        return state
+        self.show_tokens(batch, **out)
+        known = {"reverse_kl": out["divergence"], "entropy": out["entropy"], "importance_weight/mean": weights}
+        means = {name: Mean.of(values, mask) for name, values in known.items()}
+        return loss + of_text, stats | policy_metrics(seen, mask) | means
