@@ -73,6 +73,8 @@ METHODS = (
            "You have demonstrations, and a larger model with the same tokenizer.", teacher=True),
     Method("On-policy distillation", "DistillationTrainer", {}, "prompt_only", False, False, "distillation/01_gkd",
            "You have prompts, and a larger model with the same tokenizer.", teacher=True),
+    Method("MiniLLM", "MiniLLMTrainer", {}, "prompt_only", False, False, "distillation/03_minillm",
+           "As for on-policy distillation, and a token shall also answer for what follows it.", teacher=True),
     Method("Reward modelling", "RewardTrainer", {}, "preference", False, False, "reward/01_bradley_terry",
            "You have pairs, and want a model that scores any answer.", "reward"),
     Method("Process supervision", "PRMTrainer", {}, "stepwise_supervision", False, False, "reward/04_process",

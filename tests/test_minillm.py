@@ -270,7 +270,8 @@ def loss_by_hand(trainer, model):
         read = trainer.pretraining
         read.state.drawn = 0
         ids = [row["input_ids"] for row in read.take(len(generation))]
-        summed = sum(-model(torch.tensor([x])).logits[0, :-1].log_softmax(-1)[range(len(x) - 1), x[1:]].sum() for x in ids)
+        logps = [model(torch.tensor([x])).logits[0, :-1].log_softmax(-1)[range(len(x) - 1), x[1:]] for x in ids]
+        summed = -sum(x.sum() for x in logps)
         total = total + args.pretrain_coef * summed / sum(len(x) - 1 for x in ids)
     return total
 
@@ -402,7 +403,8 @@ def test_weights_are_those_of_the_sampler(config):
     ratio = (batch["old_logps"] - batch["sampled_logps"]).exp()
     assert torch.allclose(batch["weights"][counted], ratio[counted], atol=1e-4) and ratio[counted].min() < .5
     assert batch["weights"].max() <= 1 / .6 + 1e-5
-    assert logs(trainer)[0]["importance_weight/mean"] == pytest.approx(batch["weights"][counted].mean().item(), abs=1e-5)
+    mean = batch["weights"][counted].mean().item()
+    assert logs(trainer)[0]["importance_weight/mean"] == pytest.approx(mean, abs=1e-5)
 
 
 def test_an_evaluation_is_of_the_student_alone(config):

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['MiniLLMConfig', 'MiniLLMTrainer']
 
-# %% ../../nbs/distillation/04_minillm_trainer.ipynb #43babb32
+# %% ../../nbs/distillation/04_minillm_trainer.ipynb #57afb864
 from dataclasses import dataclass
 
 from posttrain.distillation.minillm import (
@@ -36,11 +36,9 @@ class MiniLLMConfig(PretrainFields, TeacherMixtureFields, ClipFields, OnlineConf
         True, "Take a token's own reward out of its return, and the exact reverse KL of its distribution instead.")
     gamma: float = option(1.0, "Discount per token; 0 leaves the exact term alone.", low=0, high=1)
     length_normalization: bool = option(True, "Divide a return by the number of tokens whose rewards it sums.")
-    kd_temperature: float | None = option(
-        None, "Temperature at which the models are compared: that of sampling; another one is refused.", above=0)
+    kd_temperature: float | None = option(None, "Of the comparison; only that of sampling is taken.", above=0)
     average: str = option("token", "What the loss is a mean over; 'sum': the paper's equation.", choices=AVERAGES)
-    scale_rewards: str = option(
-        "group", "With reward_funcs: divide advantages by the deviation of 'group' or 'batch', or 'none'.", choices=SCALES)
+    scale_rewards: str = option("group", "Of reward_funcs: by 'group', by 'batch' or 'none'.", choices=SCALES)
     beta: float = option(0.0, "GRPO's.", refused="the KL to the teacher is the loss, and there is no other reference")
     dynamic_sampling: bool = option(False, "DAPO's.", refused="answers of equal rewards learn from the teacher, too")
 
@@ -50,7 +48,7 @@ class MiniLLMConfig(PretrainFields, TeacherMixtureFields, ClipFields, OnlineConf
             raise ValueError(f"kd_temperature={self.kd_temperature:g} with temperature={self.temperature:g}: the loss "
                              "compares what is sampled from. Set both to one value, or leave kd_temperature out")
 
-# %% ../../nbs/distillation/04_minillm_trainer.ipynb #559f8a1b
+# %% ../../nbs/distillation/04_minillm_trainer.ipynb #dae8ce02
 class MiniLLMTrainer(WithPretraining, SamplesWithTeacher, ShowsClip, OnlineTrainer):
     """
     MiniLLM (https://arxiv.org/abs/2306.08543): reverse KL to a teacher on answers of both. Call it as TRL 1.14's.
@@ -75,8 +73,6 @@ class MiniLLMTrainer(WithPretraining, SamplesWithTeacher, ShowsClip, OnlineTrain
                          reward_processing_classes, callbacks, optimizers, quantization_config, peft_config,
                          rollout_func=rollout_func)
 
-    def needs_reference(self): return False
-
     @property
     def averages_over(self): return "tokens" if self.args.average == "token" else "sequences"
 
@@ -86,9 +82,8 @@ class MiniLLMTrainer(WithPretraining, SamplesWithTeacher, ShowsClip, OnlineTrain
             "MiniLLM", "MiniLLM: Knowledge Distillation of Large Language Models", "2306.08543",
             r"L = \operatorname{average}_t\big[\mathrm{KL}(q(\cdot \mid y_{<t}) \,\|\, p(\cdot \mid y_{<t})) - "
             r"w_t \min(\rho_t R_{t+1}, \operatorname{clip}(\rho_t, 1 - \epsilon, 1 + \epsilon) R_{t+1})\big]",
-            r"$p$ is the teacher and $q$ the student. $R_{t+1}$ is what later tokens earn, with $\log p - \log q$ for "
-            r"each. $\rho_t$ is the ratio of policies, and $w_t = q/\tilde p$ of the token under the sampler.",
-            NORMALISERS[self.args.average],
+            r"$p$ is the teacher, $q$ the student, $\rho_t$ the ratio of policies. $R_{t+1}$ is what later tokens earn "
+            r"($\log p - \log q$ each), and $w_t = q/\tilde p$ of the sampler.", NORMALISERS[self.args.average],
             values={**{name: getattr(self.args, name) for name in names}, **self.sampling_values()})
 
     def credit(self, generation, batches):
@@ -111,6 +106,5 @@ class MiniLLMTrainer(WithPretraining, SamplesWithTeacher, ShowsClip, OnlineTrain
             max_length=args.max_completion_length, **args.options_of(minillm_loss))
         of_text, stats = self.pretrain_loss(model, batch)
         self.show_tokens(batch, **out)
-        known = {"reverse_kl": out["divergence"], "entropy": out["entropy"], "importance_weight/mean": weights}
-        means = {name: Mean.of(values, mask) for name, values in known.items()}
-        return loss + of_text, stats | policy_metrics(seen, mask) | means
+        means = {"reverse_kl": out["divergence"], "entropy": out["entropy"], "importance_weight/mean": weights}
+        return loss + of_text, stats | policy_metrics(seen, mask) | {k: Mean.of(v, mask) for k, v in means.items()}
