@@ -12,7 +12,8 @@ def command_of(
     trainer: str,  # the class, such as "OnlineDPOTrainer"
 ) -> str:
     "What a trainer is called on the command line, such as online_dpo."
-    return re.sub("(?<=[a-z])(?=[A-Z])", "_", trainer.removesuffix("Trainer")).lower()
+    words = trainer.removesuffix("Trainer").replace("LLM", "llm")  # MiniLLM is one word
+    return re.sub("(?<=[a-z])(?=[A-Z])", "_", words).lower()
 
 
 class Method(NamedTuple):

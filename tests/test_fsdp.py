@@ -108,7 +108,7 @@ JOBS = {**{method: dict(method=method) for method in ("DPO", "KTO", "BCO", "CPO"
             method="GKD", lmbda=0, seq_kd=True, max_completion_length=6),
         "GKD kept": dict(method="GKD", lmbda=0, precompute_teacher=True),
         **{f"MiniLLM{name}": dict(method="MiniLLM", max_completion_length=6, **more) for name, more in (
-            ("", {}), (" adapter", dict(adapter=True, learning_rate=.1)), (" of the student", dict(
+            ("", {}), (" adapter", dict(adapter=True, learning_rate=.01)), (" of the student", dict(
                 teacher_mixed_alpha=0.0, num_iterations=2)))},
         "Distillation adapter": dict(method="Distillation", adapter=True, max_completion_length=6, learning_rate=.1),
         # beside the adapter the layer of the labels learns, as a copy of PEFT's
