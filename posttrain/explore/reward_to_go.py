@@ -5,7 +5,7 @@ __all__ = ['LETTERS', 'LONGEST', 'PLACES', 'PROMPT', 'SEED', 'ALPHAS', 'all_answ
            'sequence_kl', 'gradients', 'noise_and_bias', 'real_answer', 'strip', 'draw_reward_to_go',
            'reward_to_go_explorer']
 
-# %% ../../nbs/explore/26_reward_to_go.ipynb #7f85ca2e
+# %% ../../nbs/explore/26_reward_to_go.ipynb #11bff4dc
 from functools import cache
 from itertools import product
 
@@ -19,11 +19,11 @@ from posttrain.distillation.minillm import (
     minillm_returns,
 )
 from . import svg
-from .core import Explorer, choice, toggle
+from .core import Control, Explorer, toggle
 from ..foundations.divergences import reverse_kl
 from ..foundations.masks import Totals
 
-# %% ../../nbs/explore/26_reward_to_go.ipynb #405aeceb
+# %% ../../nbs/explore/26_reward_to_go.ipynb #cdff8f82
 LETTERS, LONGEST = 3, 4  # of an answer; the EOS is token number 3
 PLACES = sum(LETTERS**t for t in range(LONGEST))  # 40 beginnings without EOS
 
@@ -112,7 +112,8 @@ def noise_and_bias(
     student = student.clone().requires_grad_()
     true, = torch.autograd.grad(sequence_kl(student, teacher), student)
     length = true.norm()
-    return (variance.sqrt() / length).item(), ((mean - true.flatten()).norm() / length).item()
+    bias = ((mean - true.flatten()).norm() / length).item()
+    return (variance.sqrt() / length).item(), bias if bias > 1e-9 else 0.0  # less is rounding
 
 # %% ../../nbs/explore/26_reward_to_go.ipynb #b450731a
 PROMPT, SEED = "reverse 4071853=", 1
@@ -154,7 +155,7 @@ def strip(
     weights = importance_weights_of_mixture(logps, teacher_logps, alpha)
     return {"reward": rewards[0], "return": returns[0], "weight": weights[0], "pull": (weights * returns)[0]}
 
-# %% ../../nbs/explore/26_reward_to_go.ipynb #2b6ac5a1
+# %% ../../nbs/explore/26_reward_to_go.ipynb #7b4141cc
 def _cells(rows: dict[str, Tensor], texts: list[str], split: bool, normalise: bool) -> str:
     "The strip: a column per token, a row per number."
     what = "later" if split else "own and later"
@@ -198,5 +199,6 @@ def reward_to_go_explorer() -> Explorer:
     question = ("Which of the three switches changes the noise and leaves the bias at 0? Which token has the return 0 "
                 "at every setting with the split, and what does that do to long answers whose rewards are negative?")
     return Explorer(draw_reward_to_go, title="The reward to go", question=question,
-                    split=toggle(True, label="exact single step"), alpha=choice(*ALPHAS, label="teacher's share α"),
+                    alpha=Control("slider", ALPHAS, ALPHAS, 0.0, "teacher's share α"),
+                    split=toggle(True, label="exact single step"),
                     normalise=toggle(False, label="length normalisation"))
