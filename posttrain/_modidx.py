@@ -3,6 +3,7 @@
 d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_url': '', 'lib_path': 'posttrain'},
   'syms': { 'posttrain.cli': { 'posttrain.cli._classes': ('cli.html#_classes', 'posttrain/cli.py'),
                                'posttrain.cli._help_of': ('cli.html#_help_of', 'posttrain/cli.py'),
+                               'posttrain.cli._judged_by': ('cli.html#_judged_by', 'posttrain/cli.py'),
                                'posttrain.cli._judging': ('cli.html#_judging', 'posttrain/cli.py'),
                                'posttrain.cli._run': ('cli.html#_run', 'posttrain/cli.py'),
                                'posttrain.cli._say': ('cli.html#_say', 'posttrain/cli.py'),
