@@ -43,6 +43,14 @@ def _judging(trainer) -> list[type]:
     return [RewardArguments] if "reward_funcs" in parameters else []
 
 
+def _judged_by(rewards: list, trainer) -> dict:
+    "What says what is better, as keywords of the trainer; nothing where rewards are optional and none are given."
+    if not rewards: return {}
+    said = rewards[0].reward_funcs or rewards[0].reward_model_name_or_path
+    optional = type(rewards[0]) is RewardArguments and not trainer.needs_rewards
+    return {} if optional and not said else rewards[0].options()
+
+
 def _classes(config, trainer) -> list[type]:
     "The classes whose fields are the flags of a training command."
     return [config, *_judging(trainer), ModelConfig, ScriptArguments, DatasetMixtureConfig]
@@ -55,7 +63,7 @@ def train(
     "Train with the flags of the method's config."
     config, trainer = (getattr(posttrain, name) for name in TRAINERS[method])
     args, *rewards, model, script, mixture = parse(_classes(config, trainer), argv)
-    judging = rewards[0].options() if rewards else {}
+    judging = _judged_by(rewards, trainer)
     check_needs(args, model, judging.get("reward_funcs", ()))
     check_model(model.model_name_or_path, model.model_revision, args.trust_remote_code)
     if hasattr(args, "teacher_model_name_or_path"):

@@ -12,7 +12,8 @@ def command_of(
     trainer: str,  # the class, such as "OnlineDPOTrainer"
 ) -> str:
     "What a trainer is called on the command line, such as online_dpo."
-    return re.sub("(?<=[a-z])(?=[A-Z])", "_", trainer.removesuffix("Trainer")).lower()
+    words = trainer.removesuffix("Trainer").replace("LLM", "llm")  # MiniLLM is one word
+    return re.sub("(?<=[a-z])(?=[A-Z])", "_", words).lower()
 
 
 class Method(NamedTuple):
@@ -73,6 +74,8 @@ METHODS = (
            "You have demonstrations, and a larger model with the same tokenizer.", teacher=True),
     Method("On-policy distillation", "DistillationTrainer", {}, "prompt_only", False, False, "distillation/01_gkd",
            "You have prompts, and a larger model with the same tokenizer.", teacher=True),
+    Method("MiniLLM", "MiniLLMTrainer", {}, "prompt_only", False, False, "distillation/03_minillm",
+           "As for on-policy distillation, and a token shall also answer for what follows it.", teacher=True),
     Method("Reward modelling", "RewardTrainer", {}, "preference", False, False, "reward/01_bradley_terry",
            "You have pairs, and want a model that scores any answer.", "reward"),
     Method("Process supervision", "PRMTrainer", {}, "stepwise_supervision", False, False, "reward/04_process",

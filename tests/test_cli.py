@@ -251,11 +251,12 @@ def test_a_config_file_with_flags_on_top(folder, capsys):
     assert args.eval_strategy.value == "epoch"
 
 
-@pytest.mark.parametrize("method", ["gkd", "distillation"])
+@pytest.mark.parametrize("method", ["gkd", "distillation", "minillm"])
 def test_a_teacher_by_its_path(method, folder):
     flags = "--teacher_model_name_or_path model --teacher_model_init_kwargs {\"dtype\":\"bfloat16\"} --max_steps 1"
     command = SFT.replace("sft", method).replace("--output_dir out", f"--output_dir out-{method}")
-    with contextlib.chdir(folder): trainer = cli.train(method, f"{command} {flags} --max_new_tokens 4".split()[1:])
+    longest = "max_completion_length" if method == "minillm" else "max_new_tokens"
+    with contextlib.chdir(folder): trainer = cli.train(method, f"{command} {flags} --{longest} 4".split()[1:])
     assert str(trainer.teacher_model.dtype) == "torch.bfloat16" and trainer.args.max_completion_length == 4
     assert (folder / f"out-{method}/model.safetensors").exists()
 

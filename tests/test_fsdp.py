@@ -53,7 +53,7 @@ def data_of(method):
     return pocket.dataset("add", "stepwise_supervision", n=16, seed=3) if method == "PRM" else rows(16)
 
 SAMPLES = ("PPO", "OnlineDPO", "XPO", "NashMD")
-DISTILS = ("GKD", "Distillation")
+DISTILS = ("GKD", "Distillation", "MiniLLM")
 
 def lengths(completions, **columns): return [len(text) / 4 for text in completions]
 
@@ -107,6 +107,9 @@ JOBS = {**{method: dict(method=method) for method in ("DPO", "KTO", "BCO", "CPO"
         "GKD": dict(method="GKD", max_completion_length=6), "GKD of the teacher": dict(
             method="GKD", lmbda=0, seq_kd=True, max_completion_length=6),
         "GKD kept": dict(method="GKD", lmbda=0, precompute_teacher=True),
+        **{f"MiniLLM{name}": dict(method="MiniLLM", max_completion_length=6, **more) for name, more in (
+            ("", {}), (" adapter", dict(adapter=True, learning_rate=.01)), (" of the student", dict(
+                teacher_mixed_alpha=0.0, num_iterations=2)))},
         "Distillation adapter": dict(method="Distillation", adapter=True, max_completion_length=6, learning_rate=.1),
         # beside the adapter the layer of the labels learns, as a copy of PEFT's
         **{f"{method} adapter": dict(method=method, adapter=True, learning_rate=.01) for method in ("Reward", "PRM")}}

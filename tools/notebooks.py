@@ -53,14 +53,14 @@ ONE_PAGE = "The method on one page"
 INTRODUCE_A_TRAINER = {
     "offline/01_sft", "offline/03_dpo", "offline/07_orpo", "offline/10_kto", "offline/11_bco", "offline/13_cpo",
     "online/01_grpo", "online/10_rloo", "online/13_ppo", "online/15_online_dpo", "online/17_xpo", "online/19_nash_md",
-    "reward/01_bradley_terry", "reward/04_process",
+    "reward/01_bradley_terry", "reward/04_process", "distillation/03_minillm",
 }
 # The trainers of which a paper's lesson already says all but how they are called.
 SHORT_TRAINERS = {
     "offline/14_kto_trainer", "offline/15_bco_trainer", "offline/16_cpo_trainer", "offline/17_orpo_trainer",
     "online/14_ppo_trainer", "online/15b_comparing", "online/16_online_dpo_trainer", "online/18_xpo_trainer",
     "online/20_nash_md_trainer", "reward/03_reward_trainer", "reward/05_prm_trainer",
-    "distillation/02_gkd_trainer", "distillation/06_distillation_trainer",
+    "distillation/02_gkd_trainer", "distillation/04_minillm_trainer", "distillation/06_distillation_trainer",
 }
 
 
