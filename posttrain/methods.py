@@ -72,7 +72,7 @@ METHODS = (
            "You have prompts and a judge whose preferences may run in circles."),
     Method("GKD", "GKDTrainer", {}, "prompt_completion", False, False, "distillation/01_gkd",
            "You have demonstrations, and a larger model with the same tokenizer.", teacher=True),
-    Method("On-policy distillation", "DistillationTrainer", {}, "prompt_only", False, False, "distillation/01_gkd",
+    Method("On-policy distillation", "DistillationTrainer", {}, "prompt_only", False, False, "distillation/05_on_policy",
            "You have prompts, and a larger model with the same tokenizer.", teacher=True),
     Method("MiniLLM", "MiniLLMTrainer", {}, "prompt_only", False, False, "distillation/03_minillm",
            "As for on-policy distillation, and a token shall also answer for what follows it.", teacher=True),
