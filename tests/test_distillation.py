@@ -1,6 +1,7 @@
 """GKDTrainer and DistillationTrainer: losses in plain loops, cuts, two processes, resuming, whose answers are learned
 from, teachers of all kinds, evaluation, bad input, learning."""
 import copy
+import json
 import re
 from functools import partial
 
@@ -45,7 +46,9 @@ class Seen(TrainerCallback):
 
     def __init__(self): self.generations, self.tokens = [], []
 
-    def on_generation(self, trainer, generation): self.generations.append((trainer.source, generation))
+    def on_generation(self, trainer, generation):
+        source, = set(generation.extra["written_by"])
+        self.generations.append((source, generation))
 
     def on_tokens(self, trainer, batch, tokens): self.tokens.append((batch, tokens))
 
@@ -236,6 +239,13 @@ def test_long_rows_lose_the_beginning_of_their_prompt_and_are_counted(config, he
 
 def test_streams(config):
     stream = rows().to_iterable_dataset()
+    chats = Dataset.from_list([{"messages": CHAT}] * 8)
+    pair = [train(config, "gkd, data", dataset=data, shuffle_dataset=False, max_length=20) for data in (
+        chats, chats.to_iterable_dataset())]
+    assert torch.equal(*map(weights, pair))
+    evaluated = [make(config, eval_dataset=data).evaluate()["eval_loss"]
+                 for data in (rows(12), rows(12).to_iterable_dataset())]
+    assert evaluated[0] == evaluated[1]
     a = train(config, max_steps=4, dataset=stream)
     b = train(config, max_steps=4, dataset=rows(), shuffle_dataset=False)
     assert torch.equal(weights(a), weights(b))
@@ -277,6 +287,13 @@ def test_a_teacher_with_an_adapter(config, tmp_path):
     one, other = (train(config, "gkd, data", teacher_model=model) for model in (adapted, merged))
     plain = train(config, "gkd, data")
     assert (weights(one) - weights(other)).norm() < 1e-4 * (weights(one) - weights(plain)).norm()
+    adapted.save_pretrained(tmp_path / "adapter")
+    teacher().save_pretrained(tmp_path / "base")
+    text = (tmp_path / "adapter" / "adapter_config.json").read_text()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(
+        {**json.loads(text), "base_model_name_or_path": str(tmp_path / "base")}))
+    by_path = train(config, "gkd, data", teacher_model=str(tmp_path / "adapter"))
+    assert (weights(by_path) - weights(other)).norm() < 1e-4 * (weights(one) - weights(plain)).norm()
     with_sampling = train(config, "gkd, teacher", teacher_model=get_peft_model(teacher(), LoraConfig(
         r=4, target_modules=["q_proj"])))
     assert logs(with_sampling)
@@ -290,6 +307,16 @@ def test_a_student_with_an_adapter(config):
         plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
         assert torch.equal(p, start[plain]), name
     assert any(p.abs().sum() > 0 for name, p in trainer.model.named_parameters() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("options", [dict(bf16=True), dict(cast_lm_head_to_fp32=True), dict(activation_offloading=True),
+                                     dict(bf16=True, cast_lm_head_to_fp32=True), dict(gradient_checkpointing=True)],
+                         ids=str)
+@pytest.mark.parametrize("name", ["gkd, kept", "distillation"])
+def test_in_other_precisions_and_with_less_memory(name, options, config):
+    found, plain = train(config, name, **options), train(config, name)
+    near = .05 if "bf16" in options else 1e-5
+    assert abs(logs(found)[0]["loss"] - logs(plain)[0]["loss"]) < near * logs(plain)[0]["loss"]
 
 
 def test_a_teacher_in_its_own_widths_and_layout(config):
@@ -463,6 +490,9 @@ def test_names_that_scripts_read(config):
     assert trainer.teacher_model.config.hidden_size == 64 and trainer.ref_model is None
     card = trainer.method()
     assert card.name == "GKD" and card.values["lmbda"] == .5
+    assert make(config, "distillation").method().name == "on-policy distillation"
+    trainer.train()
+    assert trainer.generate(list(rows(3)), [0, 1, 2]).completions  # whatever was learned from last
 
 
 # ---------------------------------------------------------------- bad input
