@@ -7,6 +7,7 @@ learns from the dataset's answers (lmbda 0), where the gradients are compared be
 student's own (lmbda 1), which each library samples by itself. TRL's DistillationTrainer, whose loss is computed in
 chunks, always samples; so does ours beside it."""
 import copy
+import tempfile
 from functools import partial
 
 import harness  # sets the environment before transformers is imported
@@ -75,11 +76,10 @@ def trainer(name, library, folder, **more):
 def bench_steps(rounds, names):
     print(f"\n{'a whole step':44}{'TRL':>9}{'posttrain':>11}   TRL / posttrain         gradients differ by")
     for name in names:
-        sampled = MODELS[name][4].get("lmbda", 1)
-        import tempfile
-        difference = "each its own answers" if sampled else f"{harness.gradients_agree(partial(trainer, name), name):.0e}"
+        make, is_sampled = partial(trainer, name), MODELS[name][4].get("lmbda", 1)
+        difference = "each its own answers" if is_sampled else f"{harness.gradients_agree(make, name):.0e}"
         with tempfile.TemporaryDirectory() as folder:
-            both = {library: trainer(name, library, folder) for library in ("TRL", "posttrain")}
+            both = {library: make(library, folder) for library in ("TRL", "posttrain")}
             seconds = harness.interleaved({library: harness.timed(t) for library, t in both.items()}, rounds)
         harness.print_times(name, seconds, difference)
 

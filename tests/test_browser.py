@@ -18,6 +18,7 @@ from posttrain.explore import (
     beta,
     clip,
     dashboard,
+    densities,
     gae,
     goodhart,
     gradients,
@@ -120,7 +121,8 @@ EXPLORERS = [
     a_microscope, judged.judged_explorer, lengths.lengths_explorer, odds.odds_explorer,
     gae.gae_explorer, gradients.gradients_explorer, goodhart.goodhart_explorer,
     bandit.bandit_explorer, online_offline.online_offline_explorer,
-    simplex.simplex_explorer, policy_simplex.policy_simplex_explorer, reward_to_go.reward_to_go_explorer]
+    simplex.simplex_explorer, policy_simplex.policy_simplex_explorer, densities.densities_explorer,
+    reward_to_go.reward_to_go_explorer]
 
 
 @pytest.mark.parametrize("make", EXPLORERS)

@@ -253,7 +253,7 @@ def test_a_config_file_with_flags_on_top(folder, capsys):
 
 @pytest.mark.parametrize("method", ["gkd", "distillation", "minillm"])
 def test_a_teacher_by_its_path(method, folder):
-    flags = f"--teacher_model_name_or_path model --teacher_model_init_kwargs {{\"dtype\":\"bfloat16\"}} --max_steps 1"
+    flags = "--teacher_model_name_or_path model --teacher_model_init_kwargs {\"dtype\":\"bfloat16\"} --max_steps 1"
     command = SFT.replace("sft", method).replace("--output_dir out", f"--output_dir out-{method}")
     longest = "max_completion_length" if method == "minillm" else "max_new_tokens"
     with contextlib.chdir(folder): trainer = cli.train(method, f"{command} {flags} --{longest} 4".split()[1:])

@@ -2,6 +2,7 @@
 from, teachers of all kinds, evaluation, bad input, learning."""
 import copy
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import tiny
 from posttrain import pocket
 from posttrain.distillation.distillation_trainer import DistillationConfig, DistillationTrainer
 from posttrain.distillation.gkd_trainer import GKDConfig, GKDTrainer
+from posttrain.distillation.on_policy import top_k_divergence
 from posttrain.foundations.divergences import generalized_jsd
 from posttrain.rollout.demonstrations import coin
 from posttrain.rollout.sampler import Sampler
@@ -111,8 +113,20 @@ def test_the_step_divides_by_the_tokens_that_it_learns_from(config):
     seen = Seen()
     trainer = train(config, "gkd, own", callbacks=[seen], per_device_train_batch_size=2, gradient_accumulation_steps=4)
     total = sum(tokens["divergence"].sum() for _, tokens in seen.tokens)
-    written, given = trainer.generation.token_count(), sum(len(row["completion"]) + 1 for row in trainer.generation.rows)
+    generation = trainer.generation
+    written, given = generation.token_count(), sum(len(row["completion"]) + 1 for row in generation.rows)
     assert abs(total / written - logs(trainer)[0]["loss"]) < 1e-5 and written != given
+
+
+@pytest.mark.parametrize("estimator, rest", [("top_k", "renormalised"), ("top_k_tail", "bucket")])
+def test_part_of_the_vocabulary(estimator, rest, config):
+    trainer, before, other = make(config, "gkd, data", estimator=estimator, estimator_k=5, beta=1), student(), teacher()
+    trainer.train()
+    total, generation = 0, trainer.generation
+    for prompt, answer in zip(generation.prompt_ids, generation.completion_ids):
+        mine, theirs = (m(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1:-1] for m in (before, other))
+        total += top_k_divergence(mine, theirs, 5, partial(generalized_jsd, beta=1), rest=rest).sum().item()
+    assert abs(total / generation.token_count() - logs(trainer)[0]["loss"]) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["gkd", "distillation"])
@@ -150,10 +164,9 @@ def test_the_student_writes_with_the_weights_of_now(config):
     prompts = trainer.encode(list(rows(8)))
     trainer.source = "student"
     trainer.sync_engines()
-    now = trainer.sample(list(rows(8)), seeds, 1).completion_ids
-    assert now == Sampler(model, trainer.processing_class).sample(prompts, seeds, trainer.args.sampling()).completion_ids
-    assert now != Sampler(student(), trainer.processing_class).sample(prompts, seeds,
-                                                                      trainer.args.sampling()).completion_ids
+    now, how = trainer.sample(list(rows(8)), seeds, 1).completion_ids, trainer.args.sampling()
+    def written_by(model): return Sampler(model, pocket.tokenizer()).sample(prompts, seeds, how).completion_ids
+    assert now == written_by(model) != written_by(student())
 
 
 def test_the_teacher_writes_with_seq_kd(config):
@@ -210,8 +223,8 @@ def test_options_of_the_chat_template_reach_both_sides(config):
 
 
 def test_long_rows_lose_the_beginning_of_their_prompt_and_are_counted(config, heard):
-    data = Dataset.from_list([{"prompt": "abc", "completion": "d"}] * 4 + [{"prompt": "abcdefgh", "completion": "ij"}] * 3
-                             + [{"prompt": "a", "completion": "bcdefghijk"}])
+    kinds = [("abc", "d")] * 4 + [("abcdefgh", "ij")] * 3 + [("a", "bcdefghijk")]
+    data = Dataset.from_list([{"prompt": prompt, "completion": completion} for prompt, completion in kinds])
     trainer = make(config, "gkd, data", dataset=data, max_length=8)
     decode = trainer.processing_class.decode
     assert [decode(row["prompt_ids"]) for row in trainer.train_dataset] == ["abc"] * 4 + ["defgh"] * 3
@@ -312,7 +325,8 @@ def test_a_teacher_of_another_tokenizer_is_refused_by_name(config, tmp_path):
     folder, other = str(tmp_path / "teacher"), tiny.tokenizer()
     pocket.model(vocab_size=len(other)).save_pretrained(folder)
     other.save_pretrained(folder)
-    with pytest.raises(ValueError, match="read the same token ids.*student.s tokenizer, .*Tokenizer.*that of the teacher, '" + re.escape(folder)):
+    words = "read the same token ids.*student.s tokenizer, '.*that of the teacher, '" + re.escape(folder)
+    with pytest.raises(ValueError, match=words):
         make(config, model="./a/student/that/is/never/loaded", teacher_model=folder)
     loaded = type(teacher()).from_pretrained(folder)  # which knows where it comes from
     with pytest.raises(ValueError, match="read the same token ids"): make(config, teacher_model=loaded)
@@ -333,12 +347,12 @@ def test_a_teacher_that_is_asked_otherwise(config):
     for name in ("gkd, data", "gkd, kept", "distillation"):
         trainer, before = make(config, name, dataset=data, eval_dataset=data.select(range(6))), student()
         trainer.train()
-        total, other, generation = 0, teacher(), trainer.generation
+        total, other, generation, how = 0, teacher(), trainer.generation, trainer.args
         for row, prompt, answer in zip(generation.rows, generation.prompt_ids, generation.completion_ids):
             asked = trainer.processing_class(row["teacher_prompt"])["input_ids"]
-            mine, theirs = (m(torch.tensor([ids + answer])).logits[0, len(ids) - 1:-1] / trainer.args.temperature_of_loss
+            mine, theirs = (m(torch.tensor([ids + answer])).logits[0, len(ids) - 1:-1] / how.temperature_of_loss
                             for m, ids in ((before, prompt), (other, asked)))
-            total += generalized_jsd(mine, theirs, trainer.args.beta).sum().item()
+            total += generalized_jsd(mine, theirs, how.beta).sum().item()
         assert abs(total / generation.token_count() - logs(trainer)[0]["loss"]) < 1e-5
         assert trainer.evaluate()["eval_loss"] > 0
     with pytest.raises(TypeError, match="what the teacher is asked"):
@@ -396,7 +410,8 @@ leave(dist.barrier)
     for i, (name, options) in enumerate(SETTINGS):
         alone = scope["run"](str(tmp_path), name, 16, 1, options)
         for other in together[2 * i:2 * i + 2]:
-            assert other["processes"] == 2 and (alone["weights"] - other["weights"]).abs().max() <= 1e-5, (name, options)
+            assert other["processes"] == 2
+            assert (alone["weights"] - other["weights"]).abs().max() <= 1e-5, (name, options)
             pairs = [*zip(alone["log"], other["log"], strict=True), (alone["eval"], other["eval"])]
             for a, b in pairs:
                 assert a.keys() == b.keys()
@@ -407,9 +422,10 @@ leave(dist.barrier)
 
 # ---------------------------------------------------------------- evaluation and logs
 def test_evaluation_is_on_the_datasets_answers_where_there_are_some(config):
-    trainer = make(config, "gkd, own", eval_dataset={"data": rows(12), "prompts": rows(12).remove_columns("completion")},
-                   per_device_eval_batch_size=5)
-    expected = mean_divergence(trainer.model, teacher(), trainer.demonstrated(list(trainer.eval_dataset["data"])), .9, .9)
+    both = {"data": rows(12), "prompts": rows(12).remove_columns("completion")}
+    trainer = make(config, "gkd, own", eval_dataset=both, per_device_eval_batch_size=5)
+    answers = trainer.demonstrated(list(trainer.eval_dataset["data"]))
+    expected = mean_divergence(trainer.model, teacher(), answers, .9, .9)
     found = trainer.evaluate()
     assert abs(found["eval_data_loss"] - expected.item()) < 1e-5
     assert "eval_data_completions/mean_length" not in found and "eval_prompts_completions/mean_length" in found
@@ -463,7 +479,9 @@ WRONG = [(dict(lmbda=1.5), ValueError, "lmbda=1.5 .* at least 0 and at most 1"),
          (dict(assistant_only_loss=True), ValueError, "the last turn"), (dict(loss_type="dft"), ValueError, "'nll'"),
          (dict(teacher_model_init_kwargs="{"), ValueError, "is no JSON"),
          (dict(teacher_model_init_kwargs="[1]"), TypeError, "teacher_model_init_kwargs"),
-         (dict(teacher_model_init_kwargs={"dtype": "float99"}), ValueError, "teacher_model_init_kwargs: dtype='float99'"),
+         (dict(teacher_model_init_kwargs={"dtype": "float99"}), ValueError, "teacher_model_init_kwargs: dtype=.flo"),
+         (dict(estimator="top"), ValueError, "estimator='top' .*'top_k'"),
+         (dict(estimator_k=0), ValueError, "estimator_k=0"),
          (dict(teacher="x"), TypeError, "no field 'teacher'. Did you mean"),
          (dict(lambda_=.5), TypeError, "no field 'lambda_'. Did you mean 'lmbda'")]
 
@@ -507,7 +525,7 @@ def test_the_student_is_no_teacher(config):
     assert make(config, model=folder, teacher_model=folder)  # two copies are two models
 
 
-DATA = [([{"prompt": "a"}], {}, ValueError, "with lmbda=1 or seq_kd=True prompts are enough.*'completion' is missing"),
+DATA = [([{"prompt": "a"}], {}, ValueError, "lmbda=1 or seq_kd=True prompts are enough.*'completion' is missing"),
         ([{"text": "a"}], {}, ValueError, "'prompt' and 'completion' are missing"),
         ([{"prompt": "a", "answer": "b"}], {}, ValueError, "rename_column"),
         ([{"prompt": "a", "completion": 3}], {}, TypeError, "column 'completion', row 0"),
@@ -515,7 +533,8 @@ DATA = [([{"prompt": "a"}], {}, ValueError, "with lmbda=1 or seq_kd=True prompts
         ([{"messages": CHAT}, {"messages": CHAT[:2]}], {}, ValueError, "row 1: the last message is written by 'user'"),
         ([{"messages": CHAT[2:3]}], {}, ValueError, "row 0: there is no message before"),
         ([{"messages": []}], {}, (TypeError, ValueError), "messages"),
-        ([{"prompt": "a", "completion": "b" * 30}], dict(max_length=8), ValueError, "no row of the train dataset has a token left")]
+        ([{"prompt": "a", "completion": "b" * 30}], dict(max_length=8), ValueError,
+         "no row of the train dataset has a token left")]
 
 
 @pytest.mark.parametrize("bad, options, kind, words", DATA, ids=lambda x: x if isinstance(x, str) else "")

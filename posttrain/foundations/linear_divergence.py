@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['CLOSED_FORMS', 'STATS', 'linear_divergence', 'linear_divergence_loss']
 
-# %% ../../nbs/foundations/04b_linear_divergence.ipynb #0b0058ad
+# %% ../../nbs/foundations/04b_linear_divergence.ipynb #7cd9ee13
 from collections.abc import Callable
 from functools import partial
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from .divergences import forward_kl, generalized_jsd, reverse_kl
 from .logps import _ChunkedHead, _compute_dtype, _options
 
-# %% ../../nbs/foundations/04b_linear_divergence.ipynb #bad20554
+# %% ../../nbs/foundations/04b_linear_divergence.ipynb #e70bb9c5
 def _reverse(q, log_q, log_p, room, slope):
     logratio = log_q.sub_(log_p)
     value = torch.linalg.vecdot(q, logratio)
@@ -40,7 +40,7 @@ def _jsd(q, log_q, log_p, room, slope, beta=0.5):
 
 CLOSED_FORMS: dict[Callable, Callable] = {forward_kl: _forward, reverse_kl: _reverse, generalized_jsd: _jsd}
 
-# %% ../../nbs/foundations/04b_linear_divergence.ipynb #d4d67615
+# %% ../../nbs/foundations/04b_linear_divergence.ipynb #8a586d37
 def _log_probs(z: Tensor) -> Tensor:
     "Step 5, in the memory of the logits."
     return torch.log_softmax(z, -1, out=z).clamp_(min=torch.finfo(z.dtype).min)
@@ -78,7 +78,7 @@ def _rule_of(how: Callable) -> Callable:
     how(torch.zeros(1, 2), torch.zeros(1, 2))  # it checks its own settings
     return _by_closed_form(CLOSED_FORMS[plain], settings)
 
-# %% ../../nbs/foundations/04b_linear_divergence.ipynb #f8fc901a
+# %% ../../nbs/foundations/04b_linear_divergence.ipynb #27cf10a1
 class _TwoHeads:
     "A student's head and its teacher's over the same chunks of tokens."
 
@@ -178,7 +178,7 @@ class _LinearDivergenceLoss(torch.autograd.Function):
         ready = {k: x if as_is else x * g for k, x in zip(ctx.names, ctx.saved_tensors)}
         return (*(ready.get(k) for k in ("hidden", "weight", "bias")), *[None] * 8)
 
-# %% ../../nbs/foundations/04b_linear_divergence.ipynb #141a6262
+# %% ../../nbs/foundations/04b_linear_divergence.ipynb #2a90b3a2
 STATS = ("logps", "entropy")  # what may be asked for of the student, beside the divergence
 
 
@@ -233,7 +233,7 @@ def linear_divergence(
     out = _LinearDivergence.apply(*student, teacher, targets, scalars, teacher_scalars, how, tuple(want))
     return dict(zip(("divergence", *want), out))
 
-# %% ../../nbs/foundations/04b_linear_divergence.ipynb #1a4348ed
+# %% ../../nbs/foundations/04b_linear_divergence.ipynb #117a8c73
 def linear_divergence_loss(
     hidden: Tensor,          # (N, H), as in `linear_divergence`
     weight: Tensor,          # (V, H)

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['as_prompts', 'DemonstrationFields', 'prepare_demonstrations', 'coin', 'ReadsDemonstrations', 'AsksTeacherOtherwise']
 
-# %% ../../nbs/rollout/11_demonstrations.ipynb #99e83c8c
+# %% ../../nbs/rollout/11_demonstrations.ipynb #945806a5
 import logging
 import random
 import warnings
@@ -28,7 +28,7 @@ from ..training.config import UNCHECKED, LengthFields, option
 from ..training.fields import check_fields
 from ..training.teacher import WithTeacher
 
-# %% ../../nbs/rollout/11_demonstrations.ipynb #4a4901b0
+# %% ../../nbs/rollout/11_demonstrations.ipynb #55dbd158
 def _last_turn(row: dict, number: int, place: str) -> dict:
     "The chat of a row as a prompt and its answer."
     chat = read_rows({"messages": [row["messages"]]}, ("messages",), [number], place)["messages"][0]
@@ -55,7 +55,7 @@ def as_prompts(
     others = [column for column in ("prompt", "completion") if column in there]
     return dataset.map(partial(_last_turn, place=place), with_indices=True, remove_columns=["messages", *others])
 
-# %% ../../nbs/rollout/11_demonstrations.ipynb #110aa870
+# %% ../../nbs/rollout/11_demonstrations.ipynb #75109137
 @dataclass
 class DemonstrationFields(LengthFields):
     "Whose answers are learned from, how they are read, and TRL's fields of supervised fine-tuning that its GKD has."
@@ -149,7 +149,7 @@ def _lengths(prepared) -> list[int]:
     columns = [prepared.data.column(name) for name in ("prompt_ids", "completion_ids")]
     return pc.add(*map(pc.list_value_length, columns)).to_pylist()
 
-# %% ../../nbs/rollout/11_demonstrations.ipynb #994f0e98
+# %% ../../nbs/rollout/11_demonstrations.ipynb #93dcde7a
 def coin(
     seed: int,   # of the run
     drawn: int,  # prompts drawn before
@@ -158,7 +158,7 @@ def coin(
     "A coin that depends on nothing else."
     return random.Random(f"coin {seed} {drawn}").random() < p
 
-# %% ../../nbs/rollout/11_demonstrations.ipynb #a49fae60
+# %% ../../nbs/rollout/11_demonstrations.ipynb #7bfa91f9
 class ReadsDemonstrations:
     """For online trainers that also learn from answers of others: name it before `OnlineTrainer` among the bases.
 
@@ -241,7 +241,7 @@ class ReadsDemonstrations:
         self.source = "dataset" if rows is not None and "completion_ids" in column_names(rows) else "student"
         return super().evaluation_loop(dataloader, *args, **kwargs)
 
-# %% ../../nbs/rollout/11_demonstrations.ipynb #e6ca102f
+# %% ../../nbs/rollout/11_demonstrations.ipynb #3f1a567b
 class AsksTeacherOtherwise(WithTeacher):
     "For online trainers with a teacher, whose datasets may have a column `teacher_prompt`. It has `Stages` behind it."
 
