@@ -38,8 +38,8 @@ _HOMES = {
     "unpair_preference_dataset": "data.conversions", "maybe_unpair_preference_dataset": "data.conversions",
     "pack_dataset": "data.packing", "SyncRefModelCallback": "training.with_reference",
 }
-_ROOMS = ("foundations", "data", "pocket", "training", "rollout", "offline", "reward", "online", "explore", "command",
-          "cli", "rewards")
+_ROOMS = ("foundations", "data", "pocket", "training", "rollout", "offline", "reward", "online", "distillation",
+          "explore", "command", "cli", "rewards")
 __all__ = [*_HOMES, *_ROOMS, "__version__"]
 
 
