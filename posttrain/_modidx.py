@@ -631,8 +631,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'posttrain/distillation/gkd.py')},
             'posttrain.distillation.gkd_trainer': { 'posttrain.distillation.gkd_trainer.GKDConfig': ( 'distillation/gkd_trainer.html#gkdconfig',
                                                                                                       'posttrain/distillation/gkd_trainer.py'),
-                                                    'posttrain.distillation.gkd_trainer.GKDConfig.temperature_of_loss': ( 'distillation/gkd_trainer.html#gkdconfig.temperature_of_loss',
-                                                                                                                          'posttrain/distillation/gkd_trainer.py'),
                                                     'posttrain.distillation.gkd_trainer.GKDTrainer': ( 'distillation/gkd_trainer.html#gkdtrainer',
                                                                                                        'posttrain/distillation/gkd_trainer.py'),
                                                     'posttrain.distillation.gkd_trainer.GKDTrainer.__init__': ( 'distillation/gkd_trainer.html#gkdtrainer.__init__',

@@ -88,7 +88,7 @@ def test_loss_and_gradient_in_plain_loops(name, config):
     trainer, before = make(config, name), student()
     trainer.train()
     how = trainer.args
-    loss = mean_divergence(before, teacher(), trainer.generation, how.beta, how.temperature_of_loss)
+    loss = mean_divergence(before, teacher(), trainer.generation, how.beta, how.loss_temperature or how.temperature)
     loss.backward()
     gradient = torch.cat([p.grad.flatten() for p in before.parameters()])
     found = (weights(before) - weights(trainer)) / how.learning_rate
@@ -375,9 +375,10 @@ def test_a_teacher_that_is_asked_otherwise(config):
         trainer, before = make(config, name, dataset=data, eval_dataset=data.select(range(6))), student()
         trainer.train()
         total, other, generation, how = 0, teacher(), trainer.generation, trainer.args
+        temperature = how.loss_temperature or how.temperature
         for row, prompt, answer in zip(generation.rows, generation.prompt_ids, generation.completion_ids):
             asked = trainer.processing_class(row["teacher_prompt"])["input_ids"]
-            mine, theirs = (m(torch.tensor([ids + answer])).logits[0, len(ids) - 1:-1] / how.temperature_of_loss
+            mine, theirs = (m(torch.tensor([ids + answer])).logits[0, len(ids) - 1:-1] / temperature
                             for m, ids in ((before, prompt), (other, asked)))
             total += generalized_jsd(mine, theirs, how.beta).sum().item()
         assert abs(total / generation.token_count() - logs(trainer)[0]["loss"]) < 1e-5
