@@ -609,3 +609,68 @@ def test_a_small_student_learns_from_its_own_answers(seed, tmp_path):
     after, seconds = pocket.accuracy(trainer.model, tokenizer, test), trainer.state.log_history[-1]["train_runtime"]
     print(f"seed {seed}: {before:.2f} -> {after:.2f}, the teacher {best:.2f}, {seconds:.0f} s")
     assert before == 0 and best > .95 and sizes[0] <= sizes[1] / 4 and after >= .9 * best and seconds < 60
+
+
+# ---------------------------------------------------------------- found by attack: these fail
+def test_an_empty_teacher_prompt_is_refused(config):
+    "The teacher's state before the first token is then that of another row of the batch."
+    data = rows(8).map(lambda row: {"teacher_prompt": ""})
+    with pytest.raises((ValueError, TypeError), match="teacher_prompt"): train(config, "gkd, data", dataset=data)
+
+
+def test_a_bad_teacher_prompt_is_named_by_its_column(config):
+    "The message names 'prompt', and its filter keeps the bad row."
+    data = rows(8).add_column("teacher_prompt", ["a"] * 7 + [None])
+    with pytest.raises(TypeError, match=r"column 'teacher_prompt'.*row\['teacher_prompt'\]"):
+        make(config, model=NOBODY, dataset=data)
+
+
+def test_with_seq_kd_the_teacher_writes_what_it_is_asked(config):
+    "It is asked the student's prompt."
+    data = rows(8).map(lambda row: {"teacher_prompt": "reverse 123="})
+    assert "321" in train(config, "gkd, teacher", dataset=data, temperature=.1).generation.completions
+
+
+def test_a_teacher_with_more_padding_writes_no_padding(config, tmp_path):
+    "The student cannot read its ids: the run stops."
+    model, folder = teacher(), str(tmp_path / "teacher")
+    known = model.get_input_embeddings().weight.shape[0]
+    model.resize_token_embeddings(known + 25, mean_resizing=False)
+    weight = model.get_output_embeddings().weight.data
+    weight[known:] = 3 * weight[:25]
+    model.save_pretrained(folder)
+    pocket.tokenizer().save_pretrained(folder)
+    trainer = train(config, "gkd, teacher", teacher_model=folder)
+    assert max(map(max, trainer.generation.completion_ids)) < known
+
+
+def test_a_reward_model_by_its_path_is_no_teacher(config, tmp_path):
+    "As an object it is refused; by its path it gets a random head, and is learned from."
+    judge().save_pretrained(tmp_path / "judge")
+    with pytest.raises(TypeError, match="teacher_model must be a causal LM"):
+        make(config, model=NOBODY, teacher_model=str(tmp_path / "judge"))
+
+
+def test_no_room_is_asked_for_answers_that_nobody_writes(config):
+    "lmbda=0 samples nothing: the rows fit."
+    make(config, "gkd, data", model=student(max_position_embeddings=64), max_completion_length=128)
+
+
+def test_a_teacher_that_is_too_short_is_named(config):
+    "IndexError in the first step."
+    from transformers import GPT2Config, GPT2LMHeadModel
+    short = GPT2LMHeadModel(GPT2Config(vocab_size=len(pocket.tokenizer()), n_embd=32, n_layer=1, n_head=4,
+                                       n_positions=16))
+    with pytest.raises(ValueError, match="teacher.*16 positions"): train(config, "gkd, data", teacher_model=short)
+
+
+def test_chats_that_end_with_a_question_are_prompts_where_no_answer_is_read(config):
+    "lmbda=1 reads no answer of the dataset, and still asks for one."
+    assert train(config, "distillation", dataset=Dataset.from_list([{"messages": CHAT[:2]}] * 8))
+
+
+def test_half_a_generation_on_kept_states_goes_on_without_them(config, tmp_path):
+    "AttributeError: no attribute 'kept'."
+    how = dict(max_steps=6, steps_per_generation=4, num_iterations=2, per_device_train_batch_size=4)
+    train(config, "gkd, kept", save_strategy="steps", save_steps=3, **how)
+    assert train(config, "gkd, data", resume=str(tmp_path / "checkpoint-3"), **how)
