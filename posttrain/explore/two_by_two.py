@@ -5,7 +5,7 @@ __all__ = ['TOKENS', 'LENGTH', 'SEEDS', 'STARTS', 'TEACHERS', 'PREFIXES', 'DIREC
            'student_logits', 'prefix_probs', 'sampled_token', 'estimate_of', 'loss_of', 'trained', 'students_of',
            'judged', 'among_likeliest', 'directions_of', 'draw_two_by_two', 'two_by_two_explorer']
 
-# %% ../../nbs/explore/27_two_by_two.ipynb #82a82ff7
+# %% ../../nbs/explore/27_two_by_two.ipynb #721b44df
 from collections.abc import Callable
 from functools import cache, partial
 
@@ -17,7 +17,7 @@ from . import svg
 from .core import Control, Explorer, choice
 from ..foundations.divergences import estimate_kl, forward_kl, reverse_kl
 
-# %% ../../nbs/explore/27_two_by_two.ipynb #f8e8cebb
+# %% ../../nbs/explore/27_two_by_two.ipynb #0b8f2f40
 TOKENS, LENGTH, SEEDS = 6, 3, (0, 1, 2)
 STARTS = [(TOKENS**t - 1) // (TOKENS - 1) for t in range(LENGTH + 1)]  # where the prefixes of 0, 1, 2 tokens begin
 
@@ -51,7 +51,7 @@ def prefix_probs(
         found.append((found[-1][..., None] * p[..., begin:end, :]).flatten(-2))
     return torch.cat(found[:-1], -1), found[-1]
 
-# %% ../../nbs/explore/27_two_by_two.ipynb #5b59e2dc
+# %% ../../nbs/explore/27_two_by_two.ipynb #d0d5b173
 PREFIXES = {"data": 0.0, "half and half": 0.5, "student": 1.0}  # the student's share, λ in GKD
 DIRECTIONS = {"forward KL": forward_kl, "reverse KL": reverse_kl}
 ESTIMATORS = ("one sampled token", "top k", "top k + rest", "all tokens")
@@ -119,7 +119,7 @@ def trained(
         schedule.step()
     return table.detach()
 
-# %% ../../nbs/explore/27_two_by_two.ipynb #895f8391
+# %% ../../nbs/explore/27_two_by_two.ipynb #119f6072
 @cache
 def students_of(
     prefixes: str,   # a key of PREFIXES
@@ -133,11 +133,11 @@ def students_of(
 
 def judged(
     table: Tensor,  # (3, 7, 6) students
-) -> dict[str, float]:
-    "Both KLs of whole answers and the student's entropy, in nats: means of three teachers."
+) -> dict[str, Tensor]:  # each (3,) nats, one for each teacher
+    "Both KLs of whole answers, and the student's entropy."
     q, p = prefix_probs(student_logits(table))[1], prefix_probs(TEACHERS)[1]
     found = {"forward KL": p * (p / q).log(), "reverse KL": q * (q / p).log(), "entropy": -q * q.log()}
-    return {name: x.sum(-1).mean().item() for name, x in found.items()}
+    return {name: x.sum(-1) for name, x in found.items()}
 
 
 def among_likeliest(
@@ -169,7 +169,7 @@ def directions_of(
     # the mean gradient is the right one, as the check above shows
     return 1.0, sum(cosine(_slope(share, how)) for _ in range(draws)) / draws
 
-# %% ../../nbs/explore/27_two_by_two.ipynb #d62900e3
+# %% ../../nbs/explore/27_two_by_two.ipynb #42618bcf
 CHOICES = tuple((p, d, e, k) for p in PREFIXES for d in DIRECTIONS for e in ESTIMATORS
                 for k in ((1, 2, 4) if e in _RESTS else (0,)))
 _FILL = dict(zip(DIRECTIONS, svg.PALETTE))
@@ -178,8 +178,8 @@ _LETTER = {"data": "D", "half and half": "½", "student": "S"}
 
 @cache
 def _ends() -> dict[tuple, dict]:
-    "Where each choice ends."
-    return {one: judged(students_of(*one)) for one in CHOICES}
+    "Where each choice ends: means of three teachers."
+    return {one: {name: x.mean().item() for name, x in judged(students_of(*one)).items()} for one in CHOICES}
 
 
 def _plane(chosen: tuple, told: str) -> str:
