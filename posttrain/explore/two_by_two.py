@@ -5,7 +5,7 @@ __all__ = ['TOKENS', 'LENGTH', 'SEEDS', 'STARTS', 'TEACHERS', 'PREFIXES', 'DIREC
            'student_logits', 'prefix_probs', 'sampled_token', 'estimate_of', 'loss_of', 'trained', 'students_of',
            'judged', 'among_likeliest', 'directions_of', 'draw_two_by_two', 'two_by_two_explorer']
 
-# %% ../../nbs/explore/27_two_by_two.ipynb #721b44df
+# %% ../../nbs/explore/27_two_by_two.ipynb #cc65e7b3
 from collections.abc import Callable
 from functools import cache, partial
 
@@ -17,7 +17,7 @@ from . import svg
 from .core import Control, Explorer, choice
 from ..foundations.divergences import estimate_kl, forward_kl, reverse_kl
 
-# %% ../../nbs/explore/27_two_by_two.ipynb #0b8f2f40
+# %% ../../nbs/explore/27_two_by_two.ipynb #4469f202
 TOKENS, LENGTH, SEEDS = 6, 3, (0, 1, 2)
 STARTS = [(TOKENS**t - 1) // (TOKENS - 1) for t in range(LENGTH + 1)]  # where the prefixes of 0, 1, 2 tokens begin
 
@@ -51,7 +51,7 @@ def prefix_probs(
         found.append((found[-1][..., None] * p[..., begin:end, :]).flatten(-2))
     return torch.cat(found[:-1], -1), found[-1]
 
-# %% ../../nbs/explore/27_two_by_two.ipynb #d0d5b173
+# %% ../../nbs/explore/27_two_by_two.ipynb #aa68fa50
 PREFIXES = {"data": 0.0, "half and half": 0.5, "student": 1.0}  # the student's share, λ in GKD
 DIRECTIONS = {"forward KL": forward_kl, "reverse KL": reverse_kl}
 ESTIMATORS = ("one sampled token", "top k", "top k + rest", "all tokens")
@@ -119,7 +119,7 @@ def trained(
         schedule.step()
     return table.detach()
 
-# %% ../../nbs/explore/27_two_by_two.ipynb #119f6072
+# %% ../../nbs/explore/27_two_by_two.ipynb #c101c5d7
 @cache
 def students_of(
     prefixes: str,   # a key of PREFIXES
@@ -169,11 +169,10 @@ def directions_of(
     # the mean gradient is the right one, as the check above shows
     return 1.0, sum(cosine(_slope(share, how)) for _ in range(draws)) / draws
 
-# %% ../../nbs/explore/27_two_by_two.ipynb #42618bcf
+# %% ../../nbs/explore/27_two_by_two.ipynb #e43dba82
 CHOICES = tuple((p, d, e, k) for p in PREFIXES for d in DIRECTIONS for e in ESTIMATORS
                 for k in ((1, 2, 4) if e in _RESTS else (0,)))
 _FILL = dict(zip(DIRECTIONS, svg.PALETTE))
-_LETTER = {"data": "D", "half and half": "½", "student": "S"}
 
 
 @cache
@@ -246,4 +245,5 @@ def two_by_two_explorer() -> Explorer:
     return Explorer(
         draw_two_by_two, title="The two by two", question=question, prefixes=choice(*PREFIXES, label="prefixes"),
         direction=choice(*DIRECTIONS, label="direction"),
-        estimator=choice(*ESTIMATORS, value="all tokens", label="compared"), k=Control("slider", (1, 2, 4), (1, 2, 3, 4, 5), 2, "k"))
+        estimator=choice(*ESTIMATORS, value="all tokens", label="compared"),
+        k=Control("slider", (1, 2, 4), (1, 2, 3, 4, 5), 2, "k"))
