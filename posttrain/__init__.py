@@ -22,6 +22,10 @@ _HOMES = {
     "OnlineDPOTrainer": "online.online_dpo_trainer", "OnlineDPOConfig": "online.online_dpo_trainer",
     "XPOTrainer": "online.xpo_trainer", "XPOConfig": "online.xpo_trainer",
     "NashMDTrainer": "online.nash_md_trainer", "NashMDConfig": "online.nash_md_trainer",
+    "GKDTrainer": "distillation.gkd_trainer", "GKDConfig": "distillation.gkd_trainer",
+    "DistillationTrainer": "distillation.distillation_trainer",
+    "DistillationConfig": "distillation.distillation_trainer",
+    "MiniLLMTrainer": "distillation.minillm_trainer", "MiniLLMConfig": "distillation.minillm_trainer",
     "LLMJudge": "rollout.llm_judge",
     # what scripts written for TRL import besides
     "ModelConfig": "command.arguments", "ScriptArguments": "command.arguments",
@@ -34,8 +38,8 @@ _HOMES = {
     "unpair_preference_dataset": "data.conversions", "maybe_unpair_preference_dataset": "data.conversions",
     "pack_dataset": "data.packing", "SyncRefModelCallback": "training.with_reference",
 }
-_ROOMS = ("foundations", "data", "pocket", "training", "rollout", "offline", "reward", "online", "explore", "command",
-          "cli", "rewards")
+_ROOMS = ("foundations", "data", "pocket", "training", "rollout", "offline", "reward", "online", "distillation",
+          "explore", "command", "cli", "rewards")
 __all__ = [*_HOMES, *_ROOMS, "__version__"]
 
 

@@ -106,8 +106,8 @@ _USAGE = """usage: posttrain {name} --model_name_or_path MODEL --dataset_name DA
        posttrain {name} FILE [flags]        with FILE a .yaml or .json file of the same names; flags win
        posttrain {name} --config FILE [flags]
 
-Trains with {trainer}. A flag that is off by default is switched on by its name, and --no_NAME switches one off.
---debug shows the whole traceback of an error."""
+Trains with {trainer}. A flag that is off by default is switched on by its name, and --no_NAME switches
+one off. --debug shows the whole traceback of an error."""
 
 
 def overview() -> str:

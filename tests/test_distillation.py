@@ -1,6 +1,7 @@
 """GKDTrainer and DistillationTrainer: losses in plain loops, cuts, two processes, resuming, whose answers are learned
 from, teachers of all kinds, evaluation, bad input, learning."""
 import copy
+import json
 import re
 from functools import partial
 
@@ -45,7 +46,9 @@ class Seen(TrainerCallback):
 
     def __init__(self): self.generations, self.tokens = [], []
 
-    def on_generation(self, trainer, generation): self.generations.append((trainer.source, generation))
+    def on_generation(self, trainer, generation):
+        source, = set(generation.extra["written_by"])
+        self.generations.append((source, generation))
 
     def on_tokens(self, trainer, batch, tokens): self.tokens.append((batch, tokens))
 
@@ -85,7 +88,7 @@ def test_loss_and_gradient_in_plain_loops(name, config):
     trainer, before = make(config, name), student()
     trainer.train()
     how = trainer.args
-    loss = mean_divergence(before, teacher(), trainer.generation, how.beta, how.temperature_of_loss)
+    loss = mean_divergence(before, teacher(), trainer.generation, how.beta, how.loss_temperature or how.temperature)
     loss.backward()
     gradient = torch.cat([p.grad.flatten() for p in before.parameters()])
     found = (weights(before) - weights(trainer)) / how.learning_rate
@@ -236,6 +239,13 @@ def test_long_rows_lose_the_beginning_of_their_prompt_and_are_counted(config, he
 
 def test_streams(config):
     stream = rows().to_iterable_dataset()
+    chats = Dataset.from_list([{"messages": CHAT}] * 8)
+    pair = [train(config, "gkd, data", dataset=data, shuffle_dataset=False, max_length=20) for data in (
+        chats, chats.to_iterable_dataset())]
+    assert torch.equal(*map(weights, pair))
+    evaluated = [make(config, eval_dataset=data).evaluate()["eval_loss"]
+                 for data in (rows(12), rows(12).to_iterable_dataset())]
+    assert evaluated[0] == evaluated[1]
     a = train(config, max_steps=4, dataset=stream)
     b = train(config, max_steps=4, dataset=rows(), shuffle_dataset=False)
     assert torch.equal(weights(a), weights(b))
@@ -277,6 +287,13 @@ def test_a_teacher_with_an_adapter(config, tmp_path):
     one, other = (train(config, "gkd, data", teacher_model=model) for model in (adapted, merged))
     plain = train(config, "gkd, data")
     assert (weights(one) - weights(other)).norm() < 1e-4 * (weights(one) - weights(plain)).norm()
+    adapted.save_pretrained(tmp_path / "adapter")
+    teacher().save_pretrained(tmp_path / "base")
+    text = (tmp_path / "adapter" / "adapter_config.json").read_text()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(
+        {**json.loads(text), "base_model_name_or_path": str(tmp_path / "base")}))
+    by_path = train(config, "gkd, data", teacher_model=str(tmp_path / "adapter"))
+    assert (weights(by_path) - weights(other)).norm() < 1e-4 * (weights(one) - weights(plain)).norm()
     with_sampling = train(config, "gkd, teacher", teacher_model=get_peft_model(teacher(), LoraConfig(
         r=4, target_modules=["q_proj"])))
     assert logs(with_sampling)
@@ -290,6 +307,16 @@ def test_a_student_with_an_adapter(config):
         plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
         assert torch.equal(p, start[plain]), name
     assert any(p.abs().sum() > 0 for name, p in trainer.model.named_parameters() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("options", [dict(bf16=True), dict(cast_lm_head_to_fp32=True), dict(activation_offloading=True),
+                                     dict(bf16=True, cast_lm_head_to_fp32=True), dict(gradient_checkpointing=True)],
+                         ids=str)
+@pytest.mark.parametrize("name", ["gkd, kept", "distillation"])
+def test_in_other_precisions_and_with_less_memory(name, options, config):
+    found, plain = train(config, name, **options), train(config, name)
+    near = .05 if "bf16" in options else 1e-5
+    assert abs(logs(found)[0]["loss"] - logs(plain)[0]["loss"]) < near * logs(plain)[0]["loss"]
 
 
 def test_a_teacher_in_its_own_widths_and_layout(config):
@@ -348,9 +375,10 @@ def test_a_teacher_that_is_asked_otherwise(config):
         trainer, before = make(config, name, dataset=data, eval_dataset=data.select(range(6))), student()
         trainer.train()
         total, other, generation, how = 0, teacher(), trainer.generation, trainer.args
+        temperature = how.loss_temperature or how.temperature
         for row, prompt, answer in zip(generation.rows, generation.prompt_ids, generation.completion_ids):
             asked = trainer.processing_class(row["teacher_prompt"])["input_ids"]
-            mine, theirs = (m(torch.tensor([ids + answer])).logits[0, len(ids) - 1:-1] / how.temperature_of_loss
+            mine, theirs = (m(torch.tensor([ids + answer])).logits[0, len(ids) - 1:-1] / temperature
                             for m, ids in ((before, prompt), (other, asked)))
             total += generalized_jsd(mine, theirs, how.beta).sum().item()
         assert abs(total / generation.token_count() - logs(trainer)[0]["loss"]) < 1e-5
@@ -463,6 +491,9 @@ def test_names_that_scripts_read(config):
     assert trainer.teacher_model.config.hidden_size == 64 and trainer.ref_model is None
     card = trainer.method()
     assert card.name == "GKD" and card.values["lmbda"] == .5
+    assert make(config, "distillation").method().name == "on-policy distillation"
+    trainer.train()
+    assert trainer.generate(list(rows(3)), [0, 1, 2]).completions  # whatever was learned from last
 
 
 # ---------------------------------------------------------------- bad input
@@ -578,3 +609,68 @@ def test_a_small_student_learns_from_its_own_answers(seed, tmp_path):
     after, seconds = pocket.accuracy(trainer.model, tokenizer, test), trainer.state.log_history[-1]["train_runtime"]
     print(f"seed {seed}: {before:.2f} -> {after:.2f}, the teacher {best:.2f}, {seconds:.0f} s")
     assert before == 0 and best > .95 and sizes[0] <= sizes[1] / 4 and after >= .9 * best and seconds < 60
+
+
+# ---------------------------------------------------------------- found by attack: these fail
+def test_an_empty_teacher_prompt_is_refused(config):
+    "The teacher's state before the first token is then that of another row of the batch."
+    data = rows(8).map(lambda row: {"teacher_prompt": ""})
+    with pytest.raises((ValueError, TypeError), match="teacher_prompt"): train(config, "gkd, data", dataset=data)
+
+
+def test_a_bad_teacher_prompt_is_named_by_its_column(config):
+    "The message names 'prompt', and its filter keeps the bad row."
+    data = rows(8).add_column("teacher_prompt", ["a"] * 7 + [None])
+    with pytest.raises(TypeError, match=r"column 'teacher_prompt'.*row\['teacher_prompt'\]"):
+        make(config, model=NOBODY, dataset=data)
+
+
+def test_with_seq_kd_the_teacher_writes_what_it_is_asked(config):
+    "It is asked the student's prompt."
+    data = rows(8).map(lambda row: {"teacher_prompt": "reverse 123="})
+    assert "321" in train(config, "gkd, teacher", dataset=data, temperature=.1).generation.completions
+
+
+def test_a_teacher_with_more_padding_writes_no_padding(config, tmp_path):
+    "The student cannot read its ids: the run stops."
+    model, folder = teacher(), str(tmp_path / "teacher")
+    known = model.get_input_embeddings().weight.shape[0]
+    model.resize_token_embeddings(known + 25, mean_resizing=False)
+    weight = model.get_output_embeddings().weight.data
+    weight[known:] = 3 * weight[:25]
+    model.save_pretrained(folder)
+    pocket.tokenizer().save_pretrained(folder)
+    trainer = train(config, "gkd, teacher", teacher_model=folder)
+    assert max(map(max, trainer.generation.completion_ids)) < known
+
+
+def test_a_reward_model_by_its_path_is_no_teacher(config, tmp_path):
+    "As an object it is refused; by its path it gets a random head, and is learned from."
+    judge().save_pretrained(tmp_path / "judge")
+    with pytest.raises(TypeError, match="teacher_model must be a causal LM"):
+        make(config, model=NOBODY, teacher_model=str(tmp_path / "judge"))
+
+
+def test_no_room_is_asked_for_answers_that_nobody_writes(config):
+    "lmbda=0 samples nothing: the rows fit."
+    make(config, "gkd, data", model=student(max_position_embeddings=64), max_completion_length=128)
+
+
+def test_a_teacher_that_is_too_short_is_named(config):
+    "IndexError in the first step."
+    from transformers import GPT2Config, GPT2LMHeadModel
+    short = GPT2LMHeadModel(GPT2Config(vocab_size=len(pocket.tokenizer()), n_embd=32, n_layer=1, n_head=4,
+                                       n_positions=16))
+    with pytest.raises(ValueError, match="teacher.*16 positions"): train(config, "gkd, data", teacher_model=short)
+
+
+def test_chats_that_end_with_a_question_are_prompts_where_no_answer_is_read(config):
+    "lmbda=1 reads no answer of the dataset, and still asks for one."
+    assert train(config, "distillation", dataset=Dataset.from_list([{"messages": CHAT[:2]}] * 8))
+
+
+def test_half_a_generation_on_kept_states_goes_on_without_them(config, tmp_path):
+    "AttributeError: no attribute 'kept'."
+    how = dict(max_steps=6, steps_per_generation=4, num_iterations=2, per_device_train_batch_size=4)
+    train(config, "gkd, kept", save_strategy="steps", save_steps=3, **how)
+    assert train(config, "gkd, data", resume=str(tmp_path / "checkpoint-3"), **how)

@@ -562,3 +562,20 @@ def test_rewards_alone_teach_without_the_teacher(config):
     batch = with_rewards.generation.columns["returns"]
     counted = with_rewards.generation.batch()["mask"] != 0
     assert abs(batch[counted]).max() > 0 and logs(with_rewards)[0]["reward"] > 0
+
+
+def test_rewards_of_a_group_of_one_are_refused(tmp_path):
+    "num_generations=1 is the default: rewards are computed, logged, and change nothing, whatever scale_rewards is."
+    with pytest.raises(ValueError, match="num_generations"):
+        MiniLLMTrainer("./nobody/loads/this", pocket.start("reverse")[0], lambda completions, **_: [1.0] * len(completions),
+                       MiniLLMConfig(str(tmp_path), use_cpu=True, report_to="none"),
+                       pocket.dataset("reverse", "prompt_only", n=8), processing_class=pocket.tokenizer())
+
+
+def test_pretrain_text_that_is_no_dataset_is_named(tmp_path):
+    "AttributeError: 'list' object has no attribute 'with_format'."
+    with pytest.raises(TypeError, match="pretrain"):
+        MiniLLMTrainer("./nobody/loads/this", pocket.start("reverse")[0], None,
+                       MiniLLMConfig(str(tmp_path), use_cpu=True, report_to="none"),
+                       pocket.dataset("reverse", "prompt_only", n=8), processing_class=pocket.tokenizer(),
+                       pretrain_dataset=["abc"])

@@ -53,7 +53,7 @@ ONE_PAGE = "The method on one page"
 INTRODUCE_A_TRAINER = {
     "offline/01_sft", "offline/03_dpo", "offline/07_orpo", "offline/10_kto", "offline/11_bco", "offline/13_cpo",
     "online/01_grpo", "online/10_rloo", "online/13_ppo", "online/15_online_dpo", "online/17_xpo", "online/19_nash_md",
-    "reward/01_bradley_terry", "reward/04_process", "distillation/03_minillm",
+    "reward/01_bradley_terry", "reward/04_process", "distillation/01_gkd", "distillation/03_minillm",
 }
 # The trainers of which a paper's lesson already says all but how they are called.
 SHORT_TRAINERS = {

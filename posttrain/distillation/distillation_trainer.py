@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['DistillationConfig', 'DistillationTrainer']
 
-# %% ../../nbs/distillation/06_distillation_trainer.ipynb #17c1306d
-from dataclasses import dataclass
+# %% ../../nbs/distillation/06_distillation_trainer.ipynb #68ecbee1
+from dataclasses import dataclass, replace
 
 from .gkd_trainer import GKDConfig, GKDTrainer
 from ..training.config import option
@@ -41,3 +41,5 @@ class DistillationTrainer(GKDTrainer):
             model, teacher_model, args, None, train_dataset, eval_dataset, processing_class, callbacks=callbacks,
             optimizers=optimizers, peft_config=peft_config, quantization_config=quantization_config, tools=tools,
             rollout_func=rollout_func)
+
+    def method(self): return replace(super().method(), name="on-policy distillation")

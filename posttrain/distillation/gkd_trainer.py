@@ -43,10 +43,6 @@ class GKDConfig(KeptFields, DemonstrationFields, TeacherFields, OnlineConfig):
         "'top_k_tail', these and all others together.", choices=ESTIMATORS)
     estimator_k: int = option(16, "How many tokens 'top_k' and 'top_k_tail' compare one by one.", low=1)
 
-    @property
-    def temperature_of_loss(self) -> float:
-        return self.temperature if self.loss_temperature is None else self.loss_temperature
-
 
 class GKDTrainer(KeepsTeacherStates, ReadsDemonstrations, OnlineTrainer):
     """
@@ -106,7 +102,7 @@ class GKDTrainer(KeepsTeacherStates, ReadsDemonstrations, OnlineTrainer):
         mask = batch["mask"]
         weights = token_weights(mask, "token", totals=totals)  # m_t / N of the whole step
         reader = divergence_loss(self.teacher_states(batch), self.divergence, weights, want=("logps", "entropy"),
-                                 temperature=self.args.temperature_of_loss)
+                                 temperature=self.args.loss_temperature or self.args.temperature)
         out = read(model, batch, reader)
         self.show_tokens(batch, **{name: out[name] for name in ("logps", "entropy", "divergence")})
         return out["loss"], {name: Mean.of(out[name], mask) for name in ("entropy", "divergence")}

@@ -3,11 +3,11 @@
 # %% auto #0
 __all__ = ['as_prompts', 'DemonstrationFields', 'prepare_demonstrations', 'coin', 'ReadsDemonstrations', 'AsksTeacherOtherwise']
 
-# %% ../../nbs/rollout/11_demonstrations.ipynb #945806a5
+# %% ../../nbs/rollout/11_demonstrations.ipynb #e9ce0ec1
 import logging
 import random
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pyarrow.compute as pc
@@ -28,7 +28,7 @@ from ..training.config import UNCHECKED, LengthFields, option
 from ..training.fields import check_fields
 from ..training.teacher import WithTeacher
 
-# %% ../../nbs/rollout/11_demonstrations.ipynb #55dbd158
+# %% ../../nbs/rollout/11_demonstrations.ipynb #a5a4604a
 def _last_turn(row: dict, number: int, place: str) -> dict:
     "The chat of a row as a prompt and its answer."
     chat = read_rows({"messages": [row["messages"]]}, ("messages",), [number], place)["messages"][0]
@@ -55,7 +55,7 @@ def as_prompts(
     others = [column for column in ("prompt", "completion") if column in there]
     return dataset.map(partial(_last_turn, place=place), with_indices=True, remove_columns=["messages", *others])
 
-# %% ../../nbs/rollout/11_demonstrations.ipynb #75109137
+# %% ../../nbs/rollout/11_demonstrations.ipynb #776b3b7b
 @dataclass
 class DemonstrationFields(LengthFields):
     "Whose answers are learned from, how they are read, and TRL's fields of supervised fine-tuning that its GKD has."
@@ -149,7 +149,7 @@ def _lengths(prepared) -> list[int]:
     columns = [prepared.data.column(name) for name in ("prompt_ids", "completion_ids")]
     return pc.add(*map(pc.list_value_length, columns)).to_pylist()
 
-# %% ../../nbs/rollout/11_demonstrations.ipynb #93dcde7a
+# %% ../../nbs/rollout/11_demonstrations.ipynb #a6c86bee
 def coin(
     seed: int,   # of the run
     drawn: int,  # prompts drawn before
@@ -158,7 +158,7 @@ def coin(
     "A coin that depends on nothing else."
     return random.Random(f"coin {seed} {drawn}").random() < p
 
-# %% ../../nbs/rollout/11_demonstrations.ipynb #7bfa91f9
+# %% ../../nbs/rollout/11_demonstrations.ipynb #89973cf3
 class ReadsDemonstrations:
     """For online trainers that also learn from answers of others: name it before `OnlineTrainer` among the bases.
 
@@ -191,7 +191,9 @@ class ReadsDemonstrations:
     def prepare(self, dataset, name, training):
         dataset = as_prompts(dataset, self._place_of(name))
         asked = self.args.learns_from_dataset or not training
-        if not asked or "completion" not in column_names(dataset): return super().prepare(dataset, name, training)
+        if not asked or "completion" not in column_names(dataset):
+            mine = [column for column in ("prompt_ids", "completion_ids") if column in column_names(dataset)]
+            return super().prepare(dataset.remove_columns(mine), name, training)
         prepared = prepare_demonstrations(dataset, self.processing_class, self.args, name=name, who=type(self).__name__)
         if isinstance(prepared, Dataset) and training:  # the student may be asked for another answer
             lengths = pc.list_value_length(prepared.data.column("prompt_ids")).to_pylist()
@@ -203,18 +205,20 @@ class ReadsDemonstrations:
         own = coin(self.args.seed, prompts.state.drawn, self.args.lmbda)
         self.source = "student" if own else "teacher" if self.args.seq_kd else "dataset"
         self.metrics["train"].add({"on_policy": float(own)})
-        return super().collect(prompts)
+        try: return super().collect(prompts)
+        finally: self.source = "student"  # of whom anybody else asks
 
     def tokens_of(self, rows, numbers=None, who=""):
         "Also of rows that were tokenised with their demonstrations."
-        if rows and all("prompt_ids" in row for row in rows): return [list(row["prompt_ids"]) for row in rows]
+        if rows and all("completion_ids" in row for row in rows): return [list(row["prompt_ids"]) for row in rows]
         return super().tokens_of(rows, numbers, who)
 
     def sample(self, rows, seeds, num_generations=None):
-        "Answers to these rows, one each, of whom `source` names."
-        if self.source == "dataset": return self.demonstrated(rows)
+        "Answers to these rows, one each, of whom `source` names; the column `written_by` says it, too."
         engine = self.engine if self.source == "student" else self.teacher_engine
-        return self.sampled_by(engine, rows, seeds, num_generations)
+        if self.source == "dataset": answers = self.demonstrated(rows)
+        else: answers = self.sampled_by(engine, rows, seeds, num_generations)
+        return replace(answers, extra=answers.extra | {"written_by": [self.source] * len(answers)})
 
     def demonstrated(self, rows: list[dict]) -> Generation:
         "The demonstrations of these rows, as answers."
@@ -235,13 +239,13 @@ class ReadsDemonstrations:
         "Of answers that were sampled."
         return {} if self.source == "dataset" else super().metrics_of(generation)
 
-    def evaluation_loop(self, dataloader, *args, **kwargs):
-        "On the demonstrations of the dataset, where it has some; else on answers of the student."
-        rows = getattr(dataloader, "dataset", None)
-        self.source = "dataset" if rows is not None and "completion_ids" in column_names(rows) else "student"
-        return super().evaluation_loop(dataloader, *args, **kwargs)
+    def evaluation_batch(self, rows):
+        "The demonstrations of these rows, where they have some; else answers of the student."
+        self.source = "dataset" if "completion_ids" in rows[0] else "student"
+        try: return super().evaluation_batch(rows)
+        finally: self.source = "student"
 
-# %% ../../nbs/rollout/11_demonstrations.ipynb #3f1a567b
+# %% ../../nbs/rollout/11_demonstrations.ipynb #be51e78e
 class AsksTeacherOtherwise(WithTeacher):
     "For online trainers with a teacher, whose datasets may have a column `teacher_prompt`. It has `Stages` behind it."
 
@@ -256,8 +260,10 @@ class AsksTeacherOtherwise(WithTeacher):
     def split(self, generation, parts):
         batches = super().split(generation, parts)
         if "teacher_prompt" not in generation.rows[0]: return batches
-        asked = [{**row, "prompt": row["teacher_prompt"]} for row in generation.rows]
-        ids = super().tokens_of(self.read([{k: v for k, v in row.items() if k != "prompt_ids"} for row in asked]))
+        beside = ("tools", "chat_template_kwargs")
+        asked = [{"prompt": row["teacher_prompt"], **{name: row[name] for name in beside if name in row}}
+                 for row in generation.rows]
+        ids = super().tokens_of(self.read(asked))
         prompts = [make_batch([ids[i] for i in part], [[]] * len(part)) for part in parts]
         names = ("prompt_ids", "prompt_lengths", "prompt_index")
         return [{**batch, **self._prepare_inputs({f"teacher_{name}": own[name] for name in names})}

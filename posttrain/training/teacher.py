@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['TeacherFields', 'differing_token', 'common_ids', 'of_first_ids', 'WithTeacher', 'must_read_the_same']
 
-# %% ../../nbs/training/06d_teacher.ipynb #d5a98a43
+# %% ../../nbs/training/06d_teacher.ipynb #3b27c522
 import os
 import warnings
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ from .loading import load_model
 from .references import frozen, refuse_the_policy, share_weights, vocabulary_size
 from .states import States, is_classifier, keep_states
 
-# %% ../../nbs/training/06d_teacher.ipynb #432bfc77
+# %% ../../nbs/training/06d_teacher.ipynb #9b3d6175
 @dataclass
 class TeacherFields:
     "For methods with a teacher. Names and defaults are TRL's."
@@ -41,7 +41,7 @@ class TeacherFields:
         super()._read_dtype(name)
         super()._read_dtype("teacher_model_init_kwargs")
 
-# %% ../../nbs/training/06d_teacher.ipynb #bad368fe
+# %% ../../nbs/training/06d_teacher.ipynb #87e7ee22
 def differing_token(
     ours: dict[str, int],    # token -> id, of the student
     theirs: dict[str, int],  # token -> id, of the teacher
@@ -55,7 +55,7 @@ def differing_token(
         if other.get(i, token) != token: return token, i, other[i]
     return None
 
-# %% ../../nbs/training/06d_teacher.ipynb #266eec79
+# %% ../../nbs/training/06d_teacher.ipynb #e99e2b88
 def common_ids(
     ours: int,    # rows of the student's embedding
     theirs: int,  # rows of the teacher's
@@ -87,7 +87,7 @@ def of_first_ids(
     bias = None if states.bias is None else states.bias[:n]
     return replace(states, weight=states.weight[:n], bias=bias)
 
-# %% ../../nbs/training/06d_teacher.ipynb #a8e4ace7
+# %% ../../nbs/training/06d_teacher.ipynb #9492afd4
 _HOW = ("pass teacher_model, a causal LM or its path, as the second parameter, or set teacher_model_name_or_path in "
         "the config")
 
@@ -155,7 +155,9 @@ class WithTeacher:
                 model_init_kwargs=args.teacher_model_init_kwargs, trust_remote_code=args.trust_remote_code), **revision)
         self._ids = common_ids(vocabulary_size(self.model), vocabulary_size(given), self._teachers_ids)
         self._fewer_ids = self._ids < vocabulary_size(given)
-        self.teacher_model = frozen(given, args, self.accelerator)
+        try: self.teacher_model = frozen(given, args, self.accelerator)
+        except NotImplementedError as error:
+            raise NotImplementedError("a teacher in DeepSpeed's stage 3 is not supported: use FSDP") from error
         if getattr(args, "cast_lm_head_to_fp32", False): use_float32_head(self.teacher_model)
 
     def teacher_states(
