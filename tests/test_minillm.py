@@ -534,8 +534,8 @@ def test_bad_fields_are_named(options, kind, words, tmp_path):
 def test_what_may_stand_together(tmp_path):
     for options in (dict(use_vllm=True, teacher_mixed_alpha=0.0), dict(sampler="transformers", teacher_mixed_alpha=0.0),
                     dict(repetition_penalty=1.2, teacher_mixed_alpha=0.0), dict(sampler="own"),
-                    dict(kd_temperature=.7, temperature=.7), dict(num_generations=1), dict(top_p=1.0, top_k=0, min_p=0.0),
-                    dict(top_p=.9, top_k=5, min_p=.1, teacher_mixed_alpha=0.0)):
+                    dict(kd_temperature=.7, temperature=.7), dict(num_generations=1),
+                    dict(top_p=1.0, top_k=0, min_p=0.0), dict(top_p=.9, top_k=5, min_p=.1, teacher_mixed_alpha=0.0)):
         MiniLLMConfig(str(tmp_path), use_cpu=True, report_to="none", **options)
 
 

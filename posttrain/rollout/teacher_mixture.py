@@ -6,7 +6,6 @@ __all__ = ['TeacherMixtureFields', 'SamplesWithTeacher']
 # %% ../../nbs/rollout/13_teacher_mixture.ipynb #9fd299c6
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..data.formats import column_names
