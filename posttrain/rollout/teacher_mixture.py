@@ -15,7 +15,6 @@ from ..training.references import ModelReference
 from ..training.states import States, logps
 from ..training.teacher import TeacherFields, WithTeacher
 
-
 # nats: log 0 is the least float32, -3e38, in `linear_divergence`, and its share is what the student gives such a token
 _INFINITE = 1e20
 
