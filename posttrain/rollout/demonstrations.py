@@ -195,11 +195,11 @@ def _must_fit(model, whose: str, place: str, rows, prompts, answers) -> None:
     positions = getattr(unwrapped(model).config.get_text_config(), "max_position_embeddings", None)
     whole = np.add(prompts, answers)
     longest = int(whole.argmax())
-    # the last token is never read
-    if not positions or whole[longest] <= positions + 1: return
+    # all tokens are read for the loss, also the last one
+    if not positions or whole[longest] <= positions: return
     raise ValueError(f"{place}: row {rows[longest]}: the prompt has {prompts[longest]} tokens and its answer up to "
-                     f"{answers[longest]}, but {whose} has {positions} positions: expected at most {positions + 1} "
-                     "tokens together. Set max_length (of the dataset's answers) or max_completion_length (of those "
+                     f"{answers[longest]}, but {whose} has {positions} positions: expected no more tokens than "
+                     "these together. Set max_length (of the dataset's answers) or max_completion_length (of those "
                      "that are sampled) to less, or leave such rows out (dataset.filter)")
 
 # %% ../../nbs/rollout/11_demonstrations.ipynb #a6c86bee
