@@ -728,7 +728,8 @@ def test_other_models_at_a_path_are_no_teachers(kind, options, words, config, tm
     small = dict(vocab_size=len(pocket.tokenizer()))
     folder = tmp_path / "other"
     folder.mkdir()
-    if kind == "t5": T5ForConditionalGeneration(T5Config(**small, d_model=8, num_layers=1, d_ff=8)).save_pretrained(folder)
+    if kind == "t5":
+        T5ForConditionalGeneration(T5Config(**small, d_model=8, num_layers=1, d_ff=8)).save_pretrained(folder)
     if kind == "bert":
         BertForMaskedLM(BertConfig(**small, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
                                    intermediate_size=8)).save_pretrained(folder)

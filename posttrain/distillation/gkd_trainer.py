@@ -34,8 +34,8 @@ class GKDConfig(KeptFields, DemonstrationFields, TeacherFields, OnlineConfig):
     temperature: float = option(0.9, "Of sampling.", above=0)
     disable_dropout: bool = option(True, "Switch the student's dropout off.")
     beta: float = option(
-        0.5, "The teacher's share in the mixture of the divergence; 0: forward KL, 1: reverse KL. Near 0 the loss shrinks "
-        "with it, and below 1e-4 rounding takes over: use 0 there.", low=0, high=1)
+        0.5, "The teacher's share in the mixture of the divergence; 0: forward KL, 1: reverse KL. Near 0 the loss "
+        "shrinks with it, and below 1e-4 rounding takes over: use 0 there.", low=0, high=1)
     loss_temperature: float | None = option(
         1.0, "Divides both models' logits in the loss; None: the temperature of sampling.", above=0)
     estimator: str = option(

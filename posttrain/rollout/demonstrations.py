@@ -23,8 +23,8 @@ from ..data.templates import check_template
 from ..data.tokens import encode_completions
 from ..data.values import check_rows, read_rows
 from ..foundations.layouts import make_batch
-from .episodes import take_name
 from .decoder import CachedDecoder
+from .episodes import take_name
 from .generate_sampler import GenerateSampler
 from .generation import Generation
 from .sampler import Sampler, make_sampler

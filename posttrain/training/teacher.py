@@ -246,7 +246,7 @@ def _config_at(path: str, args):
     names = ("revision", "code_revision", "subfolder", "token", "cache_dir", "gguf_file", "local_files_only")
     asked = {} if revision is None else {"revision": revision}
     asked |= {name: options[name] for name in names if name in options}
-    return AutoConfig.from_pretrained(os.path.expanduser(path), **{"trust_remote_code": args.trust_remote_code, **asked})
+    return AutoConfig.from_pretrained(os.path.expanduser(path), trust_remote_code=args.trust_remote_code, **asked)
 
 
 def _is_adapter(path: str, args) -> bool:
