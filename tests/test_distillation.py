@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import Qwen3ForSequenceClassification, TrainerCallback
+from transformers import BertConfig, BertForMaskedLM, Qwen3ForSequenceClassification, TrainerCallback
 
 import tiny
 from posttrain import pocket
@@ -525,6 +525,11 @@ def test_bad_fields_are_named(options, kind, words, tmp_path):
 def judge(): return Qwen3ForSequenceClassification(pocket.config(num_labels=1))
 
 
+def masked():
+    return BertForMaskedLM(BertConfig(len(pocket.tokenizer()), hidden_size=8, num_hidden_layers=1,
+                                      num_attention_heads=1, intermediate_size=8))
+
+
 NOBODY = "./nobody/loads/this"  # the student: what is wrong with the teacher and the data is said before
 TEACHERS = [(lambda: None, {}, ValueError, "GKDTrainer needs a teacher: pass teacher_model"),
             (lambda: "", {}, ValueError, "needs a teacher"), (lambda: 3, {}, TypeError, "got int"),
@@ -532,6 +537,8 @@ TEACHERS = [(lambda: None, {}, ValueError, "GKDTrainer needs a teacher: pass tea
             (lambda: GKDConfig("x", use_cpu=True), {}, TypeError, "the config is the third parameter"),
             (lambda: "./there/is/none", {}, FileNotFoundError, "teacher_model './there/is/none': there is no such"),
             (judge, {}, TypeError, "no head over the vocabulary"),
+            (masked, {}, TypeError, "must be a causal LM, got a BertForMaskedLM"),
+            (lambda: __file__, {}, FileNotFoundError, "is a file: expected the folder"),
             (lambda: torch.nn.Linear(2, 2), {}, TypeError, "must be a causal LM, got a Linear"),
             (teacher, dict(teacher_model_name_or_path="/tmp"), ValueError, "both given"),
             (teacher, dict(teacher_model_init_kwargs={"dtype": "float32"}), ValueError, "already made"),
@@ -724,15 +731,13 @@ def test_a_teacher_that_reads_the_students_prompt_says_so(tmp_path):
     ("a-hub-id/that-is-none", {}, "teacher_model 'a-hub-id"), ("gpt", {"load_in_4bit": True}, "quantization_config"),
     ("gpt", {"hidden_sizes": 3}, "teacher_model_init_kwargs")])
 def test_other_models_at_a_path_are_no_teachers(kind, options, words, config, tmp_path):
-    from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
+    from transformers import T5Config, T5ForConditionalGeneration
     small = dict(vocab_size=len(pocket.tokenizer()))
     folder = tmp_path / "other"
     folder.mkdir()
     if kind == "t5":
         T5ForConditionalGeneration(T5Config(**small, d_model=8, num_layers=1, d_ff=8)).save_pretrained(folder)
-    if kind == "bert":
-        BertForMaskedLM(BertConfig(**small, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
-                                   intermediate_size=8)).save_pretrained(folder)
+    if kind == "bert": masked().save_pretrained(folder)
     if kind == "gpt": gpt2(16).save_pretrained(folder)
     with pytest.raises((TypeError, OSError, ValueError), match=words):
         make(config, model=student() if "hidden_sizes" in options else NOBODY, teacher_model_init_kwargs=options,

@@ -46,6 +46,9 @@ def _naming(column: str, known: str):
 
 
 def _chat_of(row: dict, number: int, place: str, column: str) -> list[dict]:
+    if row[column] is None:
+        raise TypeError(f"{place}: column {column!r}, row {number}: expected a list of messages, got None. Leave such "
+                        f"rows out: dataset.filter(lambda row: row[{column!r}] is not None)")
     with _naming(column, "messages"):
         return read_rows({"messages": [row[column]]}, ("messages",), [number], place)["messages"][0]
 

@@ -144,6 +144,9 @@ class WithTeacher:
         if not hasattr(unwrapped(teacher), "get_output_embeddings") or is_classifier(unwrapped(teacher)):
             raise TypeError(f"teacher_model must be a causal LM, got a {type(unwrapped(teacher)).__name__}, which has "
                             "no head over the vocabulary: load it with AutoModelForCausalLM")
+        if _other_kind(unwrapped(teacher).config, [type(unwrapped(teacher)).__name__]):
+            raise TypeError(f"teacher_model must be a causal LM, got a {type(unwrapped(teacher)).__name__}, which was "
+                            "not made to write the next token: load one with AutoModelForCausalLM")
         if isinstance(model, nn.Module) and share_weights(model, teacher):
             raise ValueError("teacher_model shares weights with the model, and would be trained along: pass a copy "
                              "(copy.deepcopy), or its path")
@@ -219,6 +222,8 @@ def _name_of(model) -> str:
 
 def _must_be_there(path: str) -> None:
     "Raise FileNotFoundError for a folder that is none."
+    if os.path.isfile(os.path.expanduser(path)):
+        raise FileNotFoundError(f"teacher_model {path!r} is a file: expected the folder that it lies in")
     if is_path(path) and not os.path.isdir(os.path.expanduser(path)):
         raise FileNotFoundError(f"teacher_model {path!r}: there is no such folder.{closest_file(path)}")
 
@@ -236,7 +241,7 @@ def _must_write(path: str, args) -> None:
         if _is_adapter(path, args): return  # what its base is shows when it is loaded
         raise OSError(f"teacher_model {path!r}: there is no model that could be read: expected the folder or the hub "
                       f"id of a causal LM, with a config.json ({type(error).__name__}: {error})") from error
-    if found := _other_kind(config):
+    if found := _other_kind(config, config.architectures or []):
         raise TypeError(f"teacher_model must be a causal LM, got {path!r}, a {found}, which has no head that was "
                         "trained to write the next token: choose a model of AutoModelForCausalLM")
 
@@ -255,9 +260,8 @@ def _is_adapter(path: str, args) -> bool:
     return False
 
 
-def _other_kind(config) -> str:
-    "What a config describes that is no causal LM; '' where it is one, or does not say."
-    names = config.architectures or []
+def _other_kind(config, names: list[str]) -> str:
+    "Which model that is no causal LM a config and the names of classes describe; '' where it is one, or unknown."
     writers = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
     if any(name in writers or name.endswith("ForCausalLM") for name in names): return ""
     if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}): return ""
