@@ -13,7 +13,6 @@ from ..foundations.masks import token_weights
 from ..rollout.config import OnlineConfig
 from ..rollout.demonstrations import DemonstrationFields, ReadsDemonstrations
 from ..rollout.kept_states import KeepsTeacherStates, KeptFields
-from ..rollout.sampler import make_sampler
 from ..rollout.trainer import OnlineTrainer
 from ..training.card import NORMALISERS, Method
 from ..training.config import option
@@ -35,7 +34,8 @@ class GKDConfig(KeptFields, DemonstrationFields, TeacherFields, OnlineConfig):
     temperature: float = option(0.9, "Of sampling.", above=0)
     disable_dropout: bool = option(True, "Switch the student's dropout off.")
     beta: float = option(
-        0.5, "The teacher's share in the mixture of the divergence; 0: forward KL, 1: reverse KL.", low=0, high=1)
+        0.5, "The teacher's share in the mixture of the divergence; 0: forward KL, 1: reverse KL. Near 0 the loss "
+        "shrinks with it, and below 1e-4 rounding takes over: use 0 there.", low=0, high=1)
     loss_temperature: float | None = option(
         1.0, "Divides both models' logits in the loss; None: the temperature of sampling.", above=0)
     estimator: str = option(
@@ -63,8 +63,9 @@ class GKDTrainer(KeepsTeacherStates, ReadsDemonstrations, OnlineTrainer):
         unused = dict(data_collator=data_collator, compute_metrics=compute_metrics, formatting_func=formatting_func,
                       preprocess_logits_for_metrics=preprocess_logits_for_metrics)
         if given := [name for name, value in unused.items() if value is not None]:
+            hint = ". A dataset is the parameter train_dataset=" * hasattr(unused[given[0]], "features")
             raise ValueError(f"{given[0]} is not supported by {type(self).__name__}, leave it None: rows are prepared "
-                             "as prompts and answers, and the loss is evaluated. Change rows with dataset.map")
+                             f"as prompts and answers, and the loss is evaluated. Change rows with dataset.map{hint}")
         args = self.config_class.adopt(args)
         self.note_teacher(model, teacher_model, args)
         super().__init__(model, None, args, train_dataset, eval_dataset, processing_class, None, callbacks, optimizers,
@@ -78,8 +79,7 @@ class GKDTrainer(KeepsTeacherStates, ReadsDemonstrations, OnlineTrainer):
         args, divergence = self.args, partial(generalized_jsd, beta=self.args.beta)
         of_some = partial(top_k_divergence, k=args.estimator_k, divergence=divergence, rest=ESTIMATORS[args.estimator])
         self.divergence = divergence if args.estimator == "full" else of_some
-        if args.seq_kd:
-            self.teacher_engine = make_sampler(self.teacher_model, self.processing_class, args.sampler)
+        if args.seq_kd: self.teacher_engine = self.make_teacher_engine()
 
     def method(self):
         names = ("lmbda", "beta", "seq_kd", "loss_temperature", "estimator")
