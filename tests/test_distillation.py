@@ -526,7 +526,7 @@ def judge(): return Qwen3ForSequenceClassification(pocket.config(num_labels=1))
 
 
 def masked():
-    return BertForMaskedLM(BertConfig(len(pocket.tokenizer()), hidden_size=8, num_hidden_layers=1,
+    return BertForMaskedLM(BertConfig(vocab_size=len(pocket.tokenizer()), hidden_size=8, num_hidden_layers=1,
                                       num_attention_heads=1, intermediate_size=8))
 
 
