@@ -47,6 +47,7 @@ bench: $(VENV)/.ready-dev ## posttrain against TRL, side by side in one run
 	$(BIN)/python benchmarks/grpo.py
 	$(BIN)/python benchmarks/ppo.py
 	$(BIN)/python benchmarks/comparing.py
+	$(BIN)/python benchmarks/distillation.py
 
 clean:
 	rm -rf build dist *.egg-info out

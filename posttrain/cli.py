@@ -16,11 +16,12 @@ from posttrain.command.arguments import (
     ModelConfig,
     RewardArguments,
     ScriptArguments,
+    WithTextArguments,
     get_peft_config,
 )
 from .command.demo import DemoArguments, demo, demo_config
 from .command.flags import help_text, parse
-from .command.loading import load_data
+from .command.loading import load_data, load_named
 from .command.needs import check_model, check_needs, explain
 from .command.pocket_files import PocketArguments, write_pocket
 from .methods import command_of
@@ -53,7 +54,22 @@ def _judged_by(rewards: list, trainer) -> dict:
 
 def _classes(config, trainer) -> list[type]:
     "The classes whose fields are the flags of a training command."
-    return [config, *_judging(trainer), ModelConfig, ScriptArguments, DatasetMixtureConfig]
+    takes_text = "pretrain_dataset" in inspect.signature(trainer).parameters
+    script = WithTextArguments if takes_text else ScriptArguments
+    return [config, *_judging(trainer), ModelConfig, script, DatasetMixtureConfig]
+
+
+def _text_of(script: ScriptArguments) -> dict:
+    "The text of a pretraining term, as a keyword of the trainer; nothing where none is given."
+    name = getattr(script, "pretrain_dataset_name", None)
+    if not name: return {}
+    flag, split = "--pretrain_dataset_name", script.pretrain_dataset_split
+    data = load_named(name, config=script.pretrain_dataset_config, split=split, streaming=script.dataset_streaming,
+                      flag=flag)
+    if split not in data:
+        raise ValueError(f"{flag} {name} has no split {split!r}; it has {', '.join(map(str, data))}."
+                         f"{closest(split, data)} Name one with --pretrain_dataset_split")
+    return {"pretrain_dataset": data[split]}
 
 
 def train(
@@ -77,7 +93,7 @@ def train(
     running = trainer(
         model.model_name_or_path, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset,
         processing_class=_tokenizer_of(model, args), peft_config=get_peft_config(model),
-        **judging)
+        **judging, **_text_of(script))
     running.train(resume_from_checkpoint=args.resume_from_checkpoint)
     running.save_model()
     print(f"saved in {args.output_dir}")

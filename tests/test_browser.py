@@ -35,6 +35,7 @@ from posttrain.explore import (
     reward_to_go,
     simplex,
     tokens,
+    two_by_two,
     weights,
     zero_loss,
 )
@@ -122,7 +123,7 @@ EXPLORERS = [
     gae.gae_explorer, gradients.gradients_explorer, goodhart.goodhart_explorer,
     bandit.bandit_explorer, online_offline.online_offline_explorer,
     simplex.simplex_explorer, policy_simplex.policy_simplex_explorer, densities.densities_explorer,
-    reward_to_go.reward_to_go_explorer]
+    reward_to_go.reward_to_go_explorer, two_by_two.two_by_two_explorer]
 
 
 @pytest.mark.parametrize("make", EXPLORERS)

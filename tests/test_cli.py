@@ -41,6 +41,8 @@ def folder(tmp_path_factory):
     pocket.model(seed=0).save_pretrained(place / "model")
     pocket.tokenizer().save_pretrained(place / "model")
     (place / "hollow").mkdir()
+    (place / "texts").mkdir()
+    for name in ("train", "test"): (place / f"texts/{name}.txt").write_text("reverse 12=21\nsort 31=13\n")
     (place / "run/checkpoint-20").mkdir(parents=True)
     return place
 
@@ -58,6 +60,8 @@ NO_DATA = SFT.replace(" --dataset_name rows.jsonl", "")
 NO_MODEL = SFT.replace(" --model_name_or_path model", "")
 GRPO = SFT.replace("sft", "grpo").replace("rows", "questions") + " --num_generations 4"
 GKD = SFT.replace("sft", "gkd")
+MINILLM = SFT.replace("sft", "minillm").replace("rows", "questions") + " --teacher_model_name_or_path model"
+TEXT = f"{MINILLM} --pretrain_dataset_name"
 WRONG = [
     ("stf", "no command 'stf'. Did you mean 'sft'?"), ("teach", "no command 'teach'"), ("--sft", "no command '--sft'"),
     ("demo --steps 0", "steps=0 of DemoArguments must be at least 1"), ("demo --steps many", "steps .* got 'many'"),
@@ -136,6 +140,15 @@ WRONG = [
     (GKD, "--teacher_model_name_or_path is needed"), (f"{GKD} --lmbda 2", "lmbda=2"),
     (f"{GKD} --teacher_model_name_or_path ./none", "--teacher_model_name_or_path ./none: there is no such folder"),
     (f"{GKD} --teacher_model_name_or_path model --teacher_model_init_kwargs {{'a':1}}", "is no JSON"),
+    (f"{TEXT} row.jsonl", "--pretrain_dataset_name row.jsonl is not there. Did you mean 'rows.jsonl'"),
+    (f"{TEXT} broken.jsonl", "--pretrain_dataset_name broken.jsonl: line 2 is no JSON"),
+    (f"{TEXT} wrong.jsonl", "in the pretrain dataset"), (f"{TEXT} org/none", "--pretrain_dataset_name org/none: "),
+    (f"{TEXT} texts --pretrain_dataset_split tests", "texts has no split 'tests'; it has train, test. Did you mean "
+     "'test'.* --pretrain_dataset_split"),
+    (f"{TEXT} rows.jsonl --pretrain_dataset_config x", "--pretrain_dataset_name rows.jsonl is a file"),
+    (f"{MINILLM} --pretrain_dataset rows.jsonl", "no flag --pretrain_dataset. Did you mean '--pretrain_dataset_"),
+    (f"{SFT} --pretrain_dataset_name rows.jsonl", "no flag --pretrain_dataset_name"),
+    (f"{MINILLM} --reward_funcs words.brevity", "num_generations=1"),
     (f"{GKD.replace('rows', 'questions')} --teacher_model_name_or_path model", "'completion' is missing"),
 ]
 
@@ -259,6 +272,25 @@ def test_a_teacher_by_its_path(method, folder):
     with contextlib.chdir(folder): trainer = cli.train(method, f"{command} {flags} --{longest} 4".split()[1:])
     assert str(trainer.teacher_model.dtype) == "torch.bfloat16" and trainer.args.max_completion_length == 4
     assert (folder / f"out-{method}/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("text, rows", [("rows.jsonl", 8), ("texts", 2), ("texts --pretrain_dataset_split test", 2),
+                                        ("texts --dataset_streaming --max_steps 1", None), ("", 0)])
+def test_text_for_the_pretraining_term(text, rows, folder):
+    """MiniLLM's beside its questions, by a name as these."""
+    command = MINILLM.replace("--output_dir out", f"--output_dir out-text-{len(text)} --max_steps 1 --logging_steps 1")
+    if text: command += f" --pretrain_coef 2 --pretrain_dataset_name {text}"
+    with contextlib.chdir(folder): trainer = cli.train("minillm", f"{command} --max_completion_length 4".split()[1:])
+    logged = trainer.state.log_history[0]
+    assert ("pretrain_loss" in logged) == bool(text) == (trainer.pretraining is not None)
+    if rows: assert len(trainer.pretraining.dataset) == rows and trainer.args.pretrain_coef == 2
+
+
+def test_flags_of_text_stand_with_the_methods_own(folder, capsys):
+    _, out, _ = say("minillm --help", folder, capsys)
+    places = [out.index(f"--{name} ") for name in ("pretrain_dataset_name", "pretrain_coef", "dataset_train_split")]
+    assert max(places[:2]) < out.index("\nsampling:") < out.index("\ndata:") < places[2]
+    assert "--pretrain" not in say("gkd --help", folder, capsys)[1]
 
 
 def test_python_m_posttrain_on_a_console_without_unicode(folder):

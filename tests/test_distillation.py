@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import Qwen3ForSequenceClassification, TrainerCallback
+from transformers import BertConfig, BertForMaskedLM, Qwen3ForSequenceClassification, TrainerCallback
 
 import tiny
 from posttrain import pocket
@@ -88,7 +88,7 @@ def test_loss_and_gradient_in_plain_loops(name, config):
     trainer, before = make(config, name), student()
     trainer.train()
     how = trainer.args
-    loss = mean_divergence(before, teacher(), trainer.generation, how.beta, how.temperature_of_loss)
+    loss = mean_divergence(before, teacher(), trainer.generation, how.beta, how.loss_temperature or how.temperature)
     loss.backward()
     gradient = torch.cat([p.grad.flatten() for p in before.parameters()])
     found = (weights(before) - weights(trainer)) / how.learning_rate
@@ -375,9 +375,10 @@ def test_a_teacher_that_is_asked_otherwise(config):
         trainer, before = make(config, name, dataset=data, eval_dataset=data.select(range(6))), student()
         trainer.train()
         total, other, generation, how = 0, teacher(), trainer.generation, trainer.args
+        temperature = how.loss_temperature or how.temperature
         for row, prompt, answer in zip(generation.rows, generation.prompt_ids, generation.completion_ids):
             asked = trainer.processing_class(row["teacher_prompt"])["input_ids"]
-            mine, theirs = (m(torch.tensor([ids + answer])).logits[0, len(ids) - 1:-1] / how.temperature_of_loss
+            mine, theirs = (m(torch.tensor([ids + answer])).logits[0, len(ids) - 1:-1] / temperature
                             for m, ids in ((before, prompt), (other, asked)))
             total += generalized_jsd(mine, theirs, how.beta).sum().item()
         assert abs(total / generation.token_count() - logs(trainer)[0]["loss"]) < 1e-5
@@ -524,6 +525,11 @@ def test_bad_fields_are_named(options, kind, words, tmp_path):
 def judge(): return Qwen3ForSequenceClassification(pocket.config(num_labels=1))
 
 
+def masked():
+    return BertForMaskedLM(BertConfig(vocab_size=len(pocket.tokenizer()), hidden_size=8, num_hidden_layers=1,
+                                      num_attention_heads=1, intermediate_size=8))
+
+
 NOBODY = "./nobody/loads/this"  # the student: what is wrong with the teacher and the data is said before
 TEACHERS = [(lambda: None, {}, ValueError, "GKDTrainer needs a teacher: pass teacher_model"),
             (lambda: "", {}, ValueError, "needs a teacher"), (lambda: 3, {}, TypeError, "got int"),
@@ -531,6 +537,8 @@ TEACHERS = [(lambda: None, {}, ValueError, "GKDTrainer needs a teacher: pass tea
             (lambda: GKDConfig("x", use_cpu=True), {}, TypeError, "the config is the third parameter"),
             (lambda: "./there/is/none", {}, FileNotFoundError, "teacher_model './there/is/none': there is no such"),
             (judge, {}, TypeError, "no head over the vocabulary"),
+            (masked, {}, TypeError, "must be a causal LM, got a BertForMaskedLM"),
+            (lambda: __file__, {}, FileNotFoundError, "is a file: expected the folder"),
             (lambda: torch.nn.Linear(2, 2), {}, TypeError, "must be a causal LM, got a Linear"),
             (teacher, dict(teacher_model_name_or_path="/tmp"), ValueError, "both given"),
             (teacher, dict(teacher_model_init_kwargs={"dtype": "float32"}), ValueError, "already made"),
@@ -563,6 +571,14 @@ DATA = [([{"prompt": "a"}], {}, ValueError, "lmbda=1 or seq_kd=True prompts are 
         ([{"messages": CHAT}, {"messages": CHAT[:2]}], {}, ValueError, "row 1: the last message is written by 'user'"),
         ([{"messages": CHAT[2:3]}], {}, ValueError, "row 0: there is no message before"),
         ([{"messages": []}], {}, (TypeError, ValueError), "messages"),
+        ([{"messages": CHAT}, {"messages": None}], {}, TypeError, "column 'messages', row 1"),
+        ([{"messages": None}, {"messages": CHAT}], {}, TypeError, "column 'messages', row 0"),
+        ([{"messages": json.dumps(CHAT)}], {}, TypeError, "column 'messages', row 0.*json.loads"),
+        ([{"conversations": CHAT}, {"conversations": None}], {}, TypeError, "column 'conversations', row 1"),
+        ([{"text": "a"}], {}, ValueError, "reads chats in 'messages'"),
+        ([{"text": "a"}], dict(lmbda=1), ValueError, "reads chats in 'messages'"),
+        ([{"prompt": "", "completion": "b"}], dict(lmbda=0), ValueError, "row 0: the prompt is empty"),
+        ([{"prompt": "", "completion": "b"}], {}, ValueError, "row 0: the prompt is empty"),
         ([{"prompt": "a", "completion": "b" * 30}], dict(max_length=8), ValueError,
          "no row of the train dataset has a token left")]
 
@@ -608,3 +624,150 @@ def test_a_small_student_learns_from_its_own_answers(seed, tmp_path):
     after, seconds = pocket.accuracy(trainer.model, tokenizer, test), trainer.state.log_history[-1]["train_runtime"]
     print(f"seed {seed}: {before:.2f} -> {after:.2f}, the teacher {best:.2f}, {seconds:.0f} s")
     assert before == 0 and best > .95 and sizes[0] <= sizes[1] / 4 and after >= .9 * best and seconds < 60
+
+
+# ---------------------------------------------------------------- found by attack
+def test_an_empty_teacher_prompt_is_refused(config):
+    "The teacher's state before the first token is then that of another row of the batch."
+    data = rows(8).map(lambda row: {"teacher_prompt": ""})
+    with pytest.raises((ValueError, TypeError), match="teacher_prompt"): train(config, "gkd, data", dataset=data)
+
+
+def test_a_bad_teacher_prompt_is_named_by_its_column(config):
+    "The message names 'prompt', and its filter keeps the bad row."
+    data = rows(8).add_column("teacher_prompt", ["a"] * 7 + [None])
+    with pytest.raises(TypeError, match=r"column 'teacher_prompt'.*row\['teacher_prompt'\]"):
+        make(config, model=NOBODY, dataset=data)
+
+
+def test_with_seq_kd_the_teacher_writes_what_it_is_asked(config):
+    "And the student learns to write the same to its own prompt."
+    data = rows(8).map(lambda row: {"teacher_prompt": "reverse 47810="})
+    trainer = train(config, "gkd, teacher", dataset=data, temperature=.1)
+    generation = trainer.generation
+    assert "01874" in generation.completions
+    assert trainer.processing_class.batch_decode(generation.prompt_ids) == [row["prompt"] for row in generation.rows]
+
+
+def test_a_teacher_with_more_padding_writes_no_padding(config, tmp_path):
+    model, folder = teacher(), str(tmp_path / "teacher")
+    known = model.get_input_embeddings().weight.shape[0]
+    model.resize_token_embeddings(known + 25, mean_resizing=False)
+    weight = model.get_output_embeddings().weight.data
+    weight[known:] = 3 * weight[:25]
+    model.save_pretrained(folder)
+    pocket.tokenizer().save_pretrained(folder)
+    for sampler in ("own", "transformers"):
+        trainer = train(config, "gkd, teacher", teacher_model=folder, sampler=sampler)
+        assert max(map(max, trainer.generation.completion_ids)) < known
+
+
+def test_a_reward_model_by_its_path_is_no_teacher(config, tmp_path):
+    "As an object it is refused; by its path it gets a random head, and is learned from."
+    judge().save_pretrained(tmp_path / "judge")
+    with pytest.raises(TypeError, match="teacher_model must be a causal LM"):
+        make(config, model=NOBODY, teacher_model=str(tmp_path / "judge"))
+
+
+def test_no_room_is_asked_for_answers_that_nobody_writes(config):
+    "lmbda=0 samples nothing: the rows fit."
+    make(config, "gkd, data", model=student(max_position_embeddings=64), max_completion_length=128)
+
+
+def gpt2(positions):
+    from transformers import GPT2Config, GPT2LMHeadModel
+    return GPT2LMHeadModel(GPT2Config(vocab_size=len(pocket.tokenizer()), n_embd=32, n_layer=1, n_head=4,
+                                      n_positions=positions, bos_token_id=0, eos_token_id=1))
+
+
+@pytest.mark.parametrize("name", ["gkd, data", "gkd, own", "gkd, teacher", "gkd, kept"])
+def test_a_teacher_that_is_too_short_is_named(name, config):
+    data = Dataset.from_list([{"prompt": "abc", "completion": "d"}] * 8 + [{"prompt": "abc", "completion": "defghij"}])
+    most = 3 + 8  # with the end of the answer
+    assert train(config, name, teacher_model=gpt2(most), dataset=data, max_completion_length=8)
+    words = f"row {8 if 'data' in name or 'kept' in name else 0}: .* 3 tokens .* 8, but the teacher has {most - 1} "
+    with pytest.raises(ValueError, match=words):
+        make(config, name, teacher_model=gpt2(most - 1), dataset=data, max_completion_length=8)
+    asked = data.map(lambda row: {"teacher_prompt": "abcd"})
+    with pytest.raises(ValueError, match=f"the teacher is asked: row .* 4 tokens .* teacher has {most} positions"):
+        make(config, name, teacher_model=gpt2(most), dataset=asked, max_completion_length=8)
+
+
+def test_a_demonstration_that_is_too_long_for_the_student_is_named(config):
+    "By its row in the dataset, also where rows before it were dropped."
+    kinds = [("a", "b" * 40), ("abc", "d"), ("abc", "d" * 20)]
+    data = Dataset.from_list([{"prompt": prompt, "completion": completion} for prompt, completion in kinds])
+    words = "train dataset: row 2: the prompt has 3 tokens .* 21, but the model has 16 positions"
+    with pytest.raises(ValueError, match=words):
+        make(config, "gkd, data", model=gpt2(16), dataset=data, max_length=30, teacher_model=gpt2(64))
+
+
+def test_the_student_is_asked_the_whole_prompt(config):
+    data = Dataset.from_list([{"prompt": "abcdefgh", "completion": "ij"}] * 8)
+    seen = Seen()
+    trainer = train(config, dataset=data, max_length=8, max_steps=4, callbacks=[seen])
+    decode = trainer.processing_class.decode
+    prompts = [(source, decode(generation.prompt_ids[0])) for source, generation in seen.generations]
+    assert prompts == [("student", "abcdefgh") if own else ("dataset", "defgh") for own in COINS]
+
+
+def test_answers_that_are_not_read_may_be_anything(config):
+    for completions in ([None] * 8, [3] * 8):
+        data = rows(8).remove_columns("completion").add_column("completion", completions)
+        assert train(config, "distillation", dataset=data)
+        assert train(config, "gkd, teacher", dataset=data)
+
+
+def test_a_teacher_that_reads_the_students_prompt_says_so(tmp_path):
+    from posttrain.distillation.minillm_trainer import MiniLLMConfig, MiniLLMTrainer
+    data = rows(8).map(lambda row: {"teacher_prompt": "a"})
+    with pytest.raises(ValueError, match="column 'teacher_prompt', but the teacher of MiniLLMTrainer"):
+        MiniLLMTrainer(NOBODY, teacher(), None, MiniLLMConfig(str(tmp_path), use_cpu=True, report_to="none"), data,
+                       processing_class=pocket.tokenizer())
+
+
+@pytest.mark.parametrize("kind, options, words", [
+    ("t5", {}, "a T5"), ("bert", {}, "a Bert"), ("nothing", {}, "teacher_model .*config.json"),
+    ("a-hub-id/that-is-none", {}, "teacher_model 'a-hub-id"), ("gpt", {"load_in_4bit": True}, "quantization_config"),
+    ("gpt", {"hidden_sizes": 3}, "teacher_model_init_kwargs")])
+def test_other_models_at_a_path_are_no_teachers(kind, options, words, config, tmp_path):
+    from transformers import T5Config, T5ForConditionalGeneration
+    small = dict(vocab_size=len(pocket.tokenizer()))
+    folder = tmp_path / "other"
+    folder.mkdir()
+    if kind == "t5":
+        T5ForConditionalGeneration(T5Config(**small, d_model=8, num_layers=1, d_ff=8)).save_pretrained(folder)
+    if kind == "bert": masked().save_pretrained(folder)
+    if kind == "gpt": gpt2(16).save_pretrained(folder)
+    with pytest.raises((TypeError, OSError, ValueError), match=words):
+        make(config, model=student() if "hidden_sizes" in options else NOBODY, teacher_model_init_kwargs=options,
+             teacher_model=kind if "/" in kind else str(folder))
+
+
+def test_a_dataset_in_the_place_of_the_collator_is_told(config):
+    with pytest.raises(ValueError, match="data_collator is not .* train_dataset="):
+        GKDTrainer(NOBODY, teacher(), GKDConfig(config()["output_dir"], use_cpu=True), rows())
+
+
+def test_chats_that_end_with_a_question_are_prompts_where_no_answer_is_read(config):
+    "lmbda=1 reads no answer of the dataset. An evaluation reads those that are there."
+    questions, whole = (Dataset.from_list([{"messages": chat}] * 8) for chat in (CHAT[:2], CHAT))
+    trainer = train(config, "distillation", dataset=questions, eval_dataset={"questions": questions, "whole": whole})
+    found = trainer.evaluate()
+    assert "eval_questions_completions/mean_length" in found and "eval_whole_completions/mean_length" not in found
+    assert "eval_whole_loss" in found
+
+
+def test_half_a_generation_on_kept_states_goes_on_without_them(config, tmp_path):
+    how = dict(max_steps=6, steps_per_generation=4, num_iterations=2, per_device_train_batch_size=4)
+    train(config, "gkd, kept", save_strategy="steps", save_steps=3, **how)
+    assert train(config, "gkd, data", resume=str(tmp_path / "checkpoint-3"), **how)
+
+
+def test_half_a_generation_on_kept_states_does_not_read_those_of_other_rows(config, tmp_path):
+    how = dict(max_steps=6, steps_per_generation=4, num_iterations=2, per_device_train_batch_size=4)
+    train(config, "gkd, kept", save_strategy="steps", save_steps=3, **how)
+    losses = [[row["loss"] for row in logs(train(config, name, dataset=rows().select(range(49, -1, -1)),
+                                                 resume=str(tmp_path / "checkpoint-3"), beta=.5, **how))]
+              for name in ("gkd, kept", "gkd, data")]
+    assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 1e-5

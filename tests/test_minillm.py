@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from peft import LoraConfig
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from posttrain import pocket
 from posttrain.distillation.minillm import (
@@ -519,6 +519,9 @@ WRONG = [(dict(teacher_mixed_alpha=1.0), ValueError, "teacher_mixed_alpha=1 lets
          (dict(use_vllm=True), ValueError, "use_vllm=True with teacher_mixed_alpha=0.2.*set teacher_mixed_alpha=0"),
          (dict(sampler="transformers"), ValueError, "sampler='transformers' with teacher_mixed_alpha"),
          (dict(repetition_penalty=1.2), ValueError, "repetition_penalty=1.2 with"),
+         (dict(top_k=3), ValueError, "top_k=3 with teacher_mixed_alpha=0.2: the importance weights"),
+         (dict(top_p=.9), ValueError, "top_p=0.9 with"), (dict(min_p=.1), ValueError, "min_p=0.1 with"),
+         (dict(generation_kwargs={"top_k": 4}), ValueError, "top_k=4 with.*set teacher_mixed_alpha=0"),
          (dict(beta=.1), ValueError, "no other reference"), (dict(dynamic_sampling=True), ValueError, "equal rewards"),
          (dict(gama=.5), TypeError, "no field 'gama'. Did you mean 'gamma'")]
 
@@ -531,7 +534,8 @@ def test_bad_fields_are_named(options, kind, words, tmp_path):
 def test_what_may_stand_together(tmp_path):
     for options in (dict(use_vllm=True, teacher_mixed_alpha=0.0), dict(sampler="transformers", teacher_mixed_alpha=0.0),
                     dict(repetition_penalty=1.2, teacher_mixed_alpha=0.0), dict(sampler="own"),
-                    dict(kd_temperature=.7, temperature=.7), dict(num_generations=1), dict(top_p=.9)):
+                    dict(kd_temperature=.7, temperature=.7), dict(num_generations=1),
+                    dict(top_p=1.0, top_k=0, min_p=0.0), dict(top_p=.9, top_k=5, min_p=.1, teacher_mixed_alpha=0.0)):
         MiniLLMConfig(str(tmp_path), use_cpu=True, report_to="none", **options)
 
 
@@ -562,3 +566,72 @@ def test_rewards_alone_teach_without_the_teacher(config):
     batch = with_rewards.generation.columns["returns"]
     counted = with_rewards.generation.batch()["mask"] != 0
     assert abs(batch[counted]).max() > 0 and logs(with_rewards)[0]["reward"] > 0
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_rewards_of_a_group_of_one_are_refused(scale, config):
+    "Their advantage is 0 whatever they are scaled by."
+    with pytest.raises(ValueError, match="num_generations=1: reward_funcs"):
+        make(config, model=NOBODY, rewards=lengths, scale_rewards=scale)
+
+
+@pytest.mark.parametrize("given, words", [
+    (["abc"], "pretrain dataset is a list.*from_list"), ("abc", "pretrain dataset is a str"),
+    ({"text": ["abc"]}, "pretrain dataset is a dict.*from_dict"), (3, "pretrain dataset is a int"),
+    (text().to_pandas(), "pretrain dataset is a DataFrame.*from_pandas"),
+    (DatasetDict(train=text(), test=text()), "a dict of train, test; .*dataset\\['train'\\]")],
+    ids=["list", "str", "dict", "int", "DataFrame", "DatasetDict"])
+def test_pretrain_text_that_is_no_dataset_is_named(given, words, config):
+    with pytest.raises(TypeError, match=words): make(config, model=NOBODY, pretrain_dataset=given)
+
+
+def test_text_as_a_stream(config):
+    streamed = train(config, pretrain_dataset=text().to_iterable_dataset(), shuffle_dataset=False)
+    table = train(config, pretrain_dataset=text(), shuffle_dataset=False)
+    assert torch.equal(weights(streamed), weights(table))
+
+
+def test_the_third_parameter_is_said_to_be_reward_funcs(config):
+    for args in (MiniLLMConfig, TrainingArguments):
+        args = args(config()["output_dir"], use_cpu=True, report_to="none")
+        with pytest.raises(TypeError, match="third parameter is reward_funcs.*args=..., train_dataset="):
+            MiniLLMTrainer(NOBODY, teacher(), args, rows())
+
+
+def test_a_prompt_for_the_teacher_alone_is_refused(config):
+    asked = rows().map(lambda row: {"teacher_prompt": "sort 31="})
+    for names in (dict(train_dataset=asked), dict(train_dataset=rows(), eval_dataset=asked)):
+        with pytest.raises(ValueError, match="dataset: the column 'teacher_prompt'.*remove_columns"):
+            MiniLLMTrainer(NOBODY, teacher(), args=MiniLLMConfig(config()["output_dir"], use_cpu=True), **names,
+                           processing_class=pocket.tokenizer())
+
+
+# ---------------------------------------------------------------- a teacher that excludes tokens
+def excluding(*tokens):
+    "The teacher with logits of -inf."
+    model = teacher()
+    head = torch.nn.Linear(*model.lm_head.weight.T.shape)
+    head.weight, head.bias = model.lm_head.weight, torch.nn.Parameter(torch.zeros(len(head.weight)))
+    head.bias.data[list(tokens)] = -math.inf
+    model.lm_head = head
+    return model
+
+
+@pytest.mark.parametrize("options", [{}, dict(gamma=0.0), dict(rkl_advantage=False), dict(average="sum"),
+                                     dict(single_step_decomposition=False)], ids=str)
+def test_an_infinite_kl_is_not_blamed_on_the_learning_rate(options, config):
+    with pytest.raises(FloatingPointError, match="reverse KL to the teacher is infinite.*No learning rate helps"):
+        train(config, teacher_model=excluding(*range(5, 12)), teacher_mixed_alpha=0.0, **options)
+
+
+def test_a_token_that_both_exclude_is_no_infinity(config):
+    trainer = train(config, model=excluding(7), teacher_model=excluding(7), teacher_mixed_alpha=0.0)
+    assert abs(logs(trainer)[0]["reverse_kl"]) < 1e-6
+
+
+def test_rewards_alone_do_not_mind_what_the_teacher_excludes(config):
+    how = dict(rewards=lengths, rkl_advantage=False, single_step_decomposition=False, num_generations=4,
+               teacher_mixed_alpha=0.0)
+    one, other = (train(config, teacher_model=x, **how) for x in (excluding(*range(5, 12)), teacher()))
+    assert torch.equal(weights(one), weights(other))
+    assert 0 < one.generation.columns["returns"].abs().max() < math.inf

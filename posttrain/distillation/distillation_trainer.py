@@ -20,7 +20,8 @@ class DistillationConfig(GKDConfig):
     disable_dropout: bool = option(False, "Switch the student's dropout off.")
     lmbda: float = option(1.0, "Probability that a generation holds the student's own answers.", low=0, high=1)
     beta: float = option(
-        1.0, "The teacher's share in the mixture of the divergence; 0: forward KL, 1: reverse KL.", low=0, high=1)
+        1.0, "The teacher's share in the mixture of the divergence; 0: forward KL, 1: reverse KL. Near 0 the loss "
+        "shrinks with it, and below 1e-4 rounding takes over: use 0 there.", low=0, high=1)
     loss_temperature: float | None = option(
         None, "Divides both models' logits in the loss; None: the temperature of sampling.", above=0)
 

@@ -13,7 +13,6 @@ from ..foundations.masks import token_weights
 from ..rollout.config import OnlineConfig
 from ..rollout.demonstrations import DemonstrationFields, ReadsDemonstrations
 from ..rollout.kept_states import KeepsTeacherStates, KeptFields
-from ..rollout.sampler import make_sampler
 from ..rollout.trainer import OnlineTrainer
 from ..training.card import NORMALISERS, Method
 from ..training.config import option
@@ -35,17 +34,14 @@ class GKDConfig(KeptFields, DemonstrationFields, TeacherFields, OnlineConfig):
     temperature: float = option(0.9, "Of sampling.", above=0)
     disable_dropout: bool = option(True, "Switch the student's dropout off.")
     beta: float = option(
-        0.5, "The teacher's share in the mixture of the divergence; 0: forward KL, 1: reverse KL.", low=0, high=1)
+        0.5, "The teacher's share in the mixture of the divergence; 0: forward KL, 1: reverse KL. Near 0 the loss "
+        "shrinks with it, and below 1e-4 rounding takes over: use 0 there.", low=0, high=1)
     loss_temperature: float | None = option(
         1.0, "Divides both models' logits in the loss; None: the temperature of sampling.", above=0)
     estimator: str = option(
         "full", "What is compared: 'full', the whole vocabulary; 'top_k', the teacher's likeliest tokens alone; "
         "'top_k_tail', these and all others together.", choices=ESTIMATORS)
     estimator_k: int = option(16, "How many tokens 'top_k' and 'top_k_tail' compare one by one.", low=1)
-
-    @property
-    def temperature_of_loss(self) -> float:
-        return self.temperature if self.loss_temperature is None else self.loss_temperature
 
 
 class GKDTrainer(KeepsTeacherStates, ReadsDemonstrations, OnlineTrainer):
@@ -67,8 +63,9 @@ class GKDTrainer(KeepsTeacherStates, ReadsDemonstrations, OnlineTrainer):
         unused = dict(data_collator=data_collator, compute_metrics=compute_metrics, formatting_func=formatting_func,
                       preprocess_logits_for_metrics=preprocess_logits_for_metrics)
         if given := [name for name, value in unused.items() if value is not None]:
+            hint = ". A dataset is the parameter train_dataset=" * hasattr(unused[given[0]], "features")
             raise ValueError(f"{given[0]} is not supported by {type(self).__name__}, leave it None: rows are prepared "
-                             "as prompts and answers, and the loss is evaluated. Change rows with dataset.map")
+                             f"as prompts and answers, and the loss is evaluated. Change rows with dataset.map{hint}")
         args = self.config_class.adopt(args)
         self.note_teacher(model, teacher_model, args)
         super().__init__(model, None, args, train_dataset, eval_dataset, processing_class, None, callbacks, optimizers,
@@ -82,8 +79,7 @@ class GKDTrainer(KeepsTeacherStates, ReadsDemonstrations, OnlineTrainer):
         args, divergence = self.args, partial(generalized_jsd, beta=self.args.beta)
         of_some = partial(top_k_divergence, k=args.estimator_k, divergence=divergence, rest=ESTIMATORS[args.estimator])
         self.divergence = divergence if args.estimator == "full" else of_some
-        if args.seq_kd:
-            self.teacher_engine = make_sampler(self.teacher_model, self.processing_class, args.sampler)
+        if args.seq_kd: self.teacher_engine = self.make_teacher_engine()
 
     def method(self):
         names = ("lmbda", "beta", "seq_kd", "loss_temperature", "estimator")
@@ -106,7 +102,7 @@ class GKDTrainer(KeepsTeacherStates, ReadsDemonstrations, OnlineTrainer):
         mask = batch["mask"]
         weights = token_weights(mask, "token", totals=totals)  # m_t / N of the whole step
         reader = divergence_loss(self.teacher_states(batch), self.divergence, weights, want=("logps", "entropy"),
-                                 temperature=self.args.temperature_of_loss)
+                                 temperature=self.args.loss_temperature or self.args.temperature)
         out = read(model, batch, reader)
         self.show_tokens(batch, **{name: out[name] for name in ("logps", "entropy", "divergence")})
         return out["loss"], {name: Mean.of(out[name], mask) for name in ("entropy", "divergence")}

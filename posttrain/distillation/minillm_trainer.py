@@ -6,12 +6,7 @@ __all__ = ['MiniLLMConfig', 'MiniLLMTrainer']
 # %% ../../nbs/distillation/04_minillm_trainer.ipynb #57afb864
 from dataclasses import dataclass
 
-from posttrain.distillation.minillm import (
-    distillation_rewards,
-    importance_weights_of_mixture,
-    minillm_loss,
-    minillm_returns,
-)
+from . import minillm
 from ..foundations.advantages import SCALES, group_advantages
 from ..foundations.masks import AVERAGES
 from ..rollout.config import OnlineConfig
@@ -59,11 +54,16 @@ class MiniLLMTrainer(WithPretraining, SamplesWithTeacher, ShowsClip, OnlineTrain
 
     config_class, needs_rewards = MiniLLMConfig, False
     shown = ("teacher_mixed_alpha", "rkl_advantage", "single_step_decomposition", "gamma", "length_normalization")
+    averages_over = property(lambda self: "tokens" if self.args.average == "token" else "sequences")
 
     def __init__(self, model, teacher_model=None, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None,
                  processing_class=None, reward_processing_classes=None, callbacks=None, optimizers=(None, None),
                  peft_config=None, rollout_func=None, *, pretrain_dataset=None, quantization_config=None):
+        if hasattr(reward_funcs, "output_dir"):
+            raise TypeError("the third parameter is reward_funcs, got a config: write args=..., train_dataset=...")
         args = self.config_class.adopt(args)
+        if reward_funcs and args.num_generations < 2:
+            raise ValueError("num_generations=1: reward_funcs compare completions of one prompt, set it to 2 or more")
         if not (reward_funcs or args.rkl_advantage or args.single_step_decomposition):
             raise ValueError("rkl_advantage=False with single_step_decomposition=False learns nothing from the "
                              "teacher: set one of them, or pass reward_funcs")
@@ -72,9 +72,6 @@ class MiniLLMTrainer(WithPretraining, SamplesWithTeacher, ShowsClip, OnlineTrain
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class,
                          reward_processing_classes, callbacks, optimizers, quantization_config, peft_config,
                          rollout_func=rollout_func)
-
-    @property
-    def averages_over(self): return "tokens" if self.args.average == "token" else "sequences"
 
     def method(self):
         names = (*self.shown, "epsilon", "epsilon_high", "average", "pretrain_coef")
@@ -88,22 +85,24 @@ class MiniLLMTrainer(WithPretraining, SamplesWithTeacher, ShowsClip, OnlineTrain
 
     def credit(self, generation, batches):
         def known(name): return self.gathered(generation, batches, name)
-        args, mask, old_logps, teacher_logps = self.args, *map(known, ("mask", "old_logps", "teacher_logps"))
-        rewards = distillation_rewards(teacher_logps, old_logps, mask)
-        returns = minillm_returns(rewards, mask, **args.options_of(minillm_returns)) * args.rkl_advantage
+        args, mask, ours, theirs = self.args, *map(known, ("mask", "old_logps", "teacher_logps"))
+        rewards = minillm.distillation_rewards(theirs, ours, mask)
+        returns = minillm.minillm_returns(rewards, mask, **args.options_of(minillm.minillm_returns))
+        if not args.rkl_advantage: returns.zero_()  # also where one is infinite
         if self.rewards:
             own, G = self.total_rewards(generation), generation.num_generations
             returns = returns + group_advantages(own, G, scale=args.scale_rewards)[:, None] * mask
-        return {"returns": returns, "weights": importance_weights_of_mixture(old_logps, teacher_logps, self.alpha)}
+        return {"returns": returns, "weights": minillm.importance_weights_of_mixture(ours, theirs, self.alpha)}
 
     def loss(self, model, batch, totals):
-        args, mask, weights = self.args, batch["mask"], batch["weights"]
+        args, mask, weights, exact = self.args, batch["mask"], batch["weights"], self.args.single_step_decomposition
         want = dict(temperature=args.temperature, want=("logps", "entropy"))
         out = read(model, batch, divergence(self.states_of(batch), **want))
-        loss, seen = minillm_loss(
+        if model.training and (args.rkl_advantage or exact): self.refuse_infinite(batch, out["divergence"])
+        loss, seen = minillm.minillm_loss(
             out["logps"], batch["old_logps"], batch["returns"], mask,
-            out["divergence"] if args.single_step_decomposition else None, weights=weights, totals=totals,
-            max_length=args.max_completion_length, **args.options_of(minillm_loss))
+            out["divergence"] if exact else None, weights=weights, totals=totals,
+            max_length=args.max_completion_length, **args.options_of(minillm.minillm_loss))
         of_text, stats = self.pretrain_loss(model, batch)
         self.show_tokens(batch, **out)
         means = {"reverse_kl": out["divergence"], "entropy": out["entropy"], "importance_weight/mean": weights}

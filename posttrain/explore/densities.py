@@ -152,7 +152,7 @@ def densities_explorer() -> Explorer:
                 "although the larger mode is at 9? Then compare how strongly the loss asks for more width at "
                 "β = 0, 0.1, 0.9 and 1. Put it at centre 13 and width 3: does reverse KL find the larger mode?")
     centre = Control("slider", (5.0, 9.0, 13.0, 17.0, 21.0, 25.0), tuple(c / 2 for c in range(8, 53)), 21.0, "centre")
-    width = Control("slider", (1.5, 3.0, 6.0), tuple(w / 2 for w in range(2, 17)), 1.5, "width")
+    width = Control("slider", (1.5, 3.0, 6.0), tuple(w / 2 for w in range(3, 17)), 1.5, "width")
     beta = Control("slider", (0.0, 0.1, 0.5, 0.9, 1.0), tuple(b / 20 for b in range(21)), 0.5, "β")
     return Explorer(draw_densities, title="A small student and its teacher", question=question, centre=centre,
                     width=width, beta=beta)

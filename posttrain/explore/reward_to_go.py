@@ -170,7 +170,7 @@ def _cells(rows: dict[str, Tensor], texts: list[str], split: bool, normalise: bo
 def _bars(now: tuple[float, float], plain: tuple[float, float]) -> str:
     series = {"sums, no split, α = 0": plain, "these settings": now}
     return svg.bar_plot(["noise of one answer", "bias"], series, title="Gradient in the small world",
-                        ylabel="share of the true one", ylim=(0, 6), width=344, height=210)
+                        ylabel="lengths of the true gradient", ylim=(0, 6), width=344, height=210)
 
 
 def _words(rows: dict[str, Tensor], texts: list[str], split: bool) -> str:

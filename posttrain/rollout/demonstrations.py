@@ -7,53 +7,82 @@ __all__ = ['as_prompts', 'DemonstrationFields', 'prepare_demonstrations', 'coin'
 import logging
 import random
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 
 from ..data.formats import column_names, first_row, require, warn_once
-from ..data.mapping import Preparation, prepare_dataset
+from ..data.mapping import Preparation, prepare_dataset, without_format
 from ..data.messages import looks_like_chat
 from ..data.reading import Reading, check_table, odd_answers, read_some, say_odd
 from ..data.templates import check_template
 from ..data.tokens import encode_completions
-from ..data.values import read_rows
+from ..data.values import check_rows, read_rows
 from ..foundations.layouts import make_batch
+from .decoder import CachedDecoder
 from .episodes import take_name
+from .generate_sampler import GenerateSampler
 from .generation import Generation
+from .sampler import Sampler, make_sampler
 from .sampling import eos_ids
+from .stages import asked_now
 from ..training.config import UNCHECKED, LengthFields, option
 from ..training.fields import check_fields
+from ..training.heads import unwrapped
 from ..training.teacher import WithTeacher
 
 # %% ../../nbs/rollout/11_demonstrations.ipynb #a5a4604a
-def _last_turn(row: dict, number: int, place: str) -> dict:
-    "The chat of a row as a prompt and its answer."
-    chat = read_rows({"messages": [row["messages"]]}, ("messages",), [number], place)["messages"][0]
-    where = f"{place}: row {number}"
+@contextmanager
+def _naming(column: str, known: str):
+    "A column is read as one that is known by another name: errors name the column that is there."
+    try: yield
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(str(error).replace(repr(known), repr(column))) from error
+
+
+def _chat_of(row: dict, number: int, place: str, column: str) -> list[dict]:
+    if row[column] is None:
+        raise TypeError(f"{place}: column {column!r}, row {number}: expected a list of messages, got None. Leave such "
+                        f"rows out: dataset.filter(lambda row: row[{column!r}] is not None)")
+    with _naming(column, "messages"):
+        return read_rows({"messages": [row[column]]}, ("messages",), [number], place)["messages"][0]
+
+
+def _last_turn(row: dict, number: int, place: str, column: str, answered: bool) -> dict:
+    "The chat of a row as a prompt, and its answer where one is read."
+    chat, where = _chat_of(row, number, place, column), f"{place}: row {number}"
     if chat[-1]["role"] != "assistant":
+        if not answered: return {"prompt": chat}
         raise ValueError(f"{where}: the last message is written by {chat[-1]['role']!r}: expected the assistant's, "
                          "which is learned from. Leave the messages behind it out (dataset.map)")
     if len(chat) == 1:
         raise ValueError(f"{where}: there is no message before the assistant's: expected one that it answers. Leave "
-                         "such rows out: dataset.filter(lambda row: len(row['messages']) > 1)")
-    return {"prompt": chat[:-1], "completion": chat[-1:]}
+                         f"such rows out: dataset.filter(lambda row: len(row[{column!r}]) > 1)")
+    return {"prompt": chat[:-1], "completion": chat[-1:]} if answered else {"prompt": chat[:-1]}
 
 
 def as_prompts(
     dataset,     # Dataset or IterableDataset, see the table above
     place: str,  # who asks and of what, for messages
+    answered: bool | None = True,  # is an answer read? Else a chat may end with a question; None: as the first row is
 ):  # the same with a column `prompt`, and `completion` where there are demonstrations
     "Chats in one column as prompts and demonstrations. Raises ValueError for a chat without a last turn to learn from."
     there = first_row(dataset, place)
     if {"prompt", "completion"} <= set(there): return dataset
-    name = next((name for name in ("messages", "conversations") if looks_like_chat(there.get(name))), None)
+    chats = [name for name in ("messages", "conversations") if name in there]
+    # what is no chat is refused by its name where nothing else could be the prompt
+    name = next((name for name in chats if looks_like_chat(there[name]) or "prompt" not in there), None)
     if name is None: return dataset
-    if name != "messages": dataset = dataset.rename_column(name, "messages")
+    if answered is None: answered = _chat_of(there, 0, place, name)[-1]["role"] == "assistant"
     others = [column for column in ("prompt", "completion") if column in there]
-    return dataset.map(partial(_last_turn, place=place), with_indices=True, remove_columns=["messages", *others])
+    return dataset.map(partial(_last_turn, place=place, column=name, answered=answered), with_indices=True,
+                       remove_columns=[name, *others])
+
 
 # %% ../../nbs/rollout/11_demonstrations.ipynb #776b3b7b
 @dataclass
@@ -66,8 +95,8 @@ class DemonstrationFields(LengthFields):
     max_new_tokens: int | None = option(None, "TRL's name of max_completion_length.", low=1)
     dynamic_sampling: bool = option(False, "DAPO's.", refused="there are no rewards that could all be equal")
     max_length: int | None = option(
-        1024, "Longest prompt with its demonstration, in tokens. None: as long as it is. What the student writes is "
-        "limited by max_completion_length.", low=2)
+        1024, "Longest prompt with its demonstration, in tokens. None: as long as it is. Where a model writes the "
+        "answer, it is asked the whole prompt, and max_completion_length limits what it writes.", low=2)
     truncation_mode: str = option(
         "keep_end", "Which end of a row that is too long is kept; 'keep_end' cuts the prompt, as TRL's collator does.",
         choices=("keep_start", "keep_end"))
@@ -103,13 +132,22 @@ class DemonstrationFields(LengthFields):
         "Does training read answers of the dataset?"
         return self.lmbda < 1 and not self.seq_kd
 
+    @property
+    def samples(self) -> bool:
+        "Does a model write answers in training?"
+        return self.lmbda > 0 or self.seq_kd
+
 
 def _tokens(batch, tokenizer, common: dict | None) -> dict[str, list]:
     "`prompt_ids` and `completion_ids`; `common` are options of the chat template for all rows."
     if common:
         own = batch.get("chat_template_kwargs") or [None] * len(batch["prompt"])
         batch = {**batch, "chat_template_kwargs": [{**common, **(of_row or {})} for of_row in own]}
-    return encode_completions(batch, tokenizer, "completion")
+    ids = encode_completions(batch, tokenizer, "completion")
+    if any(not prompt and not known for prompt, known in zip(batch["prompt"], ids["prompt_ids"])):
+        raise ValueError("the prompt is empty: expected at least one token before the answer. Leave such rows out: "
+                         "dataset.filter(lambda row: row['prompt'])")
+    return ids
 
 
 def _first_token(prompt, parts) -> int | None:
@@ -146,8 +184,26 @@ def prepare_demonstrations(
 
 def _lengths(prepared) -> list[int]:
     "Tokens of each row."
-    columns = [prepared.data.column(name) for name in ("prompt_ids", "completion_ids")]
-    return pc.add(*map(pc.list_value_length, columns)).to_pylist()
+    return np.add(*_lengths_of(prepared)).tolist()
+
+
+def _lengths_of(prepared) -> list[np.ndarray]:
+    "Tokens of each prompt, and of each answer."
+    return [pc.list_value_length(prepared.data.column(name)).to_numpy()
+            for name in ("prompt_ids", "completion_ids")]
+
+
+def _must_fit(model, whose: str, place: str, rows, prompts, answers) -> None:
+    "Raise ValueError for the longest row if a model has too few positions; of each row its number and two lengths."
+    positions = getattr(unwrapped(model).config.get_text_config(), "max_position_embeddings", None)
+    whole = np.add(prompts, answers)
+    longest = int(whole.argmax())
+    # all tokens are read for the loss, also the last one
+    if not positions or whole[longest] <= positions: return
+    raise ValueError(f"{place}: row {rows[longest]}: the prompt has {prompts[longest]} tokens and its answer up to "
+                     f"{answers[longest]}, but {whose} has {positions} positions: expected no more tokens than "
+                     "these together. Set max_length (of the dataset's answers) or max_completion_length (of those "
+                     "that are sampled) to less, or leave such rows out (dataset.filter)")
 
 # %% ../../nbs/rollout/11_demonstrations.ipynb #a6c86bee
 def coin(
@@ -159,6 +215,9 @@ def coin(
     return random.Random(f"coin {seed} {drawn}").random() < p
 
 # %% ../../nbs/rollout/11_demonstrations.ipynb #89973cf3
+_NUMBER = "number of the row"  # a column for a while
+
+
 class ReadsDemonstrations:
     """For online trainers that also learn from answers of others: name it before `OnlineTrainer` among the bases.
 
@@ -169,16 +228,26 @@ class ReadsDemonstrations:
 
     def _place_of(self, name: str) -> str: return f"{type(self).__name__}, {name} dataset"
 
+    @property
+    def _demonstrations(self) -> dict:
+        "Table -> of each row that is left its number in the dataset, and the tokens of its prompt and of its answer."
+        return self.__dict__.setdefault("_demonstration_lengths", {})
+
+    def _reads_answers(self, training: bool) -> bool | None:
+        "Are answers of a dataset read? None: where it has some."
+        return self.args.learns_from_dataset if training else None
+
     def check(self, dataset, name):
         self.needs_dataset(dataset, name)
-        place = self._place_of(name)
-        dataset = as_prompts(dataset, place)
-        if name == "train" and self.args.learns_from_dataset and "completion" not in column_names(dataset):
-            who = (f"{type(self).__name__} learns from answers of the dataset with lmbda={self.args.lmbda:g} (with "
-                   "lmbda=1 or seq_kd=True prompts are enough), and")
+        place, who, asked = self._place_of(name), type(self).__name__, self._reads_answers(name == "train")
+        dataset = as_prompts(dataset, place, asked)
+        if asked and "completion" not in column_names(dataset):
+            who = (f"{who} learns from answers of the dataset with lmbda={self.args.lmbda:g} (with lmbda=1 or "
+                   "seq_kd=True prompts are enough). It reads chats in 'messages', or else")
             require(dataset, "prompt", "completion", who=who, name=name)
+        require(dataset, "prompt", who=f"{who} reads chats in 'messages', or else", name=name)
         super().check(dataset, name)
-        if "completion" not in column_names(dataset): return
+        if asked is False or "completion" not in column_names(dataset): return
         columns = ("prompt", "completion")
         check_table(dataset, columns, place)
         rows = read_some(Reading(dataset, columns), place)
@@ -189,16 +258,32 @@ class ReadsDemonstrations:
         self.adopt_tokens("eos_token", "pad_token")
 
     def prepare(self, dataset, name, training):
-        dataset = as_prompts(dataset, self._place_of(name))
-        asked = self.args.learns_from_dataset or not training
-        if not asked or "completion" not in column_names(dataset):
+        asked, who = self._reads_answers(training), type(self).__name__
+        dataset = as_prompts(dataset, self._place_of(name), asked)
+        for known in (self._longest, self._demonstrations): known.pop(name, None)
+        if asked is False or "completion" not in column_names(dataset):
             mine = [column for column in ("prompt_ids", "completion_ids") if column in column_names(dataset)]
             return super().prepare(dataset.remove_columns(mine), name, training)
-        prepared = prepare_demonstrations(dataset, self.processing_class, self.args, name=name, who=type(self).__name__)
-        if isinstance(prepared, Dataset) and training:  # the student may be asked for another answer
-            lengths = pc.list_value_length(prepared.data.column("prompt_ids")).to_pylist()
-            self._longest[name] = max(lengths), lengths.index(max(lengths))
-        return prepared
+        dataset = without_format(dataset, who)
+        # a model may be asked for another answer
+        if training and self.args.samples: dataset = super().prepare(dataset, name, training)
+        if not isinstance(dataset, Dataset):
+            return prepare_demonstrations(dataset, self.processing_class, self.args, name=name, who=who)
+        # rows without a token to learn from are dropped: the others keep their numbers for messages
+        dataset = dataset.add_column(_NUMBER, np.arange(len(dataset)))
+        prepared = prepare_demonstrations(dataset, self.processing_class, self.args, name=name, who=who)
+        self._demonstrations[name] = prepared.data.column(_NUMBER).to_numpy(), *_lengths_of(prepared)
+        return prepared.remove_columns(_NUMBER)
+
+    def with_model(self, dataset, name):
+        dataset = super().with_model(dataset, name)
+        if name in self._demonstrations:
+            _must_fit(self.model, "the model", self._place_of(name), *self._demonstrations[name])
+        return dataset
+
+    def _refuse_long_prompt(self, name):
+        "Only of a dataset whose prompts are answered by a model."
+        if name in self._longest: super()._refuse_long_prompt(name)
 
     def collect(self, prompts):
         "Throw the coin, and collect the answers of whom it names."
@@ -207,11 +292,6 @@ class ReadsDemonstrations:
         self.metrics["train"].add({"on_policy": float(own)})
         try: return super().collect(prompts)
         finally: self.source = "student"  # of whom anybody else asks
-
-    def tokens_of(self, rows, numbers=None, who=""):
-        "Also of rows that were tokenised with their demonstrations."
-        if rows and all("completion_ids" in row for row in rows): return [list(row["prompt_ids"]) for row in rows]
-        return super().tokens_of(rows, numbers, who)
 
     def sample(self, rows, seeds, num_generations=None):
         "Answers to these rows, one each, of whom `source` names; the column `written_by` says it, too."
@@ -228,7 +308,7 @@ class ReadsDemonstrations:
         if streams and longest and any(len(row["prompt_ids"]) + len(row["completion_ids"]) >= longest for row in rows):
             warn_once("max_length", f"{type(self).__name__}: rows of the stream that are longer than max_length="
                                     f"{longest} tokens are cut (truncation_mode={self.args.truncation_mode!r}).")
-        return Generation(rows, self.tokens_of(rows), ids, None, [x[-1] in ends for x in ids],
+        return Generation(rows, [list(row["prompt_ids"]) for row in rows], ids, None, [x[-1] in ends for x in ids],
                           [row["completion"] for row in rows], 1)
 
     def sync_engines(self):
@@ -246,24 +326,120 @@ class ReadsDemonstrations:
         finally: self.source = "student"
 
 # %% ../../nbs/rollout/11_demonstrations.ipynb #be51e78e
+class _OverFirstIds(CachedDecoder):
+    "A decoder of a model that writes only the first n ids of its vocabulary."
+
+    def __init__(self, w, n: int):
+        super().__init__(w)
+        self.n = n
+
+    def start(self, prompts, g): return super().start(prompts, g)[:, :self.n]
+    def step(self, tokens): return super().step(tokens)[:, :self.n]
+
+
+class _GeneratesFirstIds(GenerateSampler):
+    "The same with `transformers.generate`."
+
+    n = 0
+
+    def _config(self, sampling, completions):
+        config = super()._config(sampling, completions)
+        config.suppress_tokens = list(range(self.n, len(self.lm.get_output_embeddings().weight)))
+        return config
+
+
+def _check_asked(batch, columns, indices=None, who="") -> None:
+    with _naming("teacher_prompt", "prompt"): check_rows({"prompt": batch["teacher_prompt"]}, ("prompt",), indices, who)
+
+
+def _for_teacher(row: dict) -> dict:
+    "What the teacher is asked, as a row."
+    beside = ("tools", "chat_template_kwargs")
+    return {"prompt": row["teacher_prompt"], **{name: row[name] for name in beside if name in row}}
+
+
 class AsksTeacherOtherwise(WithTeacher):
-    "For online trainers with a teacher, whose datasets may have a column `teacher_prompt`. It has `Stages` behind it."
+    """For online trainers with a teacher, whose datasets may have a column `teacher_prompt`.
+
+    Name it before `ReadsDemonstrations` among the bases."""
+
+    reads_teacher_prompt = True
+
+    def _place_asked(self, name: str) -> str: return f"{type(self).__name__}, {name} dataset, what the teacher is asked"
+
+    @property
+    def _asked(self) -> dict:
+        "Table -> tokens of each `teacher_prompt`."
+        return self.__dict__.setdefault("_asked_lengths", {})
 
     def check(self, dataset, name):
         super().check(dataset, name)
-        if "teacher_prompt" not in column_names(dataset): return
-        self.needs_dataset(dataset, name)
-        there = [column for column in ("prompt", "completion", "messages") if column in column_names(dataset)]
-        asked = dataset.remove_columns(there).rename_column("teacher_prompt", "prompt")
-        check_table(asked, ("prompt",), f"{type(self).__name__}, {name} dataset, what the teacher is asked")
+        if "teacher_prompt" in column_names(dataset):
+            check_table(dataset, ("teacher_prompt",), self._place_asked(name), _check_asked)
+
+    def prepare(self, dataset, name, training):
+        self._asked.pop(name, None)
+        plain = isinstance(dataset, Dataset) and dataset.format["type"] != "custom"
+        if plain and "teacher_prompt" in dataset.column_names:
+            read = ("teacher_prompt", "tools", "chat_template_kwargs")
+            rows = dataset.with_format(None).select_columns([x for x in dataset.column_names if x in read])
+            parts = [range(i, min(i + 1000, len(rows))) for i in range(0, len(rows), 1000)]
+            ids = [self.asked_ids(list(rows.select(part)), part, self._place_asked(name)) for part in parts]
+            self._asked[name] = np.array([len(prompt) for part in ids for prompt in part])
+        return super().prepare(dataset, name, training)
+
+    def with_model(self, dataset, name):
+        "Also refuse what the teacher has no positions for."
+        dataset, asked, place = super().with_model(dataset, name), self._asked.get(name), self._place_asked(name)
+        if name in self._demonstrations:
+            rows, prompts, answers = self._demonstrations[name]
+            _must_fit(self.teacher_model, "the teacher", place, rows, prompts if asked is None else asked[rows],
+                      answers)
+        if name in self._longest:
+            length, row = self._longest[name] if asked is None else (asked.max(), int(asked.argmax()))
+            _must_fit(self.teacher_model, "the teacher", place, [row], [length], [self.args.max_completion_length])
+        return dataset
+
+    def asked_ids(
+        self,
+        rows: list[dict],  # with `teacher_prompt`
+        numbers=None,      # of the rows in their dataset; None: they are counted as they are asked
+        place: str = "",   # who asks and of what, for messages
+    ) -> list[list[int]]:
+        "The tokens of what the teacher is asked. Raises ValueError where there are none, TypeError for no prompt."
+        numbers, place = numbers or asked_now(rows), place or type(self).__name__
+        with _naming("teacher_prompt", "prompt"):
+            ids = self.tokens_of(self.read([_for_teacher(row) for row in rows], numbers, place), numbers, place)
+        for number, prompt in zip(numbers, ids):
+            if not prompt:
+                raise ValueError(f"{place}: column 'teacher_prompt', row {number}: it is empty: expected at least one "
+                                 "token before the answer. Leave such rows out: dataset.filter(lambda row: "
+                                 "row['teacher_prompt'])")
+        return ids
+
+    def make_teacher_engine(self):
+        "Who samples from the teacher: ids that the student knows."
+        teacher, tokenizer = self.teacher_model, self.processing_class
+        engine = make_sampler(teacher, tokenizer, self.args.sampler)
+        if not self._fewer_ids: return engine
+        if isinstance(engine, Sampler): engine.make_decoder = partial(_OverFirstIds, n=self._ids)
+        else:
+            engine = _GeneratesFirstIds(teacher, tokenizer)
+            engine.n = self._ids
+        return engine
+
+    def sampled_by(self, engine, rows, seeds, num_generations=None):
+        "The teacher writes to its own prompt, and the student learns to write the same to its own."
+        if self.source != "teacher" or "teacher_prompt" not in rows[0]:
+            return super().sampled_by(engine, rows, seeds, num_generations)
+        answers = super().sampled_by(engine, [_for_teacher(row) for row in rows], seeds, num_generations)
+        rows = self.read(rows)
+        return replace(answers, rows=rows, prompt_ids=self.tokens_of(rows))
 
     def split(self, generation, parts):
         batches = super().split(generation, parts)
         if "teacher_prompt" not in generation.rows[0]: return batches
-        beside = ("tools", "chat_template_kwargs")
-        asked = [{"prompt": row["teacher_prompt"], **{name: row[name] for name in beside if name in row}}
-                 for row in generation.rows]
-        ids = super().tokens_of(self.read(asked))
+        ids = self.asked_ids(generation.rows)
         prompts = [make_batch([ids[i] for i in part], [[]] * len(part)) for part in parts]
         names = ("prompt_ids", "prompt_lengths", "prompt_index")
         return [{**batch, **self._prepare_inputs({f"teacher_{name}": own[name] for name in names})}
@@ -272,3 +448,4 @@ class AsksTeacherOtherwise(WithTeacher):
     def teacher_states(self, batch):
         own = {name.removeprefix("teacher_"): values for name, values in batch.items() if name.startswith("teacher_p")}
         return super().teacher_states({**batch, **own})
+

@@ -4,6 +4,7 @@
 __all__ = ['open_states', 'KeptFields', 'KeepsTeacherStates']
 
 # %% ../../nbs/rollout/11b_kept_states.ipynb #a95e1b77
+import hashlib
 import os
 import shutil
 from dataclasses import dataclass
@@ -51,10 +52,23 @@ class KeptFields:
                              "seq_kd=False, or leave precompute_teacher False")
 
 # %% ../../nbs/rollout/11b_kept_states.ipynb #d7a10403
+def _number_of(dataset) -> int:
+    "A number of 63 bits that tells tables with other tokens apart."
+    names = [name for name in ("prompt_ids", "completion_ids", "teacher_prompt") if name in dataset.column_names]
+    digest = hashlib.blake2b(digest_size=8)
+    for rows in dataset.with_format(None).select_columns(names).iter(1000): digest.update(repr(rows).encode())
+    return int.from_bytes(digest.digest(), "big") >> 1
+
+
 class KeepsTeacherStates(AsksTeacherOtherwise):
     """For trainers with a teacher and `demonstrated` answers: name it before these among the bases.
 
     With `precompute_teacher` of its config the teacher's body reads each answer of the dataset once."""
+
+    @property
+    def kept(self) -> dict:
+        "Number of a table, made of its tokens -> the teacher's states of its answers."
+        return self.__dict__.setdefault("_kept", {})
 
     def check(self, dataset, name):
         if self.args.precompute_teacher and isinstance(dataset, IterableDataset):
@@ -73,22 +87,25 @@ class KeepsTeacherStates(AsksTeacherOtherwise):
 
     def _with_states(self, dataset, name: str):
         "The dataset with the place of each row's states."
-        self.kept = getattr(self, "kept", [])
         ends = np.cumsum([len(ids) for ids in dataset["completion_ids"]])
-        starts = [0, *ends[:-1].tolist()]
+        starts, number = [0, *ends[:-1].tolist()], _number_of(dataset)
+        if number not in self.kept: self.kept[number] = self._read_once(dataset, starts, int(ends[-1]))
+        return dataset.add_column("teacher_states", [[number, start] for start in starts])
+
+    def _read_once(self, dataset, starts: list[int], tokens: int) -> np.memmap:
+        "A file with the states of each row, which begin where `starts` says."
         width = unwrapped(self.teacher_model).config.get_text_config().hidden_size
         os.makedirs(self.args.output_dir, exist_ok=True)
         path, first = os.path.join(self.args.output_dir, f"teacher-states-{len(self.kept)}"), self._is_first_here
-        array = open_states(path, int(ends[-1]), width, new=True) if first else None
+        array = open_states(path, tokens, width, new=True) if first else None
         self.accelerator.wait_for_everyone()
-        if not first: array = open_states(path, int(ends[-1]), width, new=False)
+        if not first: array = open_states(path, tokens, width, new=False)
         self.accelerator.wait_for_everyone()
         if first: os.unlink(path)
         self._fill(array, dataset, starts)
         self.accelerator.wait_for_everyone()
-        self.kept.append(array)
         self._move_teacher("cpu")
-        return dataset.add_column("teacher_states", [[len(self.kept) - 1, start] for start in starts])
+        return array
 
     @property
     def _is_first_here(self) -> bool: return self.accelerator.local_process_index == 0
@@ -124,11 +141,12 @@ class KeepsTeacherStates(AsksTeacherOtherwise):
         return [{**batch, "kept_at": torch.tensor([places[i] for i in part])} for batch, part in zip(batches, parts)]
 
     def teacher_states(self, batch):
-        if "kept_at" not in batch:
+        # a checkpoint of another run may hold answers whose states nobody kept here
+        if "kept_at" not in batch or int(batch["kept_at"][0, 0]) not in self.kept:
             self._move_teacher(self.args.device)
             return super().teacher_states(batch)
         lengths, device = batch["completion_lengths"].tolist(), batch["mask"].device
-        pieces = [self.kept[file][start:start + n] for (file, start), n in zip(batch["kept_at"].tolist(), lengths)]
+        pieces = [self.kept[table][start:start + n] for (table, start), n in zip(batch["kept_at"].tolist(), lengths)]
         weight, bias, spec, dtype = self._kept_head
         hidden = torch.from_numpy(np.concatenate(pieces)).to(device, dtype)
         everything = length_mask(batch["completion_lengths"], batch["mask"].shape[1]).flatten().nonzero().squeeze(1)

@@ -74,7 +74,8 @@ class TeacherMixtureEngine(MixtureEngine):
     """Samples from the arithmetic mixture of a student and its teacher, a model of any width: MiniLLM's (2306.08543).
 
     `coef` is the teacher's share of the probabilities at the temperature of `sample`. The log-probs that it reports
-    are those of the mixture. Raises what `MixtureEngine` does, and ValueError for a repetition penalty."""
+    are those of the whole mixture, also where top_k, top_p or min_p cut it. Raises what `MixtureEngine` does, and
+    ValueError for a repetition penalty."""
 
     temperature = 1.0  # of the call of `sample` that is running
 

@@ -42,7 +42,12 @@ class WithPretraining:
     ) -> None:
         "Note the text before anything is loaded. Raises ValueError and TypeError for what SFT cannot learn from."
         self._pretrain_dataset = None if args.pretrain_coef == 0 else dataset
-        if self._pretrain_dataset is not None: check_sft(dataset, who=type(self).__name__, name="pretrain")
+        if self._pretrain_dataset is None: return
+        if isinstance(dataset, dict) and not any(isinstance(part, list) for part in dataset.values()):
+            raise TypeError(f"pretrain_dataset must be one dataset, got a dict of {', '.join(map(str, dataset))}; pass "
+                            "one of its splits, e.g. dataset['train']")
+        self.needs_dataset(dataset, "pretrain")
+        check_sft(dataset, who=type(self).__name__, name="pretrain")
 
     def before_preparing(self):
         super().before_preparing()
@@ -88,4 +93,4 @@ class WithPretraining:
 
     def load_run_state(self, state):
         super().load_run_state(state)
-        if self.pretraining is not None: self.pretraining.state.drawn = state.get("pretrained", 0)
+        if self.pretraining is not None: self.pretraining.state.drawn = state["pretrained"]

@@ -6,11 +6,17 @@ __all__ = ['TeacherMixtureFields', 'SamplesWithTeacher']
 # %% ../../nbs/rollout/13_teacher_mixture.ipynb #9fd299c6
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from ..data.formats import column_names
 from .opponents import TeacherMixtureEngine
 from ..training.config import option
 from ..training.references import ModelReference
 from ..training.states import States, logps
 from ..training.teacher import TeacherFields, WithTeacher
+
+# nats: log 0 is the least float32, -3e38, in `linear_divergence`, and its share is what the student gives such a token
+_INFINITE = 1e20
 
 
 @dataclass
@@ -33,6 +39,12 @@ class TeacherMixtureFields(TeacherFields):
             raise ValueError(f"{other[0]}={getattr(self, other[0])!r} with teacher_mixed_alpha={alpha:g}: only our own "
                              "sampler mixes two models, and a mixture has no logits to penalise. Leave it out, or set "
                              "teacher_mixed_alpha=0")
+        # q / p~ is the weight of a token of the whole mixture; of a cut one it is q over p~ among the tokens kept
+        cuts = {"top_k": self.top_k > 0, "top_p": self.top_p != 1, "min_p": bool(self.min_p)}
+        if alpha and (cut := [name for name, is_set in cuts.items() if is_set]):
+            raise ValueError(f"{cut[0]}={getattr(self, cut[0])!r} with teacher_mixed_alpha={alpha:g}: the importance "
+                             "weights are those of samples of the whole mixture, and it would leave out its unlikely "
+                             "tokens. Leave it out, or set teacher_mixed_alpha=0")
 
 
 class SamplesWithTeacher(WithTeacher):
@@ -68,6 +80,13 @@ class SamplesWithTeacher(WithTeacher):
         try: return super().evaluation_loop(*args, **kwargs)
         finally: self.alpha = alpha
 
+    def check(self, dataset, name):
+        super().check(dataset, name)
+        if "teacher_prompt" in column_names(dataset):
+            raise ValueError(f"{type(self).__name__}, {name} dataset: the column 'teacher_prompt' asks the teacher "
+                             "something else, but here both models write one answer to one prompt. Take it away "
+                             "(dataset.remove_columns('teacher_prompt')), or use GKDTrainer, which reads it")
+
     def annotate(self, batches): return [self.with_teacher_logps(batch) for batch in super().annotate(batches)]
 
     def with_teacher_logps(
@@ -86,6 +105,21 @@ class SamplesWithTeacher(WithTeacher):
     ) -> States:
         "The teacher's states, kept or asked again."
         return batch["teacher"] if "teacher" in batch else self.teacher_states(batch)
+
+    def refuse_infinite(
+        self,
+        batch: dict,         # a micro-batch
+        divergence: Tensor,  # (B, T) reverse KL of each next-token distribution to the teacher's
+    ) -> None:
+        "Raise FloatingPointError where the teacher excludes a token that the student does not."
+        found = (divergence > _INFINITE) & (batch["mask"] != 0)
+        if not found.any(): return
+        row, t = found.nonzero()[0].tolist()
+        before = self.processing_class.decode(batch["completion_ids"][row, :t])
+        raise FloatingPointError(
+            f"the reverse KL to the teacher is infinite behind {before!r} in an answer: the teacher gives a token the "
+            "probability 0, a logit of -inf, and the student does not. No learning rate helps. Choose a teacher whose "
+            "logits are all finite")
 
     def run_state(self):
         state = super().run_state()

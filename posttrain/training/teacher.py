@@ -6,12 +6,16 @@ __all__ = ['TeacherFields', 'differing_token', 'common_ids', 'of_first_ids', 'Wi
 # %% ../../nbs/training/06d_teacher.ipynb #3b27c522
 import os
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, TrainingArguments
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.utils import find_adapter_config_file
 
+from ..data.formats import column_names
 from .config import option
 from .fields import closest_file, is_path
 from .heads import read, scoring, unwrapped, use_float32_head
@@ -99,6 +103,15 @@ class WithTeacher:
     `TeacherFields`."""
 
     teacher_model = None  # frozen, on the student's device, from `add_teacher` on
+    reads_teacher_prompt = False  # is a column `teacher_prompt` what the teacher is asked?
+
+    def check(self, dataset, name):
+        super().check(dataset, name)
+        if self.reads_teacher_prompt or "teacher_prompt" not in column_names(dataset): return
+        who = type(self).__name__
+        raise ValueError(f"{who}: the {name} dataset has the column 'teacher_prompt', but the teacher of {who} reads "
+                         "the student's prompt. GKDTrainer and DistillationTrainer ask another one; or leave it out: "
+                         "dataset = dataset.remove_columns('teacher_prompt')")
 
     def note_teacher(
         self,
@@ -118,7 +131,9 @@ class WithTeacher:
             raise ValueError(f"teacher_model and teacher_model_name_or_path={path!r} are both given: leave one out")
         refuse_the_policy(model, teacher_model, "teacher_model", "a teacher that is trained along teaches nothing. To "
                           "learn from the model as it is now, pass a copy (copy.deepcopy)")
-        if isinstance(teacher_model, str): _must_be_there(teacher_model)
+        if isinstance(teacher_model, str):
+            _must_be_there(teacher_model)
+            _must_write(teacher_model, args)
         else: self._check_object(model, teacher_model, args)
         self._given_student, self._given_teacher = model, teacher_model
 
@@ -129,6 +144,9 @@ class WithTeacher:
         if not hasattr(unwrapped(teacher), "get_output_embeddings") or is_classifier(unwrapped(teacher)):
             raise TypeError(f"teacher_model must be a causal LM, got a {type(unwrapped(teacher)).__name__}, which has "
                             "no head over the vocabulary: load it with AutoModelForCausalLM")
+        if _other_kind(unwrapped(teacher).config, [type(unwrapped(teacher)).__name__]):
+            raise TypeError(f"teacher_model must be a causal LM, got a {type(unwrapped(teacher)).__name__}, which was "
+                            "not made to write the next token: load one with AutoModelForCausalLM")
         if isinstance(model, nn.Module) and share_weights(model, teacher):
             raise ValueError("teacher_model shares weights with the model, and would be trained along: pass a copy "
                              "(copy.deepcopy), or its path")
@@ -151,8 +169,13 @@ class WithTeacher:
         self._given_student = self._given_teacher = None
         if isinstance(given, str):
             revision = {} if args.teacher_model_revision is None else {"revision": args.teacher_model_revision}
-            given = load_model(given, SimpleNamespace(
-                model_init_kwargs=args.teacher_model_init_kwargs, trust_remote_code=args.trust_remote_code), **revision)
+            how = SimpleNamespace(model_init_kwargs=args.teacher_model_init_kwargs,
+                                  trust_remote_code=args.trust_remote_code)
+            try: given = load_model(given, how, **revision)
+            except (TypeError, OSError) as error:
+                kind = TypeError if isinstance(error, TypeError) else OSError
+                raise kind(f"teacher_model {given!r} with teacher_model_init_kwargs={args.teacher_model_init_kwargs!r} "
+                           f"could not be loaded: {error}") from error
         self._ids = common_ids(vocabulary_size(self.model), vocabulary_size(given), self._teachers_ids)
         self._fewer_ids = self._ids < vocabulary_size(given)
         try: self.teacher_model = frozen(given, args, self.accelerator)
@@ -199,8 +222,51 @@ def _name_of(model) -> str:
 
 def _must_be_there(path: str) -> None:
     "Raise FileNotFoundError for a folder that is none."
+    if os.path.isfile(os.path.expanduser(path)):
+        raise FileNotFoundError(f"teacher_model {path!r} is a file: expected the folder that it lies in")
     if is_path(path) and not os.path.isdir(os.path.expanduser(path)):
         raise FileNotFoundError(f"teacher_model {path!r}: there is no such folder.{closest_file(path)}")
+
+
+def _must_write(path: str, args) -> None:
+    "Raise OSError where no model lies, TypeError for one that is no causal LM. Its weights are not read."
+    options = args.teacher_model_init_kwargs or {}
+    for name in ("load_in_4bit", "load_in_8bit"):
+        if name in options:
+            how = {"quantization_config": {"quant_method": "bitsandbytes", name: options[name]}}
+            raise ValueError(f"teacher_model_init_kwargs: {name} is an option of quantization_config: expected {how!r}")
+    if "config" in options: return
+    try: config = _config_at(path, args)
+    except Exception as error:
+        if _is_adapter(path, args): return  # what its base is shows when it is loaded
+        raise OSError(f"teacher_model {path!r}: there is no model that could be read: expected the folder or the hub "
+                      f"id of a causal LM, with a config.json ({type(error).__name__}: {error})") from error
+    if found := _other_kind(config, config.architectures or []):
+        raise TypeError(f"teacher_model must be a causal LM, got {path!r}, a {found}, which has no head that was "
+                        "trained to write the next token: choose a model of AutoModelForCausalLM")
+
+
+def _config_at(path: str, args):
+    options, revision = args.teacher_model_init_kwargs or {}, args.teacher_model_revision
+    names = ("revision", "code_revision", "subfolder", "token", "cache_dir", "gguf_file", "local_files_only")
+    asked = {} if revision is None else {"revision": revision}
+    asked |= {name: options[name] for name in names if name in options}
+    return AutoConfig.from_pretrained(os.path.expanduser(path), trust_remote_code=args.trust_remote_code, **asked)
+
+
+def _is_adapter(path: str, args) -> bool:
+    with suppress(Exception):
+        return find_adapter_config_file(os.path.expanduser(path), revision=args.teacher_model_revision) is not None
+    return False
+
+
+def _other_kind(config, names: list[str]) -> str:
+    "Which model that is no causal LM a config and the names of classes describe; '' where it is one, or unknown."
+    writers = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
+    if any(name in writers or name.endswith("ForCausalLM") for name in names): return ""
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}): return ""
+    is_other = config.is_encoder_decoder or config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return next((name for name in names if "For" in name or is_other), type(config).__name__ if is_other else "")
 
 
 def _tokenizer_beside(name: str, args):
