@@ -3532,8 +3532,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                             'posttrain/rollout/teacher_mixture.py'),
                                                    'posttrain.rollout.teacher_mixture.SamplesWithTeacher.annotate': ( 'rollout/teacher_mixture.html#sampleswithteacher.annotate',
                                                                                                                       'posttrain/rollout/teacher_mixture.py'),
-                                                   'posttrain.rollout.teacher_mixture.SamplesWithTeacher.check': ( 'rollout/teacher_mixture.html#sampleswithteacher.check',
-                                                                                                                   'posttrain/rollout/teacher_mixture.py'),
                                                    'posttrain.rollout.teacher_mixture.SamplesWithTeacher.evaluation_loop': ( 'rollout/teacher_mixture.html#sampleswithteacher.evaluation_loop',
                                                                                                                              'posttrain/rollout/teacher_mixture.py'),
                                                    'posttrain.rollout.teacher_mixture.SamplesWithTeacher.make_engine': ( 'rollout/teacher_mixture.html#sampleswithteacher.make_engine',

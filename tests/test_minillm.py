@@ -601,7 +601,7 @@ def test_the_third_parameter_is_said_to_be_reward_funcs(config):
 def test_a_prompt_for_the_teacher_alone_is_refused(config):
     asked = rows().map(lambda row: {"teacher_prompt": "sort 31="})
     for names in (dict(train_dataset=asked), dict(train_dataset=rows(), eval_dataset=asked)):
-        with pytest.raises(ValueError, match="dataset: the column 'teacher_prompt'.*remove_columns"):
+        with pytest.raises(ValueError, match="dataset has the column 'teacher_prompt'.*remove_columns"):
             MiniLLMTrainer(NOBODY, teacher(), args=MiniLLMConfig(config()["output_dir"], use_cpu=True), **names,
                            processing_class=pocket.tokenizer())
 

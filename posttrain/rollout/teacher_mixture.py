@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..data.formats import column_names
 from .opponents import TeacherMixtureEngine
 from ..training.config import option
 from ..training.references import ModelReference
@@ -79,13 +78,6 @@ class SamplesWithTeacher(WithTeacher):
         alpha, self.alpha = self.alpha, 0.0
         try: return super().evaluation_loop(*args, **kwargs)
         finally: self.alpha = alpha
-
-    def check(self, dataset, name):
-        super().check(dataset, name)
-        if "teacher_prompt" in column_names(dataset):
-            raise ValueError(f"{type(self).__name__}, {name} dataset: the column 'teacher_prompt' asks the teacher "
-                             "something else, but here both models write one answer to one prompt. Take it away "
-                             "(dataset.remove_columns('teacher_prompt')), or use GKDTrainer, which reads it")
 
     def annotate(self, batches): return [self.with_teacher_logps(batch) for batch in super().annotate(batches)]
 
