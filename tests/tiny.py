@@ -1,5 +1,5 @@
 """Small real fast tokenizers, made by code: a byte-level BPE trained on a few lines, so that words merge as they do in
-large ones. And the gradient of a small step."""
+large ones. And the gradient of a small step, and what an adapter leaves as it was."""
 import functools
 
 import torch
@@ -51,3 +51,13 @@ def gradients_of_step(trainer) -> tuple[dict, dict]:
 def flat(weights: dict) -> torch.Tensor:
     "All of them in one vector."
     return torch.cat([weight.flatten() for weight in weights.values()])
+
+
+def only_the_adapter_learned(trained, start):
+    "Assert that a model in LoRA has the weights of its start below the adapter, and that the adapter has moved."
+    start = dict(start.named_parameters())
+    for name, p in trained.named_parameters():
+        if "lora_" in name: continue
+        plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        assert torch.equal(p, start[plain]), name
+    assert any(p.abs().sum() > 0 for name, p in trained.named_parameters() if "lora_B" in name)
